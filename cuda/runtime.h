@@ -1,0 +1,47 @@
+// CUDA runtime calls with their errors turned into pagedattn::Error, and the facts of the current device.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+namespace pagedattn::cuda {
+
+// Throws PA_ERROR_OUT_OF_MEMORY, PA_ERROR_NO_DEVICE or PA_ERROR_CUDA with `what` and CUDA's own words, and clears the
+// error where it can be cleared.
+[[noreturn]] void throw_cuda_error(cudaError_t error, const char *what);
+
+inline void check_cuda(cudaError_t error, const char *what) {
+  if (error != cudaSuccess) throw_cuda_error(error, what);
+}
+
+// To be called right behind a launch.
+inline void check_launch(const char *kernel) { check_cuda(cudaGetLastError(), kernel); }
+
+struct DeviceFacts {
+  int compute_capability = 0;  // 10 * major + minor
+  int num_multiprocessors = 0;
+  int max_shared_memory_per_block = 0;  // bytes, after opting in
+  size_t l2_cache_size = 0;             // bytes
+};
+
+// Of the current device; read once a device and kept.
+const DeviceFacts &device_facts();
+
+// Memory from the stream-ordered allocator, given back to the stream at the end of the scope.
+class StreamMemory {
+ public:
+  StreamMemory(size_t bytes, cudaStream_t stream);
+  ~StreamMemory();
+  StreamMemory(const StreamMemory &) = delete;
+  StreamMemory &operator=(const StreamMemory &) = delete;
+  void *data() const { return data_; }
+
+ private:
+  void *data_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace pagedattn::cuda
