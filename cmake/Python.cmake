@@ -11,6 +11,7 @@ include(UseCython)
 file(GLOB PAGEDATTN_BINDING_SOURCES CONFIGURE_DEPENDS src/bindings/*.cpp)
 pybind11_add_module(_core MODULE ${PAGEDATTN_BINDING_SOURCES})
 target_link_libraries(_core PRIVATE pagedattn::pagedattn)
+target_include_directories(_core PRIVATE src)
 pagedattn_warnings(_core)
 
 cython_transpile(python/pagedattn/_block_manager.pyx LANGUAGE CXX OUTPUT_VARIABLE PAGEDATTN_BLOCK_MANAGER_CXX)

@@ -1,0 +1,51 @@
+"""Attention over a paged KV cache: CUDA and CPU kernels behind one contract, and a block manager."""
+
+from __future__ import annotations
+
+from pagedattn._block_manager import BlockManager
+from pagedattn._config import config, get_cmake_dir, get_include, get_library_dir, show_config
+from pagedattn._core import get_num_threads, last_kernel, set_num_threads
+from pagedattn._errors import (
+    DeviceError,
+    InvalidArgumentError,
+    OutOfBlocks,
+    OutOfMemoryError,
+    PagedAttnError,
+    UnsupportedError,
+)
+from pagedattn._ops import (
+    copy_blocks,
+    gather_kv,
+    merge_states,
+    paged_attention,
+    paged_attention_workspace_size,
+    reshape_and_cache,
+    swap_blocks,
+)
+from pagedattn._version import __version__
+
+__all__ = [
+    "BlockManager",
+    "DeviceError",
+    "InvalidArgumentError",
+    "OutOfBlocks",
+    "OutOfMemoryError",
+    "PagedAttnError",
+    "UnsupportedError",
+    "__version__",
+    "config",
+    "copy_blocks",
+    "gather_kv",
+    "get_cmake_dir",
+    "get_include",
+    "get_library_dir",
+    "get_num_threads",
+    "last_kernel",
+    "merge_states",
+    "paged_attention",
+    "paged_attention_workspace_size",
+    "reshape_and_cache",
+    "set_num_threads",
+    "show_config",
+    "swap_blocks",
+]

@@ -1,0 +1,131 @@
+"""What differs between NumPy, CuPy, torch and other arrays: allocation, streams, and names of types."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pagedattn._errors import InvalidArgumentError
+
+# The C header's pa_dtype values.
+_DTYPE_CODES = {
+    "float32": 1,
+    "float16": 2,
+    "bfloat16": 3,
+    "float8_e4m3": 4,
+    "float8_e4m3fn": 4,
+    "float8_e5m2": 5,
+}
+_ML_DTYPES = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3": ml_dtypes.float8_e4m3fn,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+}
+
+
+def library_of(array: Any) -> str:
+    """Name of the package that an array comes from: "numpy", "cupy", "torch", "jaxlib", ..."""
+    return type(array).__module__.partition(".")[0]
+
+
+def is_on_cuda(array: Any) -> bool:
+    """Whether an array lies in CUDA memory; False for what is no array."""
+    if isinstance(array, np.ndarray):
+        return False
+    if library_of(array) == "cupy":
+        return True
+    device = getattr(array, "__dlpack_device__", None)
+    return device is not None and int(device()[0]) == 2
+
+
+def dtype_name(operation: str, argument: str, dtype: Any) -> str:
+    """Name of a float type given as a name, a NumPy dtype or a scalar type such as ``ml_dtypes.bfloat16``."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None)
+    if name is None:
+        try:
+            name = np.dtype(dtype).name
+        except TypeError:
+            name = repr(dtype)
+    if name not in _DTYPE_CODES:
+        raise InvalidArgumentError(
+            f"{operation}: `{argument}` must be one of {', '.join(_DTYPE_CODES)}; got {dtype!r}"
+        )
+    return str(name)
+
+
+def dtype_code(operation: str, argument: str, dtype: Any) -> int:
+    """The C ABI's number of a float type; 0 for None."""
+    return 0 if dtype is None else _DTYPE_CODES[dtype_name(operation, argument, dtype)]
+
+
+def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """Uninitialised array of a named or NumPy type, of the library and on the device of ``like``.
+
+    Libraries whose arrays are immutable or unknown here get a NumPy or CuPy array.
+    """
+    library = library_of(like)
+    if library == "torch":
+        torch = sys.modules["torch"]
+        name = {"float8_e4m3": "float8_e4m3fn"}.get(dtype, dtype) if isinstance(dtype, str) else np.dtype(dtype).name
+        return torch.empty(shape, dtype=getattr(torch, name), device=like.device)
+    numpy_dtype = np.dtype(_ML_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+    if not is_on_cuda(like):
+        return np.empty(shape, numpy_dtype)
+    import cupy
+
+    with cupy.cuda.Device(device_id(like)):
+        return cupy.empty(shape, numpy_dtype)
+
+
+def empty_like(operation: str, argument: str, array: Any, shape: tuple[int, ...] | None = None) -> Any:
+    """Uninitialised dense array of the type of ``array`` and, unless another is given, its shape."""
+    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+        raise InvalidArgumentError(f"{operation}: `{argument}` must be an array; got {type(array).__name__}")
+    wanted = tuple(array.shape) if shape is None else shape
+    if library_of(array) == "torch":
+        return sys.modules["torch"].empty(wanted, dtype=array.dtype, device=array.device)
+    return empty(wanted, getattr(array.dtype, "name", array.dtype) if is_foreign(array) else array.dtype, array)
+
+
+def is_foreign(array: Any) -> bool:
+    """Whether an array is of a library other than NumPy, CuPy and torch."""
+    return library_of(array) not in ("numpy", "cupy", "torch")
+
+
+def device_id(array: Any) -> int:
+    """CUDA device of an array in CUDA memory."""
+    if library_of(array) == "cupy":
+        return int(array.data.device_id)
+    return int(array.__dlpack_device__()[1])
+
+
+def stream_pointer(operation: str, stream: Any, array: Any) -> int:
+    """The cudaStream_t to enqueue on, as an int: the one given, else the current one of the array's library.
+
+    ``stream`` may be an int, or an object with ``ptr`` (CuPy) or ``cuda_stream`` (torch).  Host arrays take none.
+    """
+    on_cuda = is_on_cuda(array)
+    if stream is not None:
+        if not on_cuda:
+            raise InvalidArgumentError(f"{operation}: `stream` must be absent for host arrays; got {stream!r}")
+        for attribute in ("ptr", "cuda_stream"):
+            if hasattr(stream, attribute):
+                return int(getattr(stream, attribute))
+        try:
+            return operator.index(stream)
+        except TypeError:
+            raise InvalidArgumentError(
+                f"{operation}: `stream` must be a CuPy or torch stream or a cudaStream_t as int; got {stream!r}"
+            ) from None
+    if not on_cuda:
+        return 0
+    if library_of(array) == "torch":
+        return int(sys.modules["torch"].cuda.current_stream(device_id(array)).cuda_stream)
+    if "cupy" in sys.modules:
+        return int(sys.modules["cupy"].cuda.get_current_stream(device_id(array)).ptr)
+    return 0

@@ -1,0 +1,542 @@
+"""The operations on NumPy, CuPy and DLPack arrays.
+
+Each function fills in defaults, allocates what the caller did not give, finds the stream, and calls the C ABI, which
+does all the checking.  Dimensions: T query tokens of the batch, B sequences, Hq query heads, Hkv KV heads, D head
+dimension, N blocks, S tokens a block.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pagedattn import _core
+from pagedattn._arrays import dtype_code, dtype_name, empty, empty_like, is_on_cuda, library_of, stream_pointer
+from pagedattn._errors import InvalidArgumentError
+
+_INT64_MAX = 2**63 - 1
+
+
+def _check_mode(check: bool | None) -> int:
+    return -1 if check is None else int(bool(check))
+
+
+def _window_size(window: int | None) -> int:
+    if window is None:
+        return 0
+    try:
+        size = operator.index(window)
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise InvalidArgumentError(f"paged_attention: `window` must be a whole number of at least 1; got {window!r}")
+    return min(size, _INT64_MAX)
+
+
+def _number(operation: str, argument: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidArgumentError(f"{operation}: `{argument}` must be a number; got {value!r}") from None
+
+
+def _array_list(operation: str, argument: str, arrays: Any) -> list[Any]:
+    if isinstance(arrays, (list, tuple)):
+        return list(arrays)
+    if hasattr(arrays, "shape"):
+        return [arrays]
+    raise InvalidArgumentError(
+        f"{operation}: `{argument}` must be an array or a list of arrays; got {type(arrays).__name__}"
+    )
+
+
+def paged_attention(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_tables: Any,
+    seq_lens: Any,
+    *,
+    query_start_loc: Any = None,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    kv_dtype: Any = None,
+    out: Any = None,
+    return_lse: bool = False,
+    lse: Any = None,
+    workspace: Any = None,
+    stream: Any = None,
+    deterministic: bool = False,
+    check: bool | None = None,
+) -> Any:
+    """Attention of query tokens over their sequences' paged keys and values.
+
+    One call serves decode, speculative decode, chunked prefill, full prefill and any mix of them in one ragged batch.
+    Query token ``r`` of a sequence with ``n`` query tokens and length ``L`` sits at position ``L - n + r``.
+
+    Parameters
+    ----------
+    q : array [T, Hq, D]
+        Queries, float32, float16 or bfloat16.  D is a multiple of 8, at most 256.
+    k_cache, v_cache : array [N, S, Hkv, D]
+        The paged cache, of q's type, or float8 (e4m3, e5m2) with a 16-bit q.  Any strides with a contiguous last
+        dimension; Hq is a multiple of Hkv.
+    block_tables : int32 array [B, max_blocks]
+        Block of each run of S tokens.  Entries past ``ceil(seq_len / S)`` are never read.
+    seq_lens : int32 array [B]
+        Tokens in the cache of each sequence, its query tokens included.
+    query_start_loc : int32 array [B + 1], optional
+        First row of each sequence in q, and T.  Absent: one query token a sequence.
+    scale : float, optional
+        Of the scores; ``D ** -0.5`` by default.
+    causal : bool
+        Row ``r`` sees the keys ``0 ... L - n + r``; otherwise all ``L``.
+    window : int, optional
+        Of the visible keys only the last ``window``.
+    softcap : float
+        Scores become ``softcap * tanh(score / softcap)``; 0 for none.
+    alibi_slopes : float32 array [Hq], optional
+        ``slope * (key position - query position)`` is added to each score.
+    sinks : float32 array [Hq], optional
+        ``exp(sink)`` is added to each softmax denominator.
+    k_scale, v_scale : float or float32 array [1] or [Hkv], optional
+        Stored keys and values times these are the real ones; float8 caches only.
+    kv_dtype : str or dtype, optional
+        What uint8 or uint16 cache storage holds: "float8_e4m3", "float8_e5m2", "float16" or "bfloat16".
+    out : array [T, Hq, D], optional
+        Where to write; allocated like q by default.  Must not overlap an input.
+    return_lse : bool
+        Return ``(out, lse)``.
+    lse : float32 array [T, Hq], optional
+        Where to write the natural log of the softmax denominators (sinks included).
+    workspace : uint8 array, optional
+        CUDA scratch of :func:`paged_attention_workspace_size` bytes, zero when first used.  With it and ``out`` a call
+        allocates nothing and can be captured in a CUDA graph.
+    stream : optional
+        CUDA stream (CuPy, torch, or an int); the current one of q's library by default.
+    deterministic : bool
+        The bits of a sequence's result do not depend on the rest of the batch.
+    check : bool, optional
+        Verify lengths and block tables on the GPU too, which synchronises; by default as the environment variable
+        ``PAGEDATTN_CHECK`` says.  On the CPU they are always verified.
+
+    Returns
+    -------
+    array or (array, array)
+        ``out``, or ``(out, lse)``.  A row that sees no key gives zeros and ``-inf``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An argument is wrong; nothing was written.
+    UnsupportedError, DeviceError
+        CUDA arrays without a CUDA build, device or driver.
+
+    References
+    ----------
+    Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023;
+    Dao, "FlashAttention-2", ICLR 2024.
+
+    Examples
+    --------
+    >>> import numpy as np, pagedattn
+    >>> rng = np.random.default_rng(0)
+    >>> k_cache, v_cache = rng.standard_normal((2, 8, 16, 2, 64), dtype=np.float32)
+    >>> q = rng.standard_normal((2, 4, 64), dtype=np.float32)
+    >>> block_tables = np.array([[5, 0], [3, 7]], np.int32)
+    >>> seq_lens = np.array([20, 32], np.int32)
+    >>> pagedattn.paged_attention(q, k_cache, v_cache, block_tables, seq_lens).shape
+    (2, 4, 64)
+    """
+    if out is None:
+        out = empty_like("paged_attention", "q", q)
+    if return_lse and lse is None:
+        lse = empty(tuple(q.shape[:2]), "float32", q)
+    _core.paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+        out,
+        lse,
+        workspace,
+        math.nan if scale is None else _finite("paged_attention", "scale", scale),
+        _window_size(window),
+        _number("paged_attention", "softcap", softcap),
+        bool(causal),
+        dtype_code("paged_attention", "kv_dtype", kv_dtype),
+        bool(deterministic),
+        _check_mode(check),
+        stream_pointer("paged_attention", stream, q),
+    )
+    return (out, lse) if return_lse else out
+
+
+def _finite(operation: str, argument: str, value: Any) -> float:
+    number = _number(operation, argument, value)
+    if not math.isfinite(number):
+        raise InvalidArgumentError(f"{operation}: `{argument}` must be finite; got {value!r}")
+    return number
+
+
+def paged_attention_workspace_size(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_tables: Any,
+    seq_lens: Any,
+    *,
+    query_start_loc: Any = None,
+    kv_dtype: Any = None,
+    deterministic: bool = False,
+) -> int:
+    """Bytes of ``workspace`` with which :func:`paged_attention` allocates nothing for such arguments.
+
+    The size depends on shapes, types and the device, not on the values.  0 for host arrays.
+
+    Examples
+    --------
+    >>> import numpy as np, pagedattn
+    >>> cache = np.zeros((8, 16, 2, 64), np.float32)
+    >>> pagedattn.paged_attention_workspace_size(
+    ...     np.zeros((1, 4, 64), np.float32), cache, cache, np.zeros((1, 2), np.int32), np.ones(1, np.int32)
+    ... )
+    0
+    """
+    operation = "paged_attention"
+    return _core.paged_attention_workspace_size(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        dtype_code(operation, "kv_dtype", kv_dtype),
+        bool(deterministic),
+        stream_pointer(operation, None, q),
+    )
+
+
+def merge_states(
+    outs: Any,
+    lses: Any,
+    *,
+    out: Any = None,
+    lse: Any = None,
+    stream: Any = None,
+) -> tuple[Any, Any]:
+    """Join partial attention results over disjoint sets of keys (cascade or context-parallel attention).
+
+    Parameters
+    ----------
+    outs : sequence of arrays [T, H, D], or one array [P, T, H, D]
+        The parts' outputs, float32, float16 or bfloat16.
+    lses : sequence of float32 arrays [T, H], or one array [P, T, H]
+        Their log-sum-exps.  A part whose lse is ``-inf`` does not count, whatever its output holds.
+    out, lse : array, optional
+        Where to write; must not overlap a part.
+    stream : optional
+        CUDA stream; the current one by default.
+
+    Returns
+    -------
+    (array, array)
+        Output and log-sum-exp over all keys.
+
+    Examples
+    --------
+    >>> import numpy as np, pagedattn
+    >>> outs = np.array([[[[1.0, 1.0]]], [[[3.0, 3.0]]]], np.float32)
+    >>> lses = np.zeros((2, 1, 1), np.float32)
+    >>> out, lse = pagedattn.merge_states(outs, lses)
+    >>> out.ravel().tolist(), round(float(lse[0, 0]), 4)
+    ([2.0, 2.0], 0.6931)
+    """
+    operation = "merge_states"
+    out_parts = _parts(operation, "outs", outs, 4)
+    lse_parts = _parts(operation, "lses", lses, 3)
+    if out is None:
+        out = empty_like(operation, "outs", out_parts[0])
+    if lse is None:
+        lse = empty(tuple(out_parts[0].shape[:2]), "float32", out_parts[0])
+    _core.merge_states(out_parts, lse_parts, out, lse, stream_pointer(operation, stream, out_parts[0]))
+    return out, lse
+
+
+def _parts(operation: str, argument: str, parts: Any, stacked_ndim: int) -> list[Any]:
+    if hasattr(parts, "shape"):
+        if len(parts.shape) != stacked_ndim:
+            raise InvalidArgumentError(
+                f"{operation}: `{argument}` must be a sequence of arrays or one array of {stacked_ndim} dimensions; "
+                f"got shape {tuple(parts.shape)}"
+            )
+        listed = [parts[i] for i in range(parts.shape[0])]
+    elif isinstance(parts, Sequence):
+        listed = list(parts)
+    else:
+        raise InvalidArgumentError(
+            f"{operation}: `{argument}` must be a sequence of arrays or one stacked array; got {type(parts).__name__}"
+        )
+    if not listed:
+        raise InvalidArgumentError(f"{operation}: `{argument}` must have at least one part; got none")
+    return listed
+
+
+def reshape_and_cache(
+    key: Any,
+    value: Any,
+    k_cache: Any,
+    v_cache: Any,
+    slot_mapping: Any,
+    *,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    kv_dtype: Any = None,
+    stream: Any = None,
+    check: bool | None = None,
+) -> None:
+    """Write the keys and values of new tokens into their slots of the paged cache.
+
+    Parameters
+    ----------
+    key, value : array [T', Hkv, D]
+        New keys and values, float32, float16 or bfloat16.  T' may exceed T (graph padding); rows past T are ignored.
+    k_cache, v_cache : array [N, S, Hkv, D]
+        The cache, of key's type, or float8: then ``x / scale`` is stored, rounded to nearest and saturated.
+    slot_mapping : int64 array [T]
+        Slot of each token, ``block * S + offset``.  Negative: skipped.  No slot may stand twice.
+    k_scale, v_scale : float or float32 array [1] or [Hkv], optional
+        Scales of a float8 cache.
+    kv_dtype : str or dtype, optional
+        What uint8 or uint16 cache storage holds.
+    stream : optional
+        CUDA stream; the current one by default.
+    check : bool, optional
+        Verify the slots on the GPU too (synchronises).  Unchecked, bad slots on the GPU are skipped.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An argument is wrong; nothing was written.
+
+    Examples
+    --------
+    >>> import numpy as np, pagedattn
+    >>> k_cache, v_cache = np.zeros((2, 4, 16, 2, 8), np.float32)
+    >>> key = value = np.ones((3, 2, 8), np.float32)
+    >>> pagedattn.reshape_and_cache(key, value, k_cache, v_cache, np.array([17, -1, 18]))
+    >>> float(k_cache[1].sum())
+    32.0
+    """
+    _core.reshape_and_cache(
+        key,
+        value,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        k_scale,
+        v_scale,
+        dtype_code("reshape_and_cache", "kv_dtype", kv_dtype),
+        _check_mode(check),
+        stream_pointer("reshape_and_cache", stream, key),
+    )
+
+
+def copy_blocks(caches: Any, block_mapping: Any, *, stream: Any = None, check: bool | None = None) -> None:
+    """Copy whole blocks within caches: copy-on-write, for K and V of all layers in one launch.
+
+    Parameters
+    ----------
+    caches : array [N, ...] or list of such arrays
+        Caches of one shape, type and strides.
+    block_mapping : int64 array [M, 2]
+        (source, destination) pairs, on the caches' device.  A destination must not stand twice, nor be a source.
+    stream : optional
+        CUDA stream; the current one by default.
+    check : bool, optional
+        Verify the mapping on the GPU too (synchronises).  Unchecked, pairs out of range are skipped there.
+
+    Examples
+    --------
+    >>> import numpy as np, pagedattn
+    >>> cache = np.arange(4 * 2, dtype=np.float32).reshape(4, 2, 1, 1)
+    >>> pagedattn.copy_blocks(cache, np.array([[1, 3]]))
+    >>> cache[3].ravel().tolist()
+    [2.0, 3.0]
+    """
+    arrays = _array_list("copy_blocks", "caches", caches)
+    if not arrays:
+        raise InvalidArgumentError("copy_blocks: `caches` must have at least one cache; got none")
+    _core.copy_blocks(arrays, block_mapping, _check_mode(check), stream_pointer("copy_blocks", stream, arrays[0]))
+
+
+def swap_blocks(src: Any, dst: Any, block_mapping: Any, *, stream: Any = None) -> None:
+    """Copy whole blocks between host and device caches, or between two caches on one side.
+
+    Parameters
+    ----------
+    src, dst : array [N, ...] or lists of such arrays
+        Caches of one block shape and type; numbers of blocks may differ.
+    block_mapping : int64 NumPy array [M, 2]
+        (source, destination) pairs, in host memory; always verified.
+    stream : optional
+        CUDA stream; the current one by default.  The copies are enqueued on it: host memory must stay alive until it
+        has passed them, and is moved asynchronously only if it is page-locked.
+
+    Examples
+    --------
+    >>> import numpy as np, pagedattn
+    >>> device, host = np.ones((4, 2, 1, 1), np.float32), np.zeros((2, 2, 1, 1), np.float32)
+    >>> pagedattn.swap_blocks(device, host, np.array([[3, 0]]))
+    >>> host[:, 0, 0, 0].tolist()
+    [1.0, 0.0]
+    """
+    sources = _array_list("swap_blocks", "src", src)
+    destinations = _array_list("swap_blocks", "dst", dst)
+    if not sources or not destinations:
+        raise InvalidArgumentError("swap_blocks: `src` and `dst` must have at least one cache each; got none")
+    on_device = sources[0] if is_on_cuda(sources[0]) else destinations[0]
+    _core.swap_blocks(sources, destinations, block_mapping, stream_pointer("swap_blocks", stream, on_device))
+
+
+def gather_kv(
+    k_cache: Any,
+    v_cache: Any,
+    block_tables: Any,
+    seq_lens: Any,
+    *,
+    seq_starts: Any = None,
+    out_start_loc: Any = None,
+    total_tokens: int | None = None,
+    out: tuple[Any, Any] | None = None,
+    dtype: Any = None,
+    kv_dtype: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    stream: Any = None,
+    check: bool | None = None,
+) -> tuple[Any, Any]:
+    """Copy pages back to contiguous keys and values, one sequence behind the other.
+
+    Parameters
+    ----------
+    k_cache, v_cache : array [N, S, Hkv, D]
+        The paged cache.
+    block_tables : int32 array [B, max_blocks]
+        Blocks of each sequence.
+    seq_lens : int32 array [B]
+        Tokens up to here are gathered.
+    seq_starts : int32 array [B], optional
+        Tokens from here on; 0 by default.
+    out_start_loc : int32 array [B + 1], optional
+        First output row of each sequence; by default they follow each other.
+    total_tokens : int, optional
+        Rows R of the output.  CUDA lengths are not read back, so there it or ``out`` is required.
+    out : (array, array), optional
+        Where to write, [R, Hkv, D] each; rows that no token fills stay as they are.
+    dtype : str or dtype, optional
+        Type of the output: the cache's by default, or a wider one to dequantise a float8 cache.
+    kv_dtype : str or dtype, optional
+        What uint8 or uint16 cache storage holds.
+    k_scale, v_scale : float or float32 array [1] or [Hkv], optional
+        Scales of a float8 cache that is dequantised.
+    stream, check : optional
+        As for :func:`paged_attention`.
+
+    Returns
+    -------
+    (array, array)
+        Keys and values, [R, Hkv, D].
+
+    Examples
+    --------
+    >>> import numpy as np, pagedattn
+    >>> k_cache, v_cache = np.random.default_rng(0).standard_normal((2, 4, 16, 2, 8), dtype=np.float32)
+    >>> k, v = pagedattn.gather_kv(k_cache, v_cache, np.array([[2, 0]], np.int32), np.array([20], np.int32))
+    >>> k.shape, bool((k[16:] == k_cache[0, :4]).all())
+    ((20, 2, 8), True)
+    """
+    operation = "gather_kv"
+    if out is None:
+        shape = (
+            _gathered_rows(seq_lens, seq_starts, out_start_loc, total_tokens),
+            *_trailing_shape(k_cache),
+        )
+        if dtype is None:
+            out = (empty_like(operation, "k_cache", k_cache, shape), empty_like(operation, "v_cache", v_cache, shape))
+        else:
+            name = dtype_name(operation, "dtype", dtype)
+            out = (empty(shape, name, k_cache), empty(shape, name, k_cache))
+    elif not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise InvalidArgumentError(f"{operation}: `out` must be a pair of arrays (k, v); got {type(out).__name__}")
+    elif dtype is not None or total_tokens is not None:
+        raise InvalidArgumentError(f"{operation}: `dtype` and `total_tokens` must be absent where `out` is given")
+    k_out, v_out = out
+    _core.gather_kv(
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens,
+        seq_starts,
+        out_start_loc,
+        k_scale,
+        v_scale,
+        k_out,
+        v_out,
+        dtype_code(operation, "kv_dtype", kv_dtype),
+        _check_mode(check),
+        stream_pointer(operation, stream, k_cache),
+    )
+    return k_out, v_out
+
+
+def _trailing_shape(k_cache: Any) -> tuple[int, int]:
+    shape = tuple(getattr(k_cache, "shape", ()))
+    if len(shape) != 4:
+        raise InvalidArgumentError(
+            "gather_kv: `k_cache` must have shape (num_blocks, block_size, num_kv_heads, head_dim); "
+            f"got {shape or type(k_cache).__name__}"
+        )
+    return int(shape[2]), int(shape[3])
+
+
+def _gathered_rows(seq_lens: Any, seq_starts: Any, out_start_loc: Any, total_tokens: int | None) -> int:
+    if total_tokens is not None:
+        try:
+            rows = operator.index(total_tokens)
+        except TypeError:
+            rows = -1
+        if rows < 0:
+            raise InvalidArgumentError(
+                f"gather_kv: `total_tokens` must be a whole number of at least 0; got {total_tokens!r}"
+            )
+        return rows
+    if is_on_cuda(seq_lens):
+        raise InvalidArgumentError(
+            "gather_kv: `out` or `total_tokens` must be given for CUDA arrays, whose lengths are not read back; got none"
+        )
+    if library_of(seq_lens) == "numpy" and seq_lens.ndim == 1:
+        if out_start_loc is not None and np.ndim(out_start_loc) == 1 and len(out_start_loc):
+            return max(0, int(out_start_loc[-1]))
+        starts = 0 if seq_starts is None else int(np.sum(seq_starts, dtype=np.int64))
+        return max(0, int(seq_lens.sum(dtype=np.int64)) - starts)
+    if hasattr(seq_lens, "__dlpack__"):
+        as_numpy = [None if a is None else np.from_dlpack(a) for a in (seq_lens, seq_starts, out_start_loc)]
+        return _gathered_rows(*as_numpy, None)
+    raise InvalidArgumentError("gather_kv: `seq_lens` must be an int32 array of shape (num_seqs,)")

@@ -1,0 +1,74 @@
+// Python arrays as pa_tensor views: NumPy and CuPy arrays directly, everything else through DLPack.  Nothing is copied.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "pagedattn/pagedattn.h"
+
+namespace pagedattn::bindings {
+
+// Who asks, for messages, and the CUDA stream on which a DLPack producer must have its data ready.
+struct Call {
+  const char *operation;
+  std::intptr_t stream = 0;
+};
+
+// One array argument; keeps what it views alive.
+class Array {
+ public:
+  // None gives an absent array.
+  Array(const Call &call, const std::string &argument, pybind11::handle object);
+  // Null if absent.  Valid as long as this object stays where it is.
+  const pa_tensor *get() const { return present_ ? &tensor_ : nullptr; }
+  const pa_tensor &tensor() const { return tensor_; }
+
+ private:
+  void from_numpy(const Call &call, const std::string &argument, pybind11::handle object);
+  void from_cupy(const Call &call, const std::string &argument, pybind11::handle object);
+  void from_dlpack(const Call &call, const std::string &argument, pybind11::handle object);
+
+  bool present_ = false;
+  pa_tensor tensor_ = {};
+  pybind11::object owner_;
+};
+
+// A list or tuple of arrays.
+class ArrayList {
+ public:
+  ArrayList(const Call &call, const std::string &argument, pybind11::handle objects);
+  const pa_tensor *data() const { return tensors_.data(); }
+  int64_t size() const { return static_cast<int64_t>(tensors_.size()); }
+
+ private:
+  std::vector<Array> arrays_;
+  std::vector<pa_tensor> tensors_;
+};
+
+// A scale: None, a number, or an array.
+class ScaleArgument {
+ public:
+  ScaleArgument(const Call &call, const std::string &argument, pybind11::handle object);
+  const pa_tensor *array() const { return array_.get(); }
+  double value() const { return value_; }
+
+ private:
+  static bool is_number(pybind11::handle object);
+
+  double value_ = 1.0;
+  Array array_;
+};
+
+// Looks up what importing would otherwise do in the middle of a call, where another thread might wait with the GIL held.
+void prepare();
+
+// Throws the Python exception that a failed call's status stands for.
+void raise_on_error(pa_status status, const pa_error &error);
+[[noreturn]] void raise_invalid(const std::string &message);
+
+}  // namespace pagedattn::bindings

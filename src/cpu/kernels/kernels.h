@@ -1,0 +1,76 @@
+// What a kernel unit offers: a table of functions, one table for each compiled instruction set.
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// Both sides include this: the kernel units, which may use nothing that needs code outside their namespace (so only
+// plain structs and constants are here, and units call no inline function of params.h), and the drivers beside it,
+// which divide the work among threads and call through the table.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "params.h"
+
+namespace pagedattn::cpu {
+
+// Rows of attention are numbered as the packed grouped-query rows of a sequence: row = token * group + g, where group =
+// Hq / Hkv, so that the query heads which share a KV head share each load and conversion of its keys.
+
+// One item of work: a tile of packed rows, for a range of KV heads, over a range of keys.
+struct AttentionWork {
+  int64_t query_start = 0;  // q's first token of the sequence
+  int64_t query_len = 0;
+  int64_t seq_len = 0;
+  int64_t row_begin = 0;
+  int64_t row_end = 0;
+  int64_t kv_begin = 0;
+  int64_t kv_end = 0;
+  int32_t seq = 0;
+  int32_t head_begin = 0;  // KV heads
+  int32_t head_end = 0;
+  // Where the unnormalised result goes, or null if the range holds every visible key and `out` is final.
+  float *partial = nullptr;
+};
+
+// A partial result holds, for each (KV head, row) of its work item in this order, the accumulator of head_dim floats;
+// behind all of those the row maxima (of base-2 scores), and behind those the sums.
+constexpr int64_t kPartialExtra = 2;  // floats of a row beside the accumulator
+
+// Rows times KV heads of one work item, which bounds the scratch memory.
+constexpr int64_t kMaxStateRows = 128;
+
+struct Kernels {
+  const char *isa;
+  const char *attention_name;
+  const char *merge_states_name;
+  const char *reshape_and_cache_name;
+  const char *copy_blocks_name;
+  const char *gather_kv_name;
+
+  // Bytes of 64-byte aligned scratch memory of one thread.
+  size_t (*attention_scratch_size)(const AttentionParams &params);
+  void (*attend)(const AttentionParams &params, const AttentionWork &work, void *scratch);
+  // Joins the partial results of the same rows and heads, `stride` floats apart, in order, and writes `out`.
+  void (*merge_partials)(const AttentionParams &params, const AttentionWork &work, const float *partials,
+                         int64_t num_partials, int64_t stride, void *scratch);
+
+  // out[i] = sum over parts of weights[p] * parts[p][i]; parts of weight 0 are not read.
+  void (*merge_row)(DType dtype, void *out, const void *const *parts, const float *weights, int64_t num_parts,
+                    int64_t n);
+  // dst[i] = src[i] / scale, and dst[i] = src[i] * scale, in fp32, rounded to dst's type.
+  void (*quantize_row)(DType dst_dtype, void *dst, DType src_dtype, const void *src, float scale, int64_t n);
+  void (*dequantize_row)(DType dst_dtype, void *dst, DType src_dtype, const void *src, float scale, int64_t n);
+};
+
+namespace generic {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+
+}  // namespace pagedattn::cpu

@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tensor_checks.h"
+
+#include <cmath>
+#include <limits>
+
+#include "describe.h"
+#include "status.h"
+
+#if PAGEDATTN_HAS_CUDA
+#include "cuda_backend.h"
+#endif
+
+namespace pagedattn {
+
+namespace {
+
+int64_t element_size(int32_t dtype) {
+  switch (dtype) {
+    case PA_FLOAT32:
+    case PA_INT32: return 4;
+    case PA_FLOAT16:
+    case PA_BFLOAT16:
+    case PA_UINT16: return 2;
+    case PA_FLOAT8_E4M3:
+    case PA_FLOAT8_E5M2:
+    case PA_UINT8: return 1;
+    case PA_INT64:
+    case PA_FLOAT64: return 8;
+    default: return 0;
+  }
+}
+
+bool is_empty(const pa_tensor &tensor) {
+  for (int32_t i = 0; i < tensor.ndim; ++i) {
+    if (tensor.shape[i] == 0) return true;
+  }
+  return false;
+}
+
+// Bytes from the first to behind the last element, or -1 if that number does not fit.
+int64_t extent_bytes(const pa_tensor &tensor) {
+  if (is_empty(tensor)) return 0;
+  int64_t last = 0;
+  for (int32_t i = 0; i < tensor.ndim; ++i) {
+    int64_t step = 0;
+    if (__builtin_mul_overflow(tensor.shape[i] - 1, tensor.strides[i], &step) ||
+        __builtin_add_overflow(last, step, &last)) {
+      return -1;
+    }
+  }
+  int64_t bytes = 0;
+  if (__builtin_add_overflow(last, 1, &last) || __builtin_mul_overflow(last, element_size(tensor.dtype), &bytes)) {
+    return -1;
+  }
+  return bytes;
+}
+
+}  // namespace
+
+void Checker::fail(const std::string &sentence) const {
+  throw_invalid(std::string(operation_) + ": " + sentence);
+}
+
+void Checker::fail(const char *argument, const std::string &expected, const std::string &got) const {
+  fail("`" + std::string(argument) + "` must be " + expected + "; got " + got);
+}
+
+void Checker::set_device(const char *argument, const pa_tensor *tensor) {
+  if (tensor == nullptr) fail("`" + std::string(argument) + "` is required");
+  device_type_ = tensor->device_type == PA_CUDA ? PA_CUDA : PA_CPU;
+  device_id_ = tensor->device_type == PA_CUDA ? tensor->device_id : 0;
+  if (device_type_ != PA_CUDA) return;
+#if !PAGEDATTN_HAS_CUDA
+  throw Error(PA_ERROR_UNSUPPORTED, std::string(operation_) + ": `" + argument + "` is on " +
+                                        device_text(PA_CUDA, device_id_) +
+                                        ", but this build of pagedattn has no CUDA kernels. Install it again where nvcc "
+                                        "is found (PAGEDATTN_CUDA=ON makes a missing compiler an error)");
+#endif
+}
+
+void Checker::tensor(const char *argument, const pa_tensor *tensor) const {
+  if (tensor == nullptr) fail("`" + std::string(argument) + "` is required");
+  const int32_t device_type = tensor->device_type == PA_CUDA ? PA_CUDA : PA_CPU;
+  if (tensor->device_type != PA_CPU && tensor->device_type != PA_CUDA && tensor->device_type != PA_CUDA_HOST) {
+    fail("`" + std::string(argument) + "` lies on a device of DLPack type " + std::to_string(tensor->device_type) +
+         "; pagedattn serves host memory (1, 3) and CUDA memory (2)");
+  }
+  if (device_type != device_type_ || (device_type == PA_CUDA && tensor->device_id != device_id_)) {
+    fail(argument, "on " + device_text(device_type_, device_id_) + " like the other arguments",
+         device_text(device_type, tensor->device_id));
+  }
+  if (tensor->ndim < 0 || tensor->ndim > PA_MAX_DIMS) {
+    fail(argument, "of at most " + std::to_string(PA_MAX_DIMS) + " dimensions", std::to_string(tensor->ndim));
+  }
+  for (int32_t i = 0; i < tensor->ndim; ++i) {
+    if (tensor->shape[i] < 0) fail(argument, "of non-negative shape", shape_text(tensor->ndim, tensor->shape));
+    if (tensor->strides[i] < 0 && tensor->shape[i] > 1) {
+      fail(argument, "without negative strides", "strides " + shape_text(tensor->ndim, tensor->strides));
+    }
+  }
+  if (element_size(tensor->dtype) == 0) fail(argument, "of a known type", dtype_name(tensor->dtype));
+  if (extent_bytes(*tensor) < 0) {
+    fail(argument, "addressable with 64 bits",
+         "shape " + shape_text(tensor->ndim, tensor->shape) + ", strides " + shape_text(tensor->ndim, tensor->strides));
+  }
+  if (tensor->data == nullptr && !is_empty(*tensor)) fail("`" + std::string(argument) + "` has no data");
+  if (reinterpret_cast<uintptr_t>(tensor->data) % static_cast<uintptr_t>(element_size(tensor->dtype)) != 0) {
+    fail(argument, "aligned to its element size", "an address that is not");
+  }
+}
+
+std::string Checker::shape_expected(const pa_tensor &tensor, std::initializer_list<Dim> dims) {
+  std::string symbols = "(", sizes = "(";
+  int32_t i = 0;
+  for (const Dim &dim : dims) {
+    const char *comma = i ? ", " : "";
+    symbols += std::string(comma) + dim.symbol;
+    // A free extent repeats what was given, so that the reader sees only the real difference.
+    const bool free_known = dim.size == Dim::kAny && i < tensor.ndim && static_cast<size_t>(tensor.ndim) == dims.size();
+    sizes += comma + (dim.size != Dim::kAny ? std::to_string(dim.size)
+                      : free_known          ? std::to_string(tensor.shape[i])
+                                            : std::string("any"));
+    ++i;
+  }
+  const char *close = dims.size() == 1 ? ",)" : ")";
+  return "shape " + symbols + close + " = " + sizes + close;
+}
+
+void Checker::shaped(const char *argument, const pa_tensor *tensor, std::initializer_list<Dim> dims) const {
+  this->tensor(argument, tensor);
+  bool good = static_cast<size_t>(tensor->ndim) == dims.size();
+  int32_t i = 0;
+  for (const Dim &dim : dims) {
+    good = good && (dim.size == Dim::kAny || tensor->shape[i] == dim.size);
+    ++i;
+  }
+  if (!good) {
+    fail("`" + std::string(argument) + "` must have " + shape_expected(*tensor, dims) + "; got " + tensor_text(*tensor));
+  }
+}
+
+void Checker::dtype(const char *argument, const pa_tensor &tensor, int32_t expected,
+                    std::initializer_list<Dim> dims) const {
+  if (tensor.dtype == expected) return;
+  fail(argument, std::string(dtype_name(expected)) + " with " + shape_expected(tensor, dims), tensor_text(tensor));
+}
+
+void Checker::vector(const char *argument, const pa_tensor *tensor, int32_t expected, Dim dim) const {
+  this->tensor(argument, tensor);
+  dtype(argument, *tensor, expected, {dim});
+  shaped(argument, tensor, {dim});
+  if (tensor->shape[0] > 1 && tensor->strides[0] != 1) {
+    fail(argument, "contiguous", "a stride of " + std::to_string(tensor->strides[0]) + " elements");
+  }
+}
+
+void Checker::unit_last_stride(const char *argument, const pa_tensor &tensor) const {
+  const int32_t last = tensor.ndim - 1;
+  if (last >= 0 && tensor.shape[last] > 1 && tensor.strides[last] != 1) {
+    fail(argument, "contiguous in its last dimension",
+         "a last stride of " + std::to_string(tensor.strides[last]) + " elements");
+  }
+}
+
+void Checker::output(const char *argument, const pa_tensor &tensor) const {
+  if (tensor.flags & PA_TENSOR_READONLY) fail(argument, "writable", "a read-only array");
+  if (is_empty(tensor)) return;
+  // Dimensions from the smallest stride up: each must step over all that lies inside it.
+  bool used[PA_MAX_DIMS] = {};
+  int64_t inner = 1;
+  for (int32_t n = 0; n < tensor.ndim; ++n) {
+    int32_t smallest = -1;
+    for (int32_t i = 0; i < tensor.ndim; ++i) {
+      if (!used[i] && (smallest < 0 || tensor.strides[i] < tensor.strides[smallest])) smallest = i;
+    }
+    used[smallest] = true;
+    if (tensor.shape[smallest] == 1) continue;
+    if (tensor.strides[smallest] < inner) {
+      fail(argument, "an array whose elements do not share memory",
+           "shape " + shape_text(tensor.ndim, tensor.shape) + " with strides " + shape_text(tensor.ndim, tensor.strides));
+    }
+    inner += (tensor.shape[smallest] - 1) * tensor.strides[smallest];
+  }
+}
+
+void Checker::disjoint(const char *argument, const pa_tensor &written, const char *other_argument,
+                       const pa_tensor *other) const {
+  if (other == nullptr || !may_overlap(written, *other)) return;
+  fail(argument, "memory apart from `" + std::string(other_argument) + "`", "overlapping arrays");
+}
+
+int32_t Checker::fits_int32(const char *argument, const char *symbol, int64_t value) const {
+  if (value > std::numeric_limits<int32_t>::max()) {
+    fail("`" + std::string(argument) + "` must have " + symbol + " below 2**31; got " + std::to_string(value));
+  }
+  return static_cast<int32_t>(value);
+}
+
+void Checker::flag(const char *argument, int32_t value) const {
+  if (value != 0 && value != 1) fail(argument, "0 or 1", std::to_string(value));
+}
+
+void Checker::check_mode(int32_t value) const {
+  if (value < -1 || value > 1) fail("check", "-1, 0 or 1", std::to_string(value));
+}
+
+double Checker::positive_finite(const char *argument, double value) const {
+  const auto narrow = static_cast<float>(value);
+  if (!(narrow > 0.0f) || !std::isfinite(narrow)) fail(argument, "a positive finite number", number_text(value));
+  return value;
+}
+
+DType cache_dtype(const Checker &check, const char *argument, const pa_tensor &cache, int32_t kv_dtype) {
+  if (kv_dtype == PA_DTYPE_NONE) {
+    if (cache.dtype >= PA_FLOAT32 && cache.dtype <= PA_FLOAT8_E5M2) return static_cast<DType>(cache.dtype);
+    if (cache.dtype == PA_UINT8 || cache.dtype == PA_UINT16) {
+      check.fail("`" + std::string(argument) + "` is " + dtype_name(cache.dtype) +
+                 " storage; name what it holds with `kv_dtype`");
+    }
+    check.fail(argument, "float32, float16, bfloat16, float8_e4m3 or float8_e5m2", tensor_text(cache));
+  }
+  if (kv_dtype < PA_FLOAT32 || kv_dtype > PA_FLOAT8_E5M2) {
+    check.fail("kv_dtype", "float32, float16, bfloat16, float8_e4m3 or float8_e5m2", dtype_name(kv_dtype));
+  }
+  const auto wanted = static_cast<DType>(kv_dtype);
+  const bool storage = (cache.dtype == PA_UINT8 && dtype_size(wanted) == 1) ||
+                       (cache.dtype == PA_UINT16 && dtype_size(wanted) == 2);
+  if (cache.dtype != kv_dtype && !storage) {
+    check.fail(argument, std::string("an array that can hold `kv_dtype` ") + dtype_name(kv_dtype), tensor_text(cache));
+  }
+  return wanted;
+}
+
+DType wide_dtype(const Checker &check, const char *argument, const pa_tensor &tensor, int32_t kv_dtype) {
+  if (tensor.dtype >= PA_FLOAT32 && tensor.dtype <= PA_BFLOAT16) return static_cast<DType>(tensor.dtype);
+  if (tensor.dtype == PA_UINT16) {
+    if (kv_dtype == PA_FLOAT16 || kv_dtype == PA_BFLOAT16) return static_cast<DType>(kv_dtype);
+    check.fail("`" + std::string(argument) +
+               "` is uint16 storage; name what it holds with `kv_dtype` float16 or bfloat16, or give a typed array");
+  }
+  check.fail(argument, "float32, float16 or bfloat16", tensor_text(tensor));
+}
+
+Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value, DType kv_dtype,
+                  int32_t num_kv_heads) {
+  Scale scale;
+  if (!is_float8(kv_dtype) && (tensor != nullptr || value != 1.0)) {
+    check.fail(argument, std::string("absent: only float8 caches are scaled"),
+               std::string("a scale for a ") + dtype_name(static_cast<int32_t>(kv_dtype)) + " cache");
+  }
+  if (tensor == nullptr) {
+    scale.value = static_cast<float>(check.positive_finite(argument, value));
+    return scale;
+  }
+  check.tensor(argument, tensor);
+  const int64_t count = tensor->ndim == 0 ? 1 : tensor->ndim == 1 ? tensor->shape[0] : -1;
+  if (tensor->dtype != PA_FLOAT32 || (count != 1 && count != num_kv_heads)) {
+    check.fail(argument, "a number or float32 with shape (1,) or (num_kv_heads,) = (" + std::to_string(num_kv_heads) + ",)",
+               tensor_text(*tensor));
+  }
+  if (tensor->ndim == 1) check.vector(argument, tensor, PA_FLOAT32, {"num_kv_heads", count});
+  scale.ptr = static_cast<const float *>(tensor->data);
+  scale.per_head = count == num_kv_heads && count > 1;
+  return scale;
+}
+
+CacheView cache_view(const pa_tensor &tensor) {
+  return {tensor.data, tensor.strides[0], tensor.strides[1], tensor.strides[2]};
+}
+
+TokensView tokens_view(const pa_tensor &tensor) { return {tensor.data, tensor.strides[0], tensor.strides[1]}; }
+
+namespace {
+
+// Dimensions longer than one, in bytes, from the largest stride down; the elements themselves are a last, dense one.
+struct StridedSet {
+  int32_t ndim = 0;
+  int64_t count[PA_MAX_DIMS + 1] = {};
+  int64_t stride[PA_MAX_DIMS + 1] = {};
+
+  explicit StridedSet(const pa_tensor &tensor) {
+    const int64_t size = element_size(tensor.dtype);
+    for (int32_t i = 0; i < tensor.ndim; ++i) {
+      if (tensor.shape[i] == 1 || tensor.strides[i] == 0) continue;
+      int32_t at = ndim++;
+      for (; at > 0 && stride[at - 1] < tensor.strides[i] * size; --at) {
+        stride[at] = stride[at - 1];
+        count[at] = count[at - 1];
+      }
+      stride[at] = tensor.strides[i] * size;
+      count[at] = tensor.shape[i];
+    }
+    stride[ndim] = 1;
+    count[ndim++] = size;
+  }
+  // Bytes spanned by the dimensions from `from` inwards.
+  int64_t extent(int32_t from) const {
+    int64_t bytes = 1;
+    for (int32_t i = from; i < ndim; ++i) bytes += (count[i] - 1) * stride[i];
+    return bytes;
+  }
+};
+
+// Whether `a` (from dimension i inwards) at address 0 and `b` (from j inwards) at address `offset` can meet.
+bool sets_meet(const StridedSet &a, int32_t i, const StridedSet &b, int32_t j, int64_t offset) {
+  if (offset >= a.extent(i) || offset + b.extent(j) <= 0) return false;
+  const bool a_inner = i + 1 < a.ndim, b_inner = j + 1 < b.ndim;
+  if (!a_inner || !b_inner || a.stride[i] != b.stride[j]) return true;
+  const int64_t period = a.stride[i];
+  if (a.extent(i + 1) > period || b.extent(j + 1) > period) return true;
+  // Rows repeat with one period in both, so only the offset within it matters, seen from either neighbour.
+  const int64_t within = ((offset % period) + period) % period;
+  return sets_meet(a, i + 1, b, j + 1, within) || sets_meet(a, i + 1, b, j + 1, within - period);
+}
+
+}  // namespace
+
+bool may_overlap(const pa_tensor &a, const pa_tensor &b) {
+  if (is_empty(a) || is_empty(b)) return false;
+  const auto start_a = reinterpret_cast<uintptr_t>(a.data), start_b = reinterpret_cast<uintptr_t>(b.data);
+  const auto end_a = start_a + static_cast<uintptr_t>(extent_bytes(a));
+  const auto end_b = start_b + static_cast<uintptr_t>(extent_bytes(b));
+  if (start_a >= end_b || start_b >= end_a) return false;
+  return sets_meet(StridedSet(a), 0, StridedSet(b), 0, static_cast<int64_t>(start_b - start_a));
+}
+
+}  // namespace pagedattn

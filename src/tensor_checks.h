@@ -1,0 +1,80 @@
+// The checks that every operation shares: types, shapes, strides, devices, overlap.
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// A Checker knows the operation's name and the device that its first tensor chose.  Each method either returns or throws
+// PA_ERROR_INVALID_ARGUMENT with a message of the form
+//   operation: `argument` must be <expected>; got <what was given>
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "pagedattn/pagedattn.h"
+#include "params.h"
+
+namespace pagedattn {
+
+// An expected extent: its symbol, for the message, and its value, or kAny.
+struct Dim {
+  static constexpr int64_t kAny = -1;
+  const char *symbol;
+  int64_t size = kAny;
+};
+
+class Checker {
+ public:
+  explicit Checker(const char *operation) : operation_(operation) {}
+
+  [[noreturn]] void fail(const std::string &sentence) const;  // "operation: sentence"
+  [[noreturn]] void fail(const char *argument, const std::string &expected, const std::string &got) const;
+
+  // Takes the operation's device from its leading tensor.  Throws if this build or machine cannot serve it.
+  void set_device(const char *argument, const pa_tensor *tensor);
+  bool on_cuda() const { return device_type_ == PA_CUDA; }
+  int32_t device_id() const { return device_id_; }
+
+  // A well-formed tensor on the operation's device: pointer, sizes, strides that fit in 64 bits, none negative.
+  void tensor(const char *argument, const pa_tensor *tensor) const;
+  // The same with its shape.
+  void shaped(const char *argument, const pa_tensor *tensor, std::initializer_list<Dim> dims) const;
+  // A dense one-dimensional array of one type.
+  void vector(const char *argument, const pa_tensor *tensor, int32_t dtype, Dim dim) const;
+  void dtype(const char *argument, const pa_tensor &tensor, int32_t expected, std::initializer_list<Dim> dims) const;
+  void unit_last_stride(const char *argument, const pa_tensor &tensor) const;
+  // Writable, each element at an address of its own.
+  void output(const char *argument, const pa_tensor &tensor) const;
+  // No element of `written` lies where one of `other` does.  `other` may be null.
+  void disjoint(const char *argument, const pa_tensor &written, const char *other_argument,
+                const pa_tensor *other) const;
+
+  int32_t fits_int32(const char *argument, const char *symbol, int64_t value) const;
+  void flag(const char *argument, int32_t value) const;                        // 0 or 1
+  void check_mode(int32_t value) const;                                        // -1, 0 or 1
+  double positive_finite(const char *argument, double value) const;
+
+ private:
+  // An extent of [B, max_blocks]-like arrays in words: "int32 with shape (num_seqs, max_blocks) = (8, 64)".
+  static std::string shape_expected(const pa_tensor &tensor, std::initializer_list<Dim> dims);
+
+  const char *operation_;
+  int32_t device_type_ = PA_CPU;
+  int32_t device_id_ = 0;
+};
+
+// What a cache holds: the tensor's own type, or what `kv_dtype` says that its uint8 or uint16 storage is.
+DType cache_dtype(const Checker &check, const char *argument, const pa_tensor &cache, int32_t kv_dtype);
+// The type of q, key or an output: float32, float16, bfloat16, or uint16 storage of the 16-bit type that kv_dtype names.
+DType wide_dtype(const Checker &check, const char *argument, const pa_tensor &tensor, int32_t kv_dtype);
+// The scale of a cache, from a tensor of one or Hkv elements or a number.
+Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value, DType kv_dtype,
+                  int32_t num_kv_heads);
+
+CacheView cache_view(const pa_tensor &tensor);
+TokensView tokens_view(const pa_tensor &tensor);
+
+// Whether two strided sets of addresses can share a byte.  Exact for slices of a common buffer; conservative otherwise.
+bool may_overlap(const pa_tensor &a, const pa_tensor &b);
+
+}  // namespace pagedattn

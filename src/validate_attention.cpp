@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cmath>
+#include <string>
+
+#include "describe.h"
+#include "placement.h"
+#include "tensor_checks.h"
+#include "validate.h"
+
+namespace pagedattn {
+
+namespace {
+
+constexpr int32_t kMaxHeadDim = 256;
+
+void validate_heads(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
+  check.shaped("q", args.q, {{"T"}, {"num_q_heads"}, {"head_dim"}});
+  p->num_tokens = args.q->shape[0];
+  p->num_q_heads = check.fits_int32("q", "num_q_heads", args.q->shape[1]);
+  const int64_t head_dim = args.q->shape[2];
+  if (head_dim < 8 || head_dim > kMaxHeadDim || head_dim % 8 != 0) {
+    check.fail("`q` must have a head_dim that is a multiple of 8 from 8 to 256; got " + tensor_text(*args.q));
+  }
+  p->head_dim = static_cast<int32_t>(head_dim);
+  check.unit_last_stride("q", *args.q);
+  p->q_dtype = wide_dtype(check, "q", *args.q, args.kv_dtype);
+  p->q = tokens_view(*args.q);
+}
+
+void validate_caches(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
+  check.shaped("k_cache", args.k_cache, {{"num_blocks"}, {"block_size"}, {"num_kv_heads"}, {"head_dim", p->head_dim}});
+  const int64_t *shape = args.k_cache->shape;
+  check.shaped("v_cache", args.v_cache,
+               {{"num_blocks", shape[0]}, {"block_size", shape[1]}, {"num_kv_heads", shape[2]}, {"head_dim", shape[3]}});
+  p->num_blocks = shape[0];
+  p->block_size = check.fits_int32("k_cache", "block_size", shape[1]);
+  p->num_kv_heads = check.fits_int32("k_cache", "num_kv_heads", shape[2]);
+  if (p->block_size < 1) check.fail("k_cache", "of a block_size of at least 1", tensor_text(*args.k_cache));
+  if (p->num_kv_heads < 1 || p->num_q_heads < 1 || p->num_q_heads % p->num_kv_heads != 0) {
+    check.fail("`q` must have a positive multiple of the " + std::to_string(p->num_kv_heads) +
+               " KV heads of `k_cache` as query heads; got " + std::to_string(p->num_q_heads));
+  }
+  check.unit_last_stride("k_cache", *args.k_cache);
+  check.unit_last_stride("v_cache", *args.v_cache);
+
+  p->kv_dtype = cache_dtype(check, "k_cache", *args.k_cache, args.kv_dtype);
+  if (cache_dtype(check, "v_cache", *args.v_cache, args.kv_dtype) != p->kv_dtype) {
+    check.fail("v_cache", std::string("of the type of `k_cache`, ") + dtype_name(args.k_cache->dtype),
+               tensor_text(*args.v_cache));
+  }
+  const bool same = p->kv_dtype == p->q_dtype;
+  if (!same && !(is_float8(p->kv_dtype) && p->q_dtype != DType::kFloat32)) {
+    check.fail("k_cache", std::string("of the type of `q`, ") + dtype_name(static_cast<int32_t>(p->q_dtype)) +
+                              ", or float8 with a 16-bit `q`",
+               dtype_name(static_cast<int32_t>(p->kv_dtype)));
+  }
+  p->k_cache = cache_view(*args.k_cache);
+  p->v_cache = cache_view(*args.v_cache);
+  p->k_scale = cache_scale(check, "k_scale", args.k_scale, args.k_scale_value, p->kv_dtype, p->num_kv_heads);
+  p->v_scale = cache_scale(check, "v_scale", args.v_scale, args.v_scale_value, p->kv_dtype, p->num_kv_heads);
+}
+
+void validate_sequences(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
+  check.tensor("seq_lens", args.seq_lens);
+  const int64_t num_seqs = args.seq_lens->ndim == 1 ? args.seq_lens->shape[0] : Dim::kAny;
+  check.vector("seq_lens", args.seq_lens, PA_INT32, {"num_seqs", num_seqs});
+  p->num_seqs = check.fits_int32("seq_lens", "num_seqs", num_seqs);
+  p->seq_lens = static_cast<const int32_t *>(args.seq_lens->data);
+
+  const std::initializer_list<Dim> table_dims = {{"num_seqs", num_seqs}, {"max_blocks"}};
+  check.tensor("block_tables", args.block_tables);
+  check.dtype("block_tables", *args.block_tables, PA_INT32, table_dims);
+  check.shaped("block_tables", args.block_tables, table_dims);
+  check.unit_last_stride("block_tables", *args.block_tables);
+  p->block_tables = static_cast<const int32_t *>(args.block_tables->data);
+  p->block_table_stride = args.block_tables->strides[0];
+  p->max_blocks_per_seq = check.fits_int32("block_tables", "max_blocks", args.block_tables->shape[1]);
+
+  check.fits_int32("q", "T", p->num_tokens);
+  if (args.query_start_loc != nullptr) {
+    check.vector("query_start_loc", args.query_start_loc, PA_INT32, {"num_seqs + 1", num_seqs + 1});
+    p->query_start_loc = static_cast<const int32_t *>(args.query_start_loc->data);
+  } else if (p->num_tokens != num_seqs) {
+    check.fail("query_start_loc", "given unless every sequence has one query token (T = num_seqs = " +
+                                      std::to_string(num_seqs) + ")",
+               "none with T = " + std::to_string(p->num_tokens));
+  }
+}
+
+void validate_options(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
+  if (std::isinf(args.scale)) check.fail("scale", "finite", number_text(args.scale));
+  p->scale = std::isnan(args.scale) ? 1.0f / std::sqrt(static_cast<float>(p->head_dim)) : static_cast<float>(args.scale);
+  if (!(args.softcap >= 0.0) || std::isinf(static_cast<float>(args.softcap))) {
+    check.fail("softcap", "a finite number of at least 0 (0: off)", number_text(args.softcap));
+  }
+  p->softcap = static_cast<float>(args.softcap);
+  if (args.window < 0) check.fail("window", "at least 1 (absent: no window)", std::to_string(args.window));
+  p->window = args.window;
+  check.flag("causal", args.causal);
+  check.flag("deterministic", args.deterministic);
+  p->causal = args.causal != 0;
+  p->deterministic = args.deterministic != 0;
+  const Dim heads{"num_q_heads", p->num_q_heads};
+  if (args.alibi_slopes != nullptr) {
+    check.vector("alibi_slopes", args.alibi_slopes, PA_FLOAT32, heads);
+    p->alibi_slopes = static_cast<const float *>(args.alibi_slopes->data);
+  }
+  if (args.sinks != nullptr) {
+    check.vector("sinks", args.sinks, PA_FLOAT32, heads);
+    p->sinks = static_cast<const float *>(args.sinks->data);
+  }
+}
+
+void validate_written_apart(const Checker &check, const char *argument, const pa_tensor &written,
+                            const pa_attention_args &args) {
+  check.disjoint(argument, written, "q", args.q);
+  check.disjoint(argument, written, "k_cache", args.k_cache);
+  check.disjoint(argument, written, "v_cache", args.v_cache);
+  check.disjoint(argument, written, "block_tables", args.block_tables);
+  check.disjoint(argument, written, "seq_lens", args.seq_lens);
+  check.disjoint(argument, written, "query_start_loc", args.query_start_loc);
+  check.disjoint(argument, written, "alibi_slopes", args.alibi_slopes);
+  check.disjoint(argument, written, "sinks", args.sinks);
+  check.disjoint(argument, written, "k_scale", args.k_scale);
+  check.disjoint(argument, written, "v_scale", args.v_scale);
+}
+
+void validate_outputs(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
+  const pa_tensor &q = *args.q;
+  check.shaped("out", args.out, {{"T", q.shape[0]}, {"num_q_heads", q.shape[1]}, {"head_dim", q.shape[2]}});
+  check.unit_last_stride("out", *args.out);
+  if (wide_dtype(check, "out", *args.out, args.kv_dtype) != p->q_dtype) {
+    check.fail("out", std::string("of the type of `q`, ") + dtype_name(q.dtype), tensor_text(*args.out));
+  }
+  check.output("out", *args.out);
+  validate_written_apart(check, "out", *args.out, args);
+  p->out = tokens_view(*args.out);
+
+  if (args.lse != nullptr) {
+    const std::initializer_list<Dim> dims = {{"T", q.shape[0]}, {"num_q_heads", q.shape[1]}};
+    check.shaped("lse", args.lse, dims);
+    check.dtype("lse", *args.lse, PA_FLOAT32, dims);
+    check.output("lse", *args.lse);
+    validate_written_apart(check, "lse", *args.lse, args);
+    check.disjoint("lse", *args.lse, "out", args.out);
+    p->lse = static_cast<float *>(args.lse->data);
+    p->lse_token_stride = args.lse->strides[0];
+    p->lse_head_stride = args.lse->strides[1];
+  }
+  if (args.workspace != nullptr) {
+    check.vector("workspace", args.workspace, PA_UINT8, {"bytes"});
+    check.output("workspace", *args.workspace);
+    validate_written_apart(check, "workspace", *args.workspace, args);
+    check.disjoint("workspace", *args.workspace, "out", args.out);
+    check.disjoint("workspace", *args.workspace, "lse", args.lse);
+    if (reinterpret_cast<uintptr_t>(args.workspace->data) % 16 != 0) {
+      check.fail("workspace", "aligned to 16 bytes", "an address that is not");
+    }
+    p->workspace = args.workspace->data;
+    p->workspace_size = static_cast<size_t>(args.workspace->shape[0]);
+  }
+}
+
+}  // namespace
+
+Placement validate_attention(const pa_attention_args &args, bool needs_out, AttentionParams *params) {
+  Checker check("paged_attention");
+  check.set_device("q", args.q);
+  check.check_mode(args.check);
+  validate_heads(check, args, params);
+  validate_caches(check, args, params);
+  validate_sequences(check, args, params);
+  validate_options(check, args, params);
+  if (needs_out) validate_outputs(check, args, params);
+  return placement_of(check, args.check);
+}
+
+}  // namespace pagedattn

@@ -1,0 +1,342 @@
+// merge_states, reshape_and_cache, copy_blocks, swap_blocks, gather_kv.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <string>
+
+#include "describe.h"
+#include "placement.h"
+#include "tensor_checks.h"
+#include "validate.h"
+
+namespace pagedattn {
+
+namespace {
+
+std::string indexed(const char *name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
+// The two caches of one layer, alike but for their strides.
+template <class Params>
+void validate_cache_pair(const Checker &check, const pa_tensor *k_cache, const pa_tensor *v_cache, int64_t num_kv_heads,
+                         int64_t head_dim, int32_t kv_dtype, Params *p) {
+  check.shaped("k_cache", k_cache,
+               {{"num_blocks"}, {"block_size"}, {"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}});
+  const int64_t *shape = k_cache->shape;
+  check.shaped("v_cache", v_cache,
+               {{"num_blocks", shape[0]}, {"block_size", shape[1]}, {"num_kv_heads", shape[2]}, {"head_dim", shape[3]}});
+  check.unit_last_stride("k_cache", *k_cache);
+  check.unit_last_stride("v_cache", *v_cache);
+  p->num_blocks = shape[0];
+  p->block_size = check.fits_int32("k_cache", "block_size", shape[1]);
+  p->num_kv_heads = check.fits_int32("k_cache", "num_kv_heads", shape[2]);
+  p->head_dim = check.fits_int32("k_cache", "head_dim", shape[3]);
+  if (p->block_size < 1 || p->num_kv_heads < 1 || p->head_dim < 1) {
+    check.fail("k_cache", "of a block_size, num_kv_heads and head_dim of at least 1", tensor_text(*k_cache));
+  }
+  p->kv_dtype = cache_dtype(check, "k_cache", *k_cache, kv_dtype);
+  if (cache_dtype(check, "v_cache", *v_cache, kv_dtype) != p->kv_dtype) {
+    check.fail("v_cache", std::string("of the type of `k_cache`, ") + dtype_name(k_cache->dtype), tensor_text(*v_cache));
+  }
+  p->k_cache = cache_view(*k_cache);
+  p->v_cache = cache_view(*v_cache);
+}
+
+}  // namespace
+
+Placement validate_merge_states(const pa_merge_states_args &args, ValidatedMerge *merge) {
+  Checker check("merge_states");
+  if (args.num_parts < 1) check.fail("outs", "at least one part", std::to_string(args.num_parts));
+  if (args.outs == nullptr) check.fail("`outs` is required");
+  if (args.lses == nullptr) check.fail("`lses` is required");
+  check.set_device("outs", args.outs);
+
+  check.shaped("out", args.out, {{"T"}, {"num_heads"}, {"head_dim"}});
+  const int64_t *shape = args.out->shape;
+  check.unit_last_stride("out", *args.out);
+  check.output("out", *args.out);
+  MergeStatesParams &p = merge->params;
+  p.dtype = wide_dtype(check, "out", *args.out, PA_DTYPE_NONE);
+  const std::initializer_list<Dim> lse_dims = {{"T", shape[0]}, {"num_heads", shape[1]}};
+  if (args.lse != nullptr) {
+    check.shaped("lse", args.lse, lse_dims);
+    check.dtype("lse", *args.lse, PA_FLOAT32, lse_dims);
+    check.output("lse", *args.lse);
+    check.disjoint("lse", *args.lse, "out", args.out);
+  }
+  for (int64_t i = 0; i < args.num_parts; ++i) {
+    const std::string out_name = indexed("outs", i), lse_name = indexed("lses", i);
+    const pa_tensor &out = args.outs[i], &lse = args.lses[i];
+    check.shaped(out_name.c_str(), &out, {{"T", shape[0]}, {"num_heads", shape[1]}, {"head_dim", shape[2]}});
+    check.unit_last_stride(out_name.c_str(), out);
+    if (out.dtype != args.out->dtype) {
+      check.fail(out_name.c_str(), std::string("of the type of `out`, ") + dtype_name(args.out->dtype), tensor_text(out));
+    }
+    check.shaped(lse_name.c_str(), &lse, lse_dims);
+    check.dtype(lse_name.c_str(), lse, PA_FLOAT32, lse_dims);
+    check.disjoint("out", *args.out, out_name.c_str(), &out);
+    check.disjoint("out", *args.out, lse_name.c_str(), &lse);
+    if (args.lse != nullptr) {
+      check.disjoint("lse", *args.lse, out_name.c_str(), &out);
+      check.disjoint("lse", *args.lse, lse_name.c_str(), &lse);
+    }
+    merge->outs.push_back(tokens_view(out));
+    merge->lses.push_back({static_cast<const float *>(lse.data), lse.strides[0], lse.strides[1]});
+  }
+  p.num_parts = args.num_parts;
+  p.outs = merge->outs.data();
+  p.lses = merge->lses.data();
+  p.out = tokens_view(*args.out);
+  if (args.lse != nullptr) {
+    p.out_lse = static_cast<float *>(args.lse->data);
+    p.out_lse_token_stride = args.lse->strides[0];
+    p.out_lse_head_stride = args.lse->strides[1];
+  }
+  p.num_tokens = shape[0];
+  p.num_heads = check.fits_int32("out", "num_heads", shape[1]);
+  p.head_dim = check.fits_int32("out", "head_dim", shape[2]);
+  return placement_of(check, 0);
+}
+
+Placement validate_reshape_and_cache(const pa_reshape_and_cache_args &args, ReshapeAndCacheParams *p) {
+  Checker check("reshape_and_cache");
+  check.set_device("key", args.key);
+  check.check_mode(args.check);
+  check.shaped("key", args.key, {{"T"}, {"num_kv_heads"}, {"head_dim"}});
+  const int64_t *shape = args.key->shape;
+  check.shaped("value", args.value, {{"T", shape[0]}, {"num_kv_heads", shape[1]}, {"head_dim", shape[2]}});
+  check.unit_last_stride("key", *args.key);
+  check.unit_last_stride("value", *args.value);
+  p->src_dtype = wide_dtype(check, "key", *args.key, args.kv_dtype);
+  if (wide_dtype(check, "value", *args.value, args.kv_dtype) != p->src_dtype) {
+    check.fail("value", std::string("of the type of `key`, ") + dtype_name(args.key->dtype), tensor_text(*args.value));
+  }
+  validate_cache_pair(check, args.k_cache, args.v_cache, shape[1], shape[2], args.kv_dtype, p);
+  if (p->kv_dtype != p->src_dtype && !is_float8(p->kv_dtype)) {
+    check.fail("k_cache", std::string("of the type of `key`, ") + dtype_name(static_cast<int32_t>(p->src_dtype)) +
+                              ", or float8",
+               dtype_name(static_cast<int32_t>(p->kv_dtype)));
+  }
+  p->k_scale = cache_scale(check, "k_scale", args.k_scale, args.k_scale_value, p->kv_dtype, p->num_kv_heads);
+  p->v_scale = cache_scale(check, "v_scale", args.v_scale, args.v_scale_value, p->kv_dtype, p->num_kv_heads);
+
+  check.vector("slot_mapping", args.slot_mapping, PA_INT64, {"T"});
+  p->num_tokens = args.slot_mapping->shape[0];
+  if (p->num_tokens > shape[0]) {
+    check.fail("slot_mapping", "no longer than `key`, of " + std::to_string(shape[0]) + " tokens",
+               std::to_string(p->num_tokens) + " slots");
+  }
+  p->slot_mapping = static_cast<const int64_t *>(args.slot_mapping->data);
+  p->key = tokens_view(*args.key);
+  p->value = tokens_view(*args.value);
+
+  struct Written {
+    const char *name;
+    const pa_tensor *cache;
+  };
+  for (const Written &written : {Written{"k_cache", args.k_cache}, Written{"v_cache", args.v_cache}}) {
+    check.output(written.name, *written.cache);
+    check.disjoint(written.name, *written.cache, "key", args.key);
+    check.disjoint(written.name, *written.cache, "value", args.value);
+    check.disjoint(written.name, *written.cache, "slot_mapping", args.slot_mapping);
+    check.disjoint(written.name, *written.cache, "k_scale", args.k_scale);
+    check.disjoint(written.name, *written.cache, "v_scale", args.v_scale);
+  }
+  check.disjoint("v_cache", *args.v_cache, "k_cache", args.k_cache);
+  return placement_of(check, args.check);
+}
+
+namespace {
+
+// A block of `src` and `dst` as far as one run of bytes describes both.
+void set_block_layout(const pa_tensor &src, const pa_tensor &dst, int64_t element_size, CopyBlocksParams *p) {
+  BlockLayout &block = p->block;
+  block.ndim = src.ndim - 1;
+  block.element_size = element_size;
+  int64_t elements = 1;
+  bool dense = true;
+  for (int32_t i = src.ndim - 1; i >= 1; --i) {
+    block.shape[i - 1] = src.shape[i];
+    block.src_strides[i - 1] = src.strides[i];
+    block.dst_strides[i - 1] = dst.strides[i];
+    dense = dense && (src.shape[i] == 1 || (src.strides[i] == elements && dst.strides[i] == elements));
+    elements *= src.shape[i];
+  }
+  block.contiguous_bytes = dense ? elements * element_size : 0;
+  p->src_block_stride = src.strides[0];
+  p->dst_block_stride = dst.strides[0];
+  p->num_src_blocks = src.shape[0];
+  p->num_dst_blocks = dst.shape[0];
+}
+
+int64_t size_of(int32_t dtype) {
+  return dtype == PA_INT64 || dtype == PA_FLOAT64                            ? 8
+         : dtype == PA_INT32 || dtype == PA_FLOAT32                          ? 4
+         : dtype == PA_UINT16 || dtype == PA_FLOAT16 || dtype == PA_BFLOAT16 ? 2
+                                                                             : 1;
+}
+
+void set_mapping(const Checker &check, const pa_tensor *mapping, CopyBlocksParams *p) {
+  const std::initializer_list<Dim> dims = {{"num_pairs"}, {"2", 2}};
+  check.tensor("block_mapping", mapping);
+  check.dtype("block_mapping", *mapping, PA_INT64, dims);
+  check.shaped("block_mapping", mapping, dims);
+  check.unit_last_stride("block_mapping", *mapping);
+  if (mapping->shape[0] > 1 && mapping->strides[0] != 2) {
+    check.fail("block_mapping", "contiguous", "strides " + shape_text(2, mapping->strides));
+  }
+  p->mapping = static_cast<const int64_t *>(mapping->data);
+  p->num_pairs = mapping->shape[0];
+}
+
+// Element strides, since caches of one call share a layout.
+void same_layout(const Checker &check, const std::string &name, const pa_tensor &tensor, const std::string &first_name,
+                 const pa_tensor &first, bool with_num_blocks) {
+  bool same = tensor.ndim == first.ndim && tensor.dtype == first.dtype;
+  for (int32_t i = 0; same && i < tensor.ndim; ++i) {
+    same = (tensor.shape[i] == first.shape[i] || (i == 0 && !with_num_blocks)) &&
+           (tensor.strides[i] == first.strides[i] || tensor.shape[i] == 1 || !with_num_blocks);
+  }
+  if (same) return;
+  check.fail(name.c_str(),
+             with_num_blocks ? "of the type, shape and strides of `" + first_name + "`, " + tensor_text(first)
+                             : "of the type and block shape of `" + first_name + "`, " + tensor_text(first),
+             tensor_text(tensor));
+}
+
+void cache_of_blocks(const Checker &check, const char *name, const pa_tensor &cache) {
+  check.tensor(name, &cache);
+  if (cache.ndim < 1) check.fail(name, "of shape (num_blocks, ...)", tensor_text(cache));
+}
+
+}  // namespace
+
+Placement validate_copy_blocks(const pa_copy_blocks_args &args, ValidatedCopy *copy) {
+  Checker check("copy_blocks");
+  if (args.num_caches < 1) check.fail("caches", "at least one cache", std::to_string(args.num_caches));
+  if (args.caches == nullptr) check.fail("`caches` is required");
+  check.set_device("caches", args.caches);
+  check.check_mode(args.check);
+  for (int64_t i = 0; i < args.num_caches; ++i) {
+    const std::string name = indexed("caches", i);
+    cache_of_blocks(check, name.c_str(), args.caches[i]);
+    same_layout(check, name, args.caches[i], "caches[0]", args.caches[0], true);
+    check.output(name.c_str(), args.caches[i]);
+    copy->src.push_back(args.caches[i].data);
+  }
+  copy->dst = copy->src;
+  CopyBlocksParams &p = copy->params;
+  set_mapping(check, args.block_mapping, &p);
+  for (int64_t i = 0; i < args.num_caches; ++i) {
+    const std::string name = indexed("caches", i);
+    check.disjoint(name.c_str(), args.caches[i], "block_mapping", args.block_mapping);
+    if (i > 0) check.disjoint(name.c_str(), args.caches[i], indexed("caches", i - 1).c_str(), &args.caches[i - 1]);
+  }
+  set_block_layout(args.caches[0], args.caches[0], size_of(args.caches[0].dtype), &p);
+  p.num_caches = args.num_caches;
+  p.src = copy->src.data();
+  p.dst = copy->dst.data();
+  return placement_of(check, args.check);
+}
+
+Placement validate_swap_blocks(const pa_swap_blocks_args &args, ValidatedCopy *copy) {
+  Checker host("swap_blocks");
+  if (args.num_caches < 1) host.fail("src", "at least one cache", std::to_string(args.num_caches));
+  if (args.src == nullptr) host.fail("`src` is required");
+  if (args.dst == nullptr) host.fail("`dst` is required");
+  // Each side has a device of its own; the mapping is the host's.
+  Checker src_check("swap_blocks"), dst_check("swap_blocks");
+  src_check.set_device("src", args.src);
+  dst_check.set_device("dst", args.dst);
+  for (int64_t i = 0; i < args.num_caches; ++i) {
+    const std::string src_name = indexed("src", i), dst_name = indexed("dst", i);
+    cache_of_blocks(src_check, src_name.c_str(), args.src[i]);
+    cache_of_blocks(dst_check, dst_name.c_str(), args.dst[i]);
+    same_layout(host, src_name, args.src[i], "src[0]", args.src[0], true);
+    same_layout(host, dst_name, args.dst[i], "dst[0]", args.dst[0], true);
+    dst_check.output(dst_name.c_str(), args.dst[i]);
+    dst_check.disjoint(dst_name.c_str(), args.dst[i], src_name.c_str(), &args.src[i]);
+    copy->src.push_back(args.src[i].data);
+    copy->dst.push_back(args.dst[i].data);
+  }
+  same_layout(host, "dst[0]", args.dst[0], "src[0]", args.src[0], false);
+  if (src_check.on_cuda() && dst_check.on_cuda() && src_check.device_id() != dst_check.device_id()) {
+    host.fail("dst", "on the device of `src` or on the host", device_text(PA_CUDA, dst_check.device_id()));
+  }
+  CopyBlocksParams &p = copy->params;
+  set_mapping(host, args.block_mapping, &p);
+  set_block_layout(args.src[0], args.dst[0], size_of(args.src[0].dtype), &p);
+  p.num_caches = args.num_caches;
+  p.src = copy->src.data();
+  p.dst = copy->dst.data();
+  return placement_of(src_check.on_cuda() ? src_check : dst_check, 1);
+}
+
+Placement validate_gather_kv(const pa_gather_kv_args &args, GatherKvParams *p) {
+  Checker check("gather_kv");
+  check.set_device("k_cache", args.k_cache);
+  check.check_mode(args.check);
+  validate_cache_pair(check, args.k_cache, args.v_cache, Dim::kAny, Dim::kAny, args.kv_dtype, p);
+
+  check.tensor("seq_lens", args.seq_lens);
+  const int64_t num_seqs = args.seq_lens->ndim == 1 ? args.seq_lens->shape[0] : Dim::kAny;
+  check.vector("seq_lens", args.seq_lens, PA_INT32, {"num_seqs", num_seqs});
+  p->num_seqs = check.fits_int32("seq_lens", "num_seqs", num_seqs);
+  p->seq_lens = static_cast<const int32_t *>(args.seq_lens->data);
+  const std::initializer_list<Dim> table_dims = {{"num_seqs", num_seqs}, {"max_blocks"}};
+  check.tensor("block_tables", args.block_tables);
+  check.dtype("block_tables", *args.block_tables, PA_INT32, table_dims);
+  check.shaped("block_tables", args.block_tables, table_dims);
+  check.unit_last_stride("block_tables", *args.block_tables);
+  p->block_tables = static_cast<const int32_t *>(args.block_tables->data);
+  p->block_table_stride = args.block_tables->strides[0];
+  p->max_blocks_per_seq = check.fits_int32("block_tables", "max_blocks", args.block_tables->shape[1]);
+  if (args.seq_starts != nullptr) {
+    check.vector("seq_starts", args.seq_starts, PA_INT32, {"num_seqs", num_seqs});
+    p->seq_starts = static_cast<const int32_t *>(args.seq_starts->data);
+  }
+  if (args.out_start_loc != nullptr) {
+    check.vector("out_start_loc", args.out_start_loc, PA_INT32, {"num_seqs + 1", num_seqs + 1});
+    p->out_start_loc = static_cast<const int32_t *>(args.out_start_loc->data);
+  }
+
+  check.shaped("k_out", args.k_out, {{"R"}, {"num_kv_heads", p->num_kv_heads}, {"head_dim", p->head_dim}});
+  p->num_rows = args.k_out->shape[0];
+  check.shaped("v_out", args.v_out, {{"R", p->num_rows}, {"num_kv_heads", p->num_kv_heads}, {"head_dim", p->head_dim}});
+  // An output of the cache's own (storage) type is a plain copy; any other must be a wider float.
+  const bool raw = args.k_out->dtype == args.k_cache->dtype;
+  p->out_dtype = raw ? p->kv_dtype : wide_dtype(check, "k_out", *args.k_out, PA_DTYPE_NONE);
+  if (p->out_dtype != p->kv_dtype && !is_float8(p->kv_dtype)) {
+    check.fail("k_out", std::string("of the type of `k_cache`, ") + dtype_name(static_cast<int32_t>(p->kv_dtype)),
+               tensor_text(*args.k_out));
+  }
+  if (args.v_out->dtype != args.k_out->dtype) {
+    check.fail("v_out", std::string("of the type of `k_out`, ") + dtype_name(args.k_out->dtype), tensor_text(*args.v_out));
+  }
+  if (p->out_dtype == p->kv_dtype && (args.k_scale != nullptr || args.v_scale != nullptr ||
+                                      args.k_scale_value != 1.0 || args.v_scale_value != 1.0)) {
+    check.fail("k_scale", "absent unless a float8 cache is dequantised", "a scale for a plain copy");
+  }
+  p->k_scale = cache_scale(check, "k_scale", args.k_scale, args.k_scale_value, p->kv_dtype, p->num_kv_heads);
+  p->v_scale = cache_scale(check, "v_scale", args.v_scale, args.v_scale_value, p->kv_dtype, p->num_kv_heads);
+
+  struct Written {
+    const char *name;
+    const pa_tensor *tensor;
+  };
+  for (const Written &written : {Written{"k_out", args.k_out}, Written{"v_out", args.v_out}}) {
+    check.unit_last_stride(written.name, *written.tensor);
+    check.output(written.name, *written.tensor);
+    check.disjoint(written.name, *written.tensor, "k_cache", args.k_cache);
+    check.disjoint(written.name, *written.tensor, "v_cache", args.v_cache);
+    check.disjoint(written.name, *written.tensor, "block_tables", args.block_tables);
+    check.disjoint(written.name, *written.tensor, "seq_lens", args.seq_lens);
+    check.disjoint(written.name, *written.tensor, "seq_starts", args.seq_starts);
+    check.disjoint(written.name, *written.tensor, "out_start_loc", args.out_start_loc);
+  }
+  check.disjoint("v_out", *args.v_out, "k_out", args.k_out);
+  p->k_out = tokens_view(*args.k_out);
+  p->v_out = tokens_view(*args.v_out);
+  return placement_of(check, args.check);
+}
+
+}  // namespace pagedattn
