@@ -67,7 +67,7 @@ void throw_if_bad(const char *operation, const std::string &fault) {
   if (!fault.empty()) throw_invalid(std::string(operation) + ": " + fault);
 }
 
-// Runs one operation where its tensors are.  `check` and `run` come in two forms; the CUDA ones exist where CUDA does.
+// Runs an operation's CPU or CUDA half, wherever its tensors are.
 template <class Cpu, class Cuda>
 void dispatch(const Placement &placement, Cpu &&cpu, Cuda &&on_cuda) {
   if (!placement.on_cuda) {
@@ -151,8 +151,7 @@ pa_status pa_paged_attention(const pa_attention_args *given, pa_error *error) {
           throw_if_bad("paged_attention", attention_index_error(p));
           cpu::paged_attention(p);
         },
-        PA_ON_CUDA(if (placement.check_indices)
-                       throw_if_bad("paged_attention", cuda::check_attention(p, args.stream));
+        PA_ON_CUDA(if (placement.check_indices) throw_if_bad("paged_attention", cuda::check_attention(p, args.stream));
                    cuda::paged_attention(p, args.stream)));
   });
 }
@@ -172,8 +171,8 @@ pa_status pa_merge_states(const pa_merge_states_args *given, pa_error *error) {
     const auto args = complete("merge_states", given, pa_merge_states_args_init);
     ValidatedMerge merge;
     const Placement placement = validate_merge_states(args, &merge);
-    dispatch(placement, [&] { cpu::merge_states(merge.params); },
-             PA_ON_CUDA(cuda::merge_states(merge.params, args.stream)));
+    dispatch(
+        placement, [&] { cpu::merge_states(merge.params); }, PA_ON_CUDA(cuda::merge_states(merge.params, args.stream)));
   });
 }
 
@@ -274,7 +273,11 @@ pa_status pa_get_build_info(pa_build_info *info, pa_error *error) {
     pa_build_info full = {};
     full.struct_size = std::min(info->struct_size, sizeof full);
     full.version = PAGEDATTN_VERSION;
-    full.compiler = "C++ " __VERSION__;
+#if defined(__clang__)
+    full.compiler = __VERSION__;  // names itself
+#else
+    full.compiler = "GCC " __VERSION__;
+#endif
 #if PAGEDATTN_HAS_CUDA
     full.cuda_built = 1;
     full.cuda_version = cuda::compiler_version();
@@ -320,13 +323,20 @@ const char *pa_version(void) { return PAGEDATTN_VERSION; }
 
 const char *pa_status_name(pa_status status) {
   switch (status) {
-    case PA_OK: return "ok";
-    case PA_ERROR_INVALID_ARGUMENT: return "invalid argument";
-    case PA_ERROR_UNSUPPORTED: return "unsupported";
-    case PA_ERROR_NO_DEVICE: return "no device";
-    case PA_ERROR_OUT_OF_MEMORY: return "out of memory";
-    case PA_ERROR_CUDA: return "CUDA error";
-    case PA_ERROR_INTERNAL: return "internal error";
+    case PA_OK:
+      return "ok";
+    case PA_ERROR_INVALID_ARGUMENT:
+      return "invalid argument";
+    case PA_ERROR_UNSUPPORTED:
+      return "unsupported";
+    case PA_ERROR_NO_DEVICE:
+      return "no device";
+    case PA_ERROR_OUT_OF_MEMORY:
+      return "out of memory";
+    case PA_ERROR_CUDA:
+      return "CUDA error";
+    case PA_ERROR_INTERNAL:
+      return "internal error";
   }
   return "unknown status";
 }

@@ -44,7 +44,7 @@ std::string check_gather_kv(const GatherKvParams &params, void *stream);
 
 int device_count();  // throws PA_ERROR_NO_DEVICE with the reason where there is no driver or no device
 void device_info(int device, pa_device_info *info);
-int compiler_version();      // 13000 for CUDA 13.0
+int compiler_version();       // 13000 for CUDA 13.0
 const char *architectures();  // CMake's list
 const char *kernel_table();   // lines of "operation\tcase\tkernel"
 

@@ -7,17 +7,28 @@ namespace pagedattn {
 
 const char *dtype_name(int32_t dtype) {
   switch (dtype) {
-    case PA_FLOAT32: return "float32";
-    case PA_FLOAT16: return "float16";
-    case PA_BFLOAT16: return "bfloat16";
-    case PA_FLOAT8_E4M3: return "float8_e4m3";
-    case PA_FLOAT8_E5M2: return "float8_e5m2";
-    case PA_INT32: return "int32";
-    case PA_INT64: return "int64";
-    case PA_UINT8: return "uint8";
-    case PA_UINT16: return "uint16";
-    case PA_FLOAT64: return "float64";
-    default: return "an unknown type";
+    case PA_FLOAT32:
+      return "float32";
+    case PA_FLOAT16:
+      return "float16";
+    case PA_BFLOAT16:
+      return "bfloat16";
+    case PA_FLOAT8_E4M3:
+      return "float8_e4m3";
+    case PA_FLOAT8_E5M2:
+      return "float8_e5m2";
+    case PA_INT32:
+      return "int32";
+    case PA_INT64:
+      return "int64";
+    case PA_UINT8:
+      return "uint8";
+    case PA_UINT16:
+      return "uint16";
+    case PA_FLOAT64:
+      return "float64";
+    default:
+      return "an unknown type";
   }
 }
 

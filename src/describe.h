@@ -11,10 +11,10 @@
 
 namespace pagedattn {
 
-const char *dtype_name(int32_t dtype);                                   // "float8_e4m3"
-std::string shape_text(int32_t ndim, const int64_t *shape);              // "(8, 64)"
-std::string device_text(int32_t device_type, int32_t device_id);         // "cpu", "cuda:0"
-std::string tensor_text(const pa_tensor &tensor);                        // "int64 (8, 32)"
-std::string number_text(double value);                                   // "0.5", "nan"
+const char *dtype_name(int32_t dtype);                            // "float8_e4m3"
+std::string shape_text(int32_t ndim, const int64_t *shape);       // "(8, 64)"
+std::string device_text(int32_t device_type, int32_t device_id);  // "cpu", "cuda:0"
+std::string tensor_text(const pa_tensor &tensor);                 // "int64 (8, 32)"
+std::string number_text(double value);                            // "0.5", "nan"
 
 }  // namespace pagedattn

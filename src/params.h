@@ -45,14 +45,14 @@ struct TokensView {
 };
 
 struct AttentionParams {
-  TokensView q;            // [T, Hq, D] of q_dtype
-  CacheView k_cache;       // of kv_dtype
-  CacheView v_cache;       // of kv_dtype
-  TokensView out;          // [T, Hq, D] of q_dtype
-  float *lse = nullptr;    // [T, Hq] or null
+  TokensView q;          // [T, Hq, D] of q_dtype
+  CacheView k_cache;     // of kv_dtype
+  CacheView v_cache;     // of kv_dtype
+  TokensView out;        // [T, Hq, D] of q_dtype
+  float *lse = nullptr;  // [T, Hq] or null
   int64_t lse_token_stride = 0;
   int64_t lse_head_stride = 0;
-  const int32_t *block_tables = nullptr;     // [B, max_blocks_per_seq], rows block_table_stride apart
+  const int32_t *block_tables = nullptr;  // [B, max_blocks_per_seq], rows block_table_stride apart
   int64_t block_table_stride = 0;
   const int32_t *seq_lens = nullptr;         // [B]
   const int32_t *query_start_loc = nullptr;  // [B + 1], or null: one query token a sequence
@@ -131,8 +131,8 @@ struct BlockLayout {
 // copy_blocks (src == dst arrays, one device) and swap_blocks (any pair of memories) alike.
 struct CopyBlocksParams {
   int64_t num_caches = 0;
-  void *const *src = nullptr;  // host array of num_caches base pointers
-  void *const *dst = nullptr;  // host array of num_caches base pointers
+  void *const *src = nullptr;    // host array of num_caches base pointers
+  void *const *dst = nullptr;    // host array of num_caches base pointers
   int64_t src_block_stride = 0;  // elements
   int64_t dst_block_stride = 0;  // elements
   int64_t num_src_blocks = 0;

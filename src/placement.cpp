@@ -19,7 +19,8 @@ Placement placement_of(const Checker &check, int32_t check_mode) {
   Placement placement;
   placement.on_cuda = check.on_cuda();
   placement.device_id = check.device_id();
-  placement.check_indices = !placement.on_cuda || check_mode == 1 || (check_mode == -1 && checked_mode_of_environment());
+  placement.check_indices =
+      !placement.on_cuda || check_mode == 1 || (check_mode == -1 && checked_mode_of_environment());
   return placement;
 }
 

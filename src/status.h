@@ -20,9 +20,7 @@ class Error : public std::runtime_error {
   pa_status status_;
 };
 
-[[noreturn]] inline void throw_invalid(const std::string &message) {
-  throw Error(PA_ERROR_INVALID_ARGUMENT, message);
-}
+[[noreturn]] inline void throw_invalid(const std::string &message) { throw Error(PA_ERROR_INVALID_ARGUMENT, message); }
 
 // Remembers which kernel served the calling thread's operation (pa_last_kernel); prints it where PAGEDATTN_TRACE=1.
 // `kernel` must be a static string.

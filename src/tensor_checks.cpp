@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tensor_checks.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -18,16 +19,21 @@ namespace {
 int64_t element_size(int32_t dtype) {
   switch (dtype) {
     case PA_FLOAT32:
-    case PA_INT32: return 4;
+    case PA_INT32:
+      return 4;
     case PA_FLOAT16:
     case PA_BFLOAT16:
-    case PA_UINT16: return 2;
+    case PA_UINT16:
+      return 2;
     case PA_FLOAT8_E4M3:
     case PA_FLOAT8_E5M2:
-    case PA_UINT8: return 1;
+    case PA_UINT8:
+      return 1;
     case PA_INT64:
-    case PA_FLOAT64: return 8;
-    default: return 0;
+    case PA_FLOAT64:
+      return 8;
+    default:
+      return 0;
   }
 }
 
@@ -58,9 +64,7 @@ int64_t extent_bytes(const pa_tensor &tensor) {
 
 }  // namespace
 
-void Checker::fail(const std::string &sentence) const {
-  throw_invalid(std::string(operation_) + ": " + sentence);
-}
+void Checker::fail(const std::string &sentence) const { throw_invalid(std::string(operation_) + ": " + sentence); }
 
 void Checker::fail(const char *argument, const std::string &expected, const std::string &got) const {
   fail("`" + std::string(argument) + "` must be " + expected + "; got " + got);
@@ -72,10 +76,10 @@ void Checker::set_device(const char *argument, const pa_tensor *tensor) {
   device_id_ = tensor->device_type == PA_CUDA ? tensor->device_id : 0;
   if (device_type_ != PA_CUDA) return;
 #if !PAGEDATTN_HAS_CUDA
-  throw Error(PA_ERROR_UNSUPPORTED, std::string(operation_) + ": `" + argument + "` is on " +
-                                        device_text(PA_CUDA, device_id_) +
-                                        ", but this build of pagedattn has no CUDA kernels. Install it again where nvcc "
-                                        "is found (PAGEDATTN_CUDA=ON makes a missing compiler an error)");
+  throw Error(PA_ERROR_UNSUPPORTED,
+              std::string(operation_) + ": `" + argument + "` is on " + device_text(PA_CUDA, device_id_) +
+                  ", but this build of pagedattn has no CUDA kernels. Install it again where nvcc "
+                  "is found (PAGEDATTN_CUDA=ON makes a missing compiler an error)");
 #endif
 }
 
@@ -124,7 +128,8 @@ std::string Checker::shape_expected(const pa_tensor &tensor, std::initializer_li
     ++i;
   }
   const char *close = dims.size() == 1 ? ",)" : ")";
-  return "shape " + symbols + close + " = " + sizes + close;
+  const bool any_size = std::all_of(dims.begin(), dims.end(), [](const Dim &dim) { return dim.size == Dim::kAny; });
+  return "shape " + symbols + close + (any_size ? "" : " = " + sizes + close);
 }
 
 void Checker::shaped(const char *argument, const pa_tensor *tensor, std::initializer_list<Dim> dims) const {
@@ -136,7 +141,8 @@ void Checker::shaped(const char *argument, const pa_tensor *tensor, std::initial
     ++i;
   }
   if (!good) {
-    fail("`" + std::string(argument) + "` must have " + shape_expected(*tensor, dims) + "; got " + tensor_text(*tensor));
+    fail("`" + std::string(argument) + "` must have " + shape_expected(*tensor, dims) + "; got " +
+         tensor_text(*tensor));
   }
 }
 
@@ -178,7 +184,8 @@ void Checker::output(const char *argument, const pa_tensor &tensor) const {
     if (tensor.shape[smallest] == 1) continue;
     if (tensor.strides[smallest] < inner) {
       fail(argument, "an array whose elements do not share memory",
-           "shape " + shape_text(tensor.ndim, tensor.shape) + " with strides " + shape_text(tensor.ndim, tensor.strides));
+           "shape " + shape_text(tensor.ndim, tensor.shape) + " with strides " +
+               shape_text(tensor.ndim, tensor.strides));
     }
     inner += (tensor.shape[smallest] - 1) * tensor.strides[smallest];
   }
@@ -224,8 +231,8 @@ DType cache_dtype(const Checker &check, const char *argument, const pa_tensor &c
     check.fail("kv_dtype", "float32, float16, bfloat16, float8_e4m3 or float8_e5m2", dtype_name(kv_dtype));
   }
   const auto wanted = static_cast<DType>(kv_dtype);
-  const bool storage = (cache.dtype == PA_UINT8 && dtype_size(wanted) == 1) ||
-                       (cache.dtype == PA_UINT16 && dtype_size(wanted) == 2);
+  const bool storage =
+      (cache.dtype == PA_UINT8 && dtype_size(wanted) == 1) || (cache.dtype == PA_UINT16 && dtype_size(wanted) == 2);
   if (cache.dtype != kv_dtype && !storage) {
     check.fail(argument, std::string("an array that can hold `kv_dtype` ") + dtype_name(kv_dtype), tensor_text(cache));
   }
@@ -256,7 +263,8 @@ Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *t
   check.tensor(argument, tensor);
   const int64_t count = tensor->ndim == 0 ? 1 : tensor->ndim == 1 ? tensor->shape[0] : -1;
   if (tensor->dtype != PA_FLOAT32 || (count != 1 && count != num_kv_heads)) {
-    check.fail(argument, "a number or float32 with shape (1,) or (num_kv_heads,) = (" + std::to_string(num_kv_heads) + ",)",
+    check.fail(argument,
+               "a number or float32 with shape (1,) or (num_kv_heads,) = (" + std::to_string(num_kv_heads) + ",)",
                tensor_text(*tensor));
   }
   if (tensor->ndim == 1) check.vector(argument, tensor, PA_FLOAT32, {"num_kv_heads", count});

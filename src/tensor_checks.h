@@ -2,8 +2,8 @@
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// A Checker knows the operation's name and the device that its first tensor chose.  Each method either returns or throws
-// PA_ERROR_INVALID_ARGUMENT with a message of the form
+// A Checker knows the operation's name and the device that its first tensor chose.  Each method either returns or
+// throws PA_ERROR_INVALID_ARGUMENT with a message of the form
 //   operation: `argument` must be <expected>; got <what was given>
 #pragma once
 
@@ -50,8 +50,8 @@ class Checker {
                 const pa_tensor *other) const;
 
   int32_t fits_int32(const char *argument, const char *symbol, int64_t value) const;
-  void flag(const char *argument, int32_t value) const;                        // 0 or 1
-  void check_mode(int32_t value) const;                                        // -1, 0 or 1
+  void flag(const char *argument, int32_t value) const;  // 0 or 1
+  void check_mode(int32_t value) const;                  // -1, 0 or 1
   double positive_finite(const char *argument, double value) const;
 
  private:
@@ -65,7 +65,8 @@ class Checker {
 
 // What a cache holds: the tensor's own type, or what `kv_dtype` says that its uint8 or uint16 storage is.
 DType cache_dtype(const Checker &check, const char *argument, const pa_tensor &cache, int32_t kv_dtype);
-// The type of q, key or an output: float32, float16, bfloat16, or uint16 storage of the 16-bit type that kv_dtype names.
+// The type of q, key or an output: float32, float16, bfloat16, or uint16 storage of the 16-bit type that kv_dtype
+// names.
 DType wide_dtype(const Checker &check, const char *argument, const pa_tensor &tensor, int32_t kv_dtype);
 // The scale of a cache, from a tensor of one or Hkv elements or a number.
 Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value, DType kv_dtype,

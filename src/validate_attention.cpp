@@ -30,8 +30,9 @@ void validate_heads(const Checker &check, const pa_attention_args &args, Attenti
 void validate_caches(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
   check.shaped("k_cache", args.k_cache, {{"num_blocks"}, {"block_size"}, {"num_kv_heads"}, {"head_dim", p->head_dim}});
   const int64_t *shape = args.k_cache->shape;
-  check.shaped("v_cache", args.v_cache,
-               {{"num_blocks", shape[0]}, {"block_size", shape[1]}, {"num_kv_heads", shape[2]}, {"head_dim", shape[3]}});
+  check.shaped(
+      "v_cache", args.v_cache,
+      {{"num_blocks", shape[0]}, {"block_size", shape[1]}, {"num_kv_heads", shape[2]}, {"head_dim", shape[3]}});
   p->num_blocks = shape[0];
   p->block_size = check.fits_int32("k_cache", "block_size", shape[1]);
   p->num_kv_heads = check.fits_int32("k_cache", "num_kv_heads", shape[2]);
@@ -50,8 +51,9 @@ void validate_caches(const Checker &check, const pa_attention_args &args, Attent
   }
   const bool same = p->kv_dtype == p->q_dtype;
   if (!same && !(is_float8(p->kv_dtype) && p->q_dtype != DType::kFloat32)) {
-    check.fail("k_cache", std::string("of the type of `q`, ") + dtype_name(static_cast<int32_t>(p->q_dtype)) +
-                              ", or float8 with a 16-bit `q`",
+    check.fail("k_cache",
+               std::string("of the type of `q`, ") + dtype_name(static_cast<int32_t>(p->q_dtype)) +
+                   ", or float8 with a 16-bit `q`",
                dtype_name(static_cast<int32_t>(p->kv_dtype)));
   }
   p->k_cache = cache_view(*args.k_cache);
@@ -81,15 +83,16 @@ void validate_sequences(const Checker &check, const pa_attention_args &args, Att
     check.vector("query_start_loc", args.query_start_loc, PA_INT32, {"num_seqs + 1", num_seqs + 1});
     p->query_start_loc = static_cast<const int32_t *>(args.query_start_loc->data);
   } else if (p->num_tokens != num_seqs) {
-    check.fail("query_start_loc", "given unless every sequence has one query token (T = num_seqs = " +
-                                      std::to_string(num_seqs) + ")",
+    check.fail("query_start_loc",
+               "given unless every sequence has one query token (T = num_seqs = " + std::to_string(num_seqs) + ")",
                "none with T = " + std::to_string(p->num_tokens));
   }
 }
 
 void validate_options(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
   if (std::isinf(args.scale)) check.fail("scale", "finite", number_text(args.scale));
-  p->scale = std::isnan(args.scale) ? 1.0f / std::sqrt(static_cast<float>(p->head_dim)) : static_cast<float>(args.scale);
+  p->scale =
+      std::isnan(args.scale) ? 1.0f / std::sqrt(static_cast<float>(p->head_dim)) : static_cast<float>(args.scale);
   if (!(args.softcap >= 0.0) || std::isinf(static_cast<float>(args.softcap))) {
     check.fail("softcap", "a finite number of at least 0 (0: off)", number_text(args.softcap));
   }

@@ -22,8 +22,9 @@ void validate_cache_pair(const Checker &check, const pa_tensor *k_cache, const p
   check.shaped("k_cache", k_cache,
                {{"num_blocks"}, {"block_size"}, {"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}});
   const int64_t *shape = k_cache->shape;
-  check.shaped("v_cache", v_cache,
-               {{"num_blocks", shape[0]}, {"block_size", shape[1]}, {"num_kv_heads", shape[2]}, {"head_dim", shape[3]}});
+  check.shaped(
+      "v_cache", v_cache,
+      {{"num_blocks", shape[0]}, {"block_size", shape[1]}, {"num_kv_heads", shape[2]}, {"head_dim", shape[3]}});
   check.unit_last_stride("k_cache", *k_cache);
   check.unit_last_stride("v_cache", *v_cache);
   p->num_blocks = shape[0];
@@ -35,7 +36,8 @@ void validate_cache_pair(const Checker &check, const pa_tensor *k_cache, const p
   }
   p->kv_dtype = cache_dtype(check, "k_cache", *k_cache, kv_dtype);
   if (cache_dtype(check, "v_cache", *v_cache, kv_dtype) != p->kv_dtype) {
-    check.fail("v_cache", std::string("of the type of `k_cache`, ") + dtype_name(k_cache->dtype), tensor_text(*v_cache));
+    check.fail("v_cache", std::string("of the type of `k_cache`, ") + dtype_name(k_cache->dtype),
+               tensor_text(*v_cache));
   }
   p->k_cache = cache_view(*k_cache);
   p->v_cache = cache_view(*v_cache);
@@ -69,7 +71,8 @@ Placement validate_merge_states(const pa_merge_states_args &args, ValidatedMerge
     check.shaped(out_name.c_str(), &out, {{"T", shape[0]}, {"num_heads", shape[1]}, {"head_dim", shape[2]}});
     check.unit_last_stride(out_name.c_str(), out);
     if (out.dtype != args.out->dtype) {
-      check.fail(out_name.c_str(), std::string("of the type of `out`, ") + dtype_name(args.out->dtype), tensor_text(out));
+      check.fail(out_name.c_str(), std::string("of the type of `out`, ") + dtype_name(args.out->dtype),
+                 tensor_text(out));
     }
     check.shaped(lse_name.c_str(), &lse, lse_dims);
     check.dtype(lse_name.c_str(), lse, PA_FLOAT32, lse_dims);
@@ -112,8 +115,8 @@ Placement validate_reshape_and_cache(const pa_reshape_and_cache_args &args, Resh
   }
   validate_cache_pair(check, args.k_cache, args.v_cache, shape[1], shape[2], args.kv_dtype, p);
   if (p->kv_dtype != p->src_dtype && !is_float8(p->kv_dtype)) {
-    check.fail("k_cache", std::string("of the type of `key`, ") + dtype_name(static_cast<int32_t>(p->src_dtype)) +
-                              ", or float8",
+    check.fail("k_cache",
+               std::string("of the type of `key`, ") + dtype_name(static_cast<int32_t>(p->src_dtype)) + ", or float8",
                dtype_name(static_cast<int32_t>(p->kv_dtype)));
   }
   p->k_scale = cache_scale(check, "k_scale", args.k_scale, args.k_scale_value, p->kv_dtype, p->num_kv_heads);
@@ -310,10 +313,11 @@ Placement validate_gather_kv(const pa_gather_kv_args &args, GatherKvParams *p) {
                tensor_text(*args.k_out));
   }
   if (args.v_out->dtype != args.k_out->dtype) {
-    check.fail("v_out", std::string("of the type of `k_out`, ") + dtype_name(args.k_out->dtype), tensor_text(*args.v_out));
+    check.fail("v_out", std::string("of the type of `k_out`, ") + dtype_name(args.k_out->dtype),
+               tensor_text(*args.v_out));
   }
-  if (p->out_dtype == p->kv_dtype && (args.k_scale != nullptr || args.v_scale != nullptr ||
-                                      args.k_scale_value != 1.0 || args.v_scale_value != 1.0)) {
+  if (p->out_dtype == p->kv_dtype &&
+      (args.k_scale != nullptr || args.v_scale != nullptr || args.k_scale_value != 1.0 || args.v_scale_value != 1.0)) {
     check.fail("k_scale", "absent unless a float8 cache is dequantised", "a scale for a plain copy");
   }
   p->k_scale = cache_scale(check, "k_scale", args.k_scale, args.k_scale_value, p->kv_dtype, p->num_kv_heads);

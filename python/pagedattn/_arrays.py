@@ -52,9 +52,7 @@ def dtype_name(operation: str, argument: str, dtype: Any) -> str:
         except TypeError:
             name = repr(dtype)
     if name not in _DTYPE_CODES:
-        raise InvalidArgumentError(
-            f"{operation}: `{argument}` must be one of {', '.join(_DTYPE_CODES)}; got {dtype!r}"
-        )
+        raise InvalidArgumentError(f"{operation}: `{argument}` must be one of {', '.join(_DTYPE_CODES)}; got {dtype!r}")
     return str(name)
 
 

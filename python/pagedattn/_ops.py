@@ -529,7 +529,8 @@ def _gathered_rows(seq_lens: Any, seq_starts: Any, out_start_loc: Any, total_tok
         return rows
     if is_on_cuda(seq_lens):
         raise InvalidArgumentError(
-            "gather_kv: `out` or `total_tokens` must be given for CUDA arrays, whose lengths are not read back; got none"
+            "gather_kv: `out` or `total_tokens` must be given for CUDA arrays, whose lengths are not read back; got "
+            "none"
         )
     if library_of(seq_lens) == "numpy" and seq_lens.ndim == 1:
         if out_start_loc is not None and np.ndim(out_start_loc) == 1 and len(out_start_loc):

@@ -53,20 +53,27 @@ pa_dtype dtype_of(const dlpack::DataType &type) {
   switch (type.code) {
     case dlpack::kFloat:
       return type.bits == 32 ? PA_FLOAT32 : type.bits == 16 ? PA_FLOAT16 : type.bits == 64 ? PA_FLOAT64 : PA_DTYPE_NONE;
-    case dlpack::kBFloat: return type.bits == 16 ? PA_BFLOAT16 : PA_DTYPE_NONE;
-    case dlpack::kInt: return type.bits == 32 ? PA_INT32 : type.bits == 64 ? PA_INT64 : PA_DTYPE_NONE;
-    case dlpack::kUInt: return type.bits == 8 ? PA_UINT8 : type.bits == 16 ? PA_UINT16 : PA_DTYPE_NONE;
-    case dlpack::kFloat8E4M3Fn: return PA_FLOAT8_E4M3;
-    case dlpack::kFloat8E5M2: return PA_FLOAT8_E5M2;
-    default: return PA_DTYPE_NONE;
+    case dlpack::kBFloat:
+      return type.bits == 16 ? PA_BFLOAT16 : PA_DTYPE_NONE;
+    case dlpack::kInt:
+      return type.bits == 32 ? PA_INT32 : type.bits == 64 ? PA_INT64 : PA_DTYPE_NONE;
+    case dlpack::kUInt:
+      return type.bits == 8 ? PA_UINT8 : type.bits == 16 ? PA_UINT16 : PA_DTYPE_NONE;
+    case dlpack::kFloat8E4M3Fn:
+      return PA_FLOAT8_E4M3;
+    case dlpack::kFloat8E5M2:
+      return PA_FLOAT8_E5M2;
+    default:
+      return PA_DTYPE_NONE;
   }
 }
 
 [[noreturn]] void raise_unknown_type(const Call &call, const std::string &argument, const std::string &got) {
-  raise_invalid(std::string(call.operation) + ": `" + argument +
-                "` must be of a type that pagedattn knows (float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int32, "
-                "int64, uint8, uint16, of native byte order); got " +
-                got);
+  raise_invalid(
+      std::string(call.operation) + ": `" + argument +
+      "` must be of a type that pagedattn knows (float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int32, "
+      "int64, uint8, uint16, of native byte order); got " +
+      got);
 }
 
 int checked_ndim(const Call &call, const std::string &argument, py::ssize_t ndim) {
@@ -93,7 +100,7 @@ py::handle cupy_ndarray() {
     const py::dict modules = py::module_::import("sys").attr("modules");
     if (!modules.contains("cupy")) return type;
     const py::object cupy = modules["cupy"];
-    if (!py::hasattr(cupy, "ndarray")) return type;  // still being imported
+    if (!py::hasattr(cupy, "ndarray")) return type;     // still being imported
     type = py::object(cupy.attr("ndarray")).release();  // kept for the process's life
   }
   return type;
@@ -112,13 +119,19 @@ void raise_invalid(const std::string &message) { raise("InvalidArgumentError", m
 
 void raise_on_error(pa_status status, const pa_error &error) {
   switch (status) {
-    case PA_OK: return;
-    case PA_ERROR_INVALID_ARGUMENT: raise("InvalidArgumentError", error.message);
-    case PA_ERROR_UNSUPPORTED: raise("UnsupportedError", error.message);
-    case PA_ERROR_OUT_OF_MEMORY: raise("OutOfMemoryError", error.message);
+    case PA_OK:
+      return;
+    case PA_ERROR_INVALID_ARGUMENT:
+      raise("InvalidArgumentError", error.message);
+    case PA_ERROR_UNSUPPORTED:
+      raise("UnsupportedError", error.message);
+    case PA_ERROR_OUT_OF_MEMORY:
+      raise("OutOfMemoryError", error.message);
     case PA_ERROR_NO_DEVICE:
-    case PA_ERROR_CUDA: raise("DeviceError", error.message);
-    default: raise("PagedAttnError", std::string("internal error: ") + error.message);
+    case PA_ERROR_CUDA:
+      raise("DeviceError", error.message);
+    default:
+      raise("PagedAttnError", std::string("internal error: ") + error.message);
   }
 }
 
@@ -190,8 +203,8 @@ void Array::from_dlpack(const Call &call, const std::string &argument, py::handl
   }
   const dlpack::Tensor *source = nullptr;
   if (PyCapsule_IsValid(owner_.ptr(), "dltensor_versioned")) {
-    const auto *managed = static_cast<dlpack::ManagedTensorVersioned *>(
-        PyCapsule_GetPointer(owner_.ptr(), "dltensor_versioned"));
+    const auto *managed =
+        static_cast<dlpack::ManagedTensorVersioned *>(PyCapsule_GetPointer(owner_.ptr(), "dltensor_versioned"));
     if (managed->version.major != 1) {
       raise_invalid(std::string(call.operation) + ": `" + argument + "` speaks DLPack " +
                     std::to_string(managed->version.major) + "; pagedattn reads version 1");
@@ -205,8 +218,9 @@ void Array::from_dlpack(const Call &call, const std::string &argument, py::handl
   }
   tensor_.dtype = dtype_of(source->dtype);
   if (tensor_.dtype == PA_DTYPE_NONE) {
-    raise_unknown_type(call, argument, "DLPack type code " + std::to_string(source->dtype.code) + " of " +
-                                           std::to_string(source->dtype.bits) + " bits");
+    raise_unknown_type(call, argument,
+                       "DLPack type code " + std::to_string(source->dtype.code) + " of " +
+                           std::to_string(source->dtype.bits) + " bits");
   }
   tensor_.data = static_cast<char *>(source->data) + source->byte_offset;
   tensor_.device_type = source->device.type;

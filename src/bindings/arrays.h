@@ -64,7 +64,8 @@ class ScaleArgument {
   Array array_;
 };
 
-// Looks up what importing would otherwise do in the middle of a call, where another thread might wait with the GIL held.
+// Looks up what importing would otherwise do in the middle of a call, where another thread might wait with the GIL
+// held.
 void prepare();
 
 // Throws the Python exception that a failed call's status stands for.
