@@ -1,0 +1,104 @@
+// Tokens and caches in bytes, as the kernels that move rows between them address them.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "access.cuh"
+#include "convert.cuh"
+#include "params.h"
+
+namespace pagedattn::cuda {
+
+struct TokenRows {
+  char *data;
+  int64_t token_stride;  // bytes
+  int64_t head_stride;   // bytes
+
+  __device__ char *head(int64_t token, unsigned head) const {
+    return data + token * token_stride + static_cast<int64_t>(head) * head_stride;
+  }
+};
+
+struct CacheRows {
+  char *data;
+  int64_t block_stride;  // bytes
+  int64_t token_stride;  // bytes
+  int64_t head_stride;   // bytes
+
+  __device__ char *head(int64_t block, int64_t offset, unsigned head) const {
+    return data + block * block_stride + offset * token_stride + static_cast<int64_t>(head) * head_stride;
+  }
+};
+
+inline TokenRows token_rows(const TokensView &view, DType dtype) {
+  const int64_t size = dtype_size(dtype);
+  return {static_cast<char *>(view.data), view.token_stride * size, view.head_stride * size};
+}
+
+inline CacheRows cache_rows(const CacheView &view, DType dtype) {
+  const int64_t size = dtype_size(dtype);
+  return {static_cast<char *>(view.data), view.block_stride * size, view.token_stride * size, view.head_stride * size};
+}
+
+// The widest access into both, where heads have `head_bytes`.
+inline int64_t token_access(const TokenRows &a, const TokenRows &b, int64_t num_tokens, int64_t num_heads,
+                            int64_t head_bytes) {
+  AccessWidth width(head_bytes);
+  for (const TokenRows &rows : {a, b}) {
+    width.address(rows.data);
+    width.stride(rows.token_stride, num_tokens);
+    width.stride(rows.head_stride, num_heads);
+  }
+  return width.bytes();
+}
+
+inline int64_t cache_access(const CacheRows &a, const CacheRows &b, int64_t num_blocks, int64_t block_size,
+                            int64_t num_heads, int64_t head_bytes) {
+  AccessWidth width(head_bytes);
+  for (const CacheRows &rows : {a, b}) {
+    width.address(rows.data);
+    width.stride(rows.block_stride, num_blocks);
+    width.stride(rows.token_stride, block_size);
+    width.stride(rows.head_stride, num_heads);
+  }
+  return width.bytes();
+}
+
+// What happens to elements on their way.  `From` and `To` are what one thread reads and writes at a time.
+template <class Access>
+struct CopyUnchanged {
+  using From = Access;
+  using To = Access;
+  static constexpr bool kScaled = false;
+  __device__ static To apply(const From &from, float) { return from; }
+};
+
+template <class Source, class Target, int N>
+struct Quantize {
+  using From = Pack<Source, N>;
+  using To = Pack<Target, N>;
+  static constexpr bool kScaled = true;
+  __device__ static To apply(const From &from, float scale) {
+    To to;
+#pragma unroll
+    for (int i = 0; i < N; ++i) to.element[i] = from_float<Target>(to_float(from.element[i]) / scale);
+    return to;
+  }
+};
+
+template <class Source, class Target, int N>
+struct Dequantize {
+  using From = Pack<Source, N>;
+  using To = Pack<Target, N>;
+  static constexpr bool kScaled = true;
+  __device__ static To apply(const From &from, float scale) {
+    To to;
+#pragma unroll
+    for (int i = 0; i < N; ++i) to.element[i] = from_float<Target>(to_float(from.element[i]) * scale);
+    return to;
+  }
+};
+
+}  // namespace pagedattn::cuda
