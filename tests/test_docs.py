@@ -19,7 +19,6 @@ import pagedattn
 import pytest
 from installed import REPOSITORY
 
-
 code_blocks = runpy.run_path(str(REPOSITORY / "tools/readme.py"))["code_blocks"]
 
 
