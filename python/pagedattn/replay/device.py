@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a replay runs: NumPy on the processor, or CuPy on the first CUDA device."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .settings import Backend, Settings, SettingsError, show_bytes
+
+# CuPy's float8 is missing and its bfloat16 is young, so bits are moved as integers and named at the last moment.
+STORAGE: dict[str, Any] = {
+    "float32": np.dtype(np.uint32),
+    "float16": np.dtype(np.uint16),
+    "bfloat16": np.dtype(np.uint16),
+    "float8_e4m3": np.dtype(np.uint8),
+    "float8_e5m2": np.dtype(np.uint8),
+}
+ELEMENT: dict[str, Any] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
+
+
+class Device:
+    """The array module of a backend, and the few things in which the two differ."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.xp: Any = np
+        if backend == "cuda":
+            reason = cuda_missing()
+            if reason:
+                raise SettingsError(f"--backend cuda: {reason}")
+            import cupy
+
+            self.xp = cupy
+
+    @property
+    def name(self) -> str:
+        """What the report calls the machine."""
+        if self.backend == "cpu":
+            return f"cpu, {len(os.sched_getaffinity(0))} cores"
+        properties = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.runtime.getDevice())
+        return f"cuda, {properties['name'].decode()}"
+
+    def synchronize(self) -> None:
+        """Wait until everything that was launched is done."""
+        if self.backend == "cuda":
+            self.xp.cuda.get_current_stream().synchronize()
+
+    def put(self, array: np.ndarray) -> Any:
+        """A host array on the device."""
+        return self.xp.asarray(array)
+
+    def get(self, array: Any) -> np.ndarray:
+        """A device array on the host."""
+        host: np.ndarray = array if self.backend == "cpu" else self.xp.asnumpy(array)
+        return host
+
+    def free_memory(self) -> int | None:
+        """Bytes that could be allocated, or None where the system does not tell."""
+        if self.backend == "cuda":
+            return int(self.xp.cuda.runtime.memGetInfo()[0])
+        try:
+            with open("/proc/meminfo") as lines:
+                fields = dict(line.split(":", 1) for line in lines)
+            return int(fields["MemAvailable"].split()[0]) * 1024
+        except (OSError, KeyError, ValueError):
+            return None
+
+    def caches(self, settings: Settings, num_blocks: int) -> list[tuple[Any, Any]]:
+        """A (key cache, value cache) pair for each layer, filled with NaN.
+
+        A slot that is read before it was written then spoils a result, and the verification sees it.
+        """
+        size = settings.block_bytes * num_blocks
+        working = settings.working_bytes(num_blocks)
+        free = self.free_memory()
+        if free is not None and size + working > free:
+            raise SettingsError(
+                f"a cache of {num_blocks} blocks takes {show_bytes(size)} and a step {show_bytes(working)}, while "
+                f"{show_bytes(free)} are free: give a smaller --num-blocks, --memory, --chunk or model"
+            )
+        shape = (num_blocks, settings.block_size, settings.kv_heads, settings.head_dim)
+        storage = STORAGE[settings.cache_dtype]
+        # All bits set is NaN in every one of the types.
+        fill = storage.type(np.iinfo(storage).max)
+
+        def cache() -> Any:
+            bits = self.xp.full(shape, fill, storage)
+            return bits if settings.quantised else bits.view(ELEMENT[settings.cache_dtype])
+
+        return [(cache(), cache()) for _ in range(settings.layers)]
+
+
+def cuda_missing() -> str:
+    """Why the CUDA backend cannot run here; "" if it can."""
+    import pagedattn
+
+    if not pagedattn.config()["cuda"]["built"]:
+        return "this build of pagedattn has no CUDA kernels"
+    try:
+        import cupy
+    except ImportError as error:
+        return f"CuPy cannot be imported ({error}); pip install 'pagedattn[cu13]' or 'pagedattn[cu12]'"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no usable CUDA device: {error}"
+    return "" if count else "no CUDA device was found"
+
+
+def choose_backend(requested: str) -> tuple[Backend, str]:
+    """The backend to use, and why, for ``auto``, ``cpu`` or ``cuda``."""
+    if requested == "cpu":
+        return "cpu", "as asked"
+    if requested not in ("auto", "cuda"):
+        raise SettingsError(f"--backend must be auto, cpu or cuda; got {requested}")
+    missing = cuda_missing()
+    if requested == "cuda":
+        if missing:
+            raise SettingsError(f"--backend cuda: {missing}")
+        return "cuda", "as asked"
+    return ("cpu", missing) if missing else ("cuda", "a CUDA device was found")
