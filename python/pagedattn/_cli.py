@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``replay`` runs a trace, ``info`` says what was built and what is here."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import pagedattn
+from pagedattn.replay import Report, Request, Settings, SettingsError, TraceError, read_trace, replay, synthetic_trace
+from pagedattn.replay.device import choose_backend
+from pagedattn.replay.progress import show_progress
+from pagedattn.replay.settings import parse_bytes
+from pagedattn.replay.synthetic import DEFAULT_REQUESTS
+
+WRONG_RESULT, USAGE = 1, 2
+
+app = typer.Typer(
+    name="pagedattn",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Boxes and colours only where someone looks at them.
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+)
+
+
+def run() -> None:
+    """Run the command that the process was started with."""
+    app(prog_name="pagedattn")
+
+
+@app.callback()
+def _main() -> None:
+    """Attention over a paged KV cache."""
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what was built, what this machine has, and which kernel serves which case."""
+    pagedattn.show_config(as_json=as_json)
+
+
+@app.command("replay")
+def replay_command(
+    trace: Annotated[
+        Path | None,
+        typer.Argument(help="Mooncake JSONL or Azure CSV file; a made-up trace if none is named.", show_default=False),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16.", show_default="float32 on cpu, float16 on cuda"),
+    ] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Cache type: float8_e4m3 or float8_e5m2.", show_default="as --dtype")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 2,
+    head_dim: Annotated[int, typer.Option(help="Head dimension, a multiple of 8.")] = 64,
+    block_size: Annotated[int, typer.Option(help="Tokens a block.")] = 16,
+    num_blocks: Annotated[
+        int | None, typer.Option(help="Blocks of the cache.", show_default="512, or room for the two longest")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Size of the cache instead of --num-blocks, such as 512MiB.", show_default=False),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Sequences that run at a time.")] = 32,
+    chunk: Annotated[int, typer.Option(help="Prompt tokens computed in one step at most.")] = 512,
+    requests: Annotated[
+        int | None,
+        typer.Option(help="The first N requests only.", show_default=f"all; {DEFAULT_REQUESTS} made-up ones"),
+    ] = None,
+    length_scale: Annotated[float, typer.Option(help="Multiplies every length.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Chooses tokens, vectors and the rows to verify.")] = 0,
+    verify: Annotated[int, typer.Option(help="Rows of each step compared with a dense computation.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    svg: Annotated[
+        Path | None, typer.Option(help="Draw the cache at its fullest into this file.", show_default=False)
+    ] = None,
+) -> None:
+    """Replay a request trace through the block manager and the kernels, and check the results.
+
+    Exit code 1 means that a result was wrong, 2 that an option or the trace was; 130 after Ctrl-C.
+    """
+    try:
+        chosen, reason = choose_backend(backend)
+        settings = Settings(
+            backend=chosen,
+            dtype=dtype or ("float16" if chosen == "cuda" else "float32"),
+            kv_dtype=kv_dtype,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            memory=None if memory is None else parse_bytes(memory),
+            max_batch=max_batch,
+            chunk=chunk,
+            seed=seed,
+            verify=verify,
+        )
+        work = _load(trace, requests, length_scale, seed)
+        _check_writable(svg)
+        print(f"replay: {len(work)} requests on the {chosen} backend ({reason})", file=sys.stderr)
+        with _signals() as received, show_progress(len(work)) as on_step:
+            report = replay(work, settings, on_step=on_step, stop=lambda: bool(received), keep_layout=svg is not None)
+    except (SettingsError, TraceError) as error:
+        _fail(str(error))
+    except pagedattn.PagedAttnError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("replay: stopped", file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    _print(report, as_json=as_json)
+    if svg is not None:
+        _draw(report, svg)
+    if report.mismatch is not None:
+        print(f"replay: {report.mismatch}", file=sys.stderr)
+        raise typer.Exit(WRONG_RESULT)
+    if received:
+        raise typer.Exit(128 + received[0])
+
+
+def _load(trace: Path | None, requests: int | None, length_scale: float, seed: int) -> list[Request]:
+    if requests is not None and requests < 1:
+        raise SettingsError(f"--requests must be at least 1; got {requests}")
+    if not 0 < length_scale < float("inf"):
+        raise SettingsError(f"--length-scale must be a positive number; got {length_scale}")
+    if trace is None:
+        return synthetic_trace(requests or DEFAULT_REQUESTS, length_scale=length_scale, seed=seed)
+    return read_trace(trace, requests=requests, length_scale=length_scale, seed=seed)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM end the replay after the current step; a second one ends the process at once."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        previous[each] = signal.signal(each, note)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def _print(report: Report, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif sys.stdout.isatty():
+        Console().print(report.rich())
+    else:
+        print(report.text())
+
+
+def _draw(report: Report, path: Path) -> None:
+    from pagedattn._svg import render
+
+    if report.layout is None:
+        print("replay: nothing ran, so there is nothing to draw", file=sys.stderr)
+        return
+    title = f"{report.peak_blocks} of {report.num_blocks} blocks in use"
+    path.write_text(render(report.layout, title=title), encoding="utf-8")
+
+
+def _check_writable(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise SettingsError(f"--svg must name a file in a directory that exists; got {path}")
+
+
+def _fail(message: str) -> None:
+    print(f"replay: {message}", file=sys.stderr)
+    raise typer.Exit(USAGE)
