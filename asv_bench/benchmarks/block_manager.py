@@ -30,8 +30,8 @@ class DecodeSteps:
             self.manager.append(self.seqs, self.tokens)
             self.manager.step(self.seqs, self.ones)
 
-    time_64_steps.number = 1  # type: ignore[attr-defined]
-    time_64_steps.warmup_time = 0  # type: ignore[attr-defined]
+    time_64_steps.number = 1
+    time_64_steps.warmup_time = 0
 
 
 class Prompts:
