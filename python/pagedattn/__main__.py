@@ -14,9 +14,10 @@ def main() -> None:
     try:
         from pagedattn._cli import run
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
             raise
-        sys.exit(f"pagedattn: the command line needs {error.name}: pip install 'pagedattn[cli]'")
+        sys.exit(f"pagedattn: the command line needs {missing}: pip install 'pagedattn[cli]'")
     run()
 
 

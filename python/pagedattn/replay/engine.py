@@ -132,7 +132,7 @@ class Engine:
         self._copies = 0
         self._rows_verified = 0
         self._largest_error = 0.0
-        self._occupancy = Occupancy(settings.block_size, num_blocks)
+        self._occupancy = Occupancy(settings.block_size)
         self._layout: Any = None
         self._clock = Clock(self._device.synchronize)
         self._scheduler = Scheduler(requests, settings, self.manager, self._clock)

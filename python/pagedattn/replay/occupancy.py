@@ -17,14 +17,11 @@ class Occupancy:
     ----------
     block_size : int
         Tokens a block.
-    num_blocks : int
-        Blocks of the cache.
     """
 
-    def __init__(self, block_size: int, num_blocks: int) -> None:
+    def __init__(self, block_size: int) -> None:
         self.peak_blocks = 0
         self._block_size = block_size
-        self._num_blocks = num_blocks
         self._allocated = 0
         self._empty = 0
         self._sequences = 0

@@ -1,0 +1,271 @@
+"""The command line as a user meets it: output, exit codes, signals, and what it says when something is missing.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pagedattn
+import pytest
+from pagedattn._cli import app
+from typer.testing import CliRunner
+
+SMALL = ["--layers", "1", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--num-blocks", "64"]
+QUICK = [*SMALL, "--requests", "4", "--length-scale", "0.1"]
+
+
+def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def pagedattn_command(*args: str, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pagedattn", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def test_replay_without_a_trace_reports_and_exits_with_0():
+    done = pagedattn_command("replay", *QUICK)
+    assert done.returncode == 0, done.stderr
+    for name in (
+        "4 of 4 completed",
+        "prompt tokens",
+        "generated tokens",
+        "steps",
+        "tokens/s",
+        "attention",
+        "cache writes",
+        "block manager",
+        "the rest",
+        "KV read by attention",
+        "GB/s",
+        "waste, paged",
+        "waste, contiguous at final length",
+        "waste, contiguous at maximum length",
+        "prefix-hit tokens",
+        "copy-on-write copies",
+        "preemptions",
+        "peak in use",
+        "rows verified",
+        "largest error",
+    ):
+        assert name in done.stdout
+    # Plain text where nobody sees colours, and the choice of backend told aside.
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "backend" in done.stderr
+
+
+def test_json_is_the_report_alone():
+    done = pagedattn_command("replay", *QUICK, "--json", "--verify", "3")
+    report = json.loads(done.stdout)
+    assert report["completed"] == report["requests"] == 4
+    assert report["settings"]["heads"] == 2
+    assert report["rows_verified"] == 3 * report["steps"]
+    assert report["mismatch"] is None
+    assert sum(report["seconds_by_part"].values()) == pytest.approx(report["seconds"], rel=0.01)
+    assert set(report["seconds_by_part"]) >= {"attention", "cache writes", "block manager", "the rest"}
+    for field in ("kv_gigabytes_per_second", "tokens_per_second", "waste_paged", "waste_at_max_length", "hit_rate"):
+        assert report[field] >= 0
+
+
+def test_both_trace_formats_run(tmp_path: Path):
+    mooncake = tmp_path / "m.jsonl"
+    mooncake.write_text(
+        '{"timestamp": 0, "input_length": 1500, "output_length": 40, "hash_ids": [0, 1, 2]}\n'
+        '{"timestamp": 9, "input_length": 1400, "output_length": 40, "hash_ids": [0, 1, 3]}\n'
+    )
+    azure = tmp_path / "a.csv"
+    azure.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\n2023,396,109\n")
+    options = [*SMALL, "--length-scale", "0.1", "--max-batch", "1", "--json"]
+    reports = [json.loads(CliRunner().invoke(app, ["replay", str(p), *options]).stdout) for p in (mooncake, azure)]
+    assert [r["completed"] for r in reports] == [2, 2]
+    assert [r["prompt_tokens"] for r in reports] == [150 + 140, 37 + 40]
+    # 512 tokens scaled to 52: the two share 104 tokens, six full blocks of 16.
+    assert [r["hit_tokens"] for r in reports] == [96, 0]
+
+
+def test_svg_draws_the_cache_at_its_fullest(tmp_path: Path):
+    picture = tmp_path / "cache.svg"
+    done = CliRunner().invoke(app, ["replay", *QUICK, "--svg", str(picture)])
+    assert done.exit_code == 0, done.output
+    root = ET.parse(picture).getroot()
+    assert root.tag.endswith("svg")
+    assert "blocks in use" in "".join(root.itertext())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--dtype", "int8"], "replay: --dtype must be one of float32, float16, bfloat16; got int8"),
+        (["--heads", "6", "--kv-heads", "4"], "replay: --heads must be a multiple of --kv-heads; got 6 and 4"),
+        (["--memory", "lots"], "replay: --memory must be a size such as 512MiB or 2GB; got lots"),
+        (["--requests", "0"], "replay: --requests must be at least 1; got 0"),
+        (["--length-scale", "nan"], "replay: --length-scale must be a positive number; got nan"),
+        (["--backend", "abacus"], "replay: --backend must be auto, cpu or cuda; got abacus"),
+        (["--num-blocks", "1000000000000"], "replay: --num-blocks must be at most 2147483647"),
+        (["--num-blocks", "2000000000"], "are free: give a smaller --num-blocks"),
+        (["--svg", "/nowhere/at/all.svg"], "replay: --svg must name a file in a directory that exists"),
+        (["nowhere.jsonl"], "replay: nowhere.jsonl: No such file or directory"),
+        (["--layers", "many"], "--layers"),
+    ],
+)
+def test_a_wrong_option_is_named_in_a_line_and_exits_with_2(args, message):
+    done = CliRunner().invoke(app, ["replay", *args])
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_malformed_trace_is_named_with_its_line_and_exits_with_2(tmp_path: Path):
+    trace = tmp_path / "bad.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n0,5,3\n0,-1,3\n")
+    done = CliRunner().invoke(app, ["replay", str(trace)])
+    assert done.exit_code == 2
+    assert f"{trace}, line 3: ContextTokens must be a whole number" in done.stderr
+
+
+@pytest.mark.skipif("cuda" in pagedattn.config()["backends"], reason="this build has CUDA kernels")
+def test_cuda_without_a_cuda_build_says_so():
+    done = CliRunner().invoke(app, ["replay", "--backend", "cuda"])
+    assert done.exit_code == 2
+    assert "replay: --backend cuda: this build of pagedattn has no CUDA kernels" in done.stderr
+
+
+FAULTY = """
+import sys
+import pagedattn
+attend = pagedattn.paged_attention
+def faulty(q, k_cache, v_cache, tables, *args, **options):
+    tables = tables.copy()
+    tables[:, 0] = tables[::-1, 0]
+    return attend(q, k_cache, v_cache, tables, *args, **options)
+pagedattn.paged_attention = faulty
+from pagedattn.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_a_wrong_result_exits_with_1_and_names_the_place(extra):
+    done = python(FAULTY, "replay", *QUICK, "--verify", "20", *extra)
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    for part in ("wrong result in step", "request", "sequence", "position", "layer 0", "head", "relative error"):
+        assert part in message
+    # The report of what was done until then still comes.
+    assert (json.loads(done.stdout)["mismatch"]["layer"] == 0) if extra else ("rows verified" in done.stdout)
+
+
+INTERRUPTED = """
+import os
+import sys
+import pagedattn
+attend = pagedattn.paged_attention
+calls = 0
+def interrupting(*args, **options):
+    global calls
+    calls += 1
+    if calls == 5:
+        os.kill(os.getpid(), {number})
+    return attend(*args, **options)
+pagedattn.paged_attention = interrupting
+from pagedattn.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_replay_with_the_report_so_far(number):
+    done = python(INTERRUPTED.format(number=int(number)), "replay", *SMALL, "--requests", "40", "--json")
+    assert done.returncode == 128 + number, done.stderr
+    assert "Traceback" not in done.stderr
+    report = json.loads(done.stdout)
+    assert report["interrupted"] is True
+    # One layer, so a call a step; the step in which the signal came is finished.
+    assert report["steps"] == 5
+    assert report["completed"] < 40
+
+
+def test_ctrl_c_is_obeyed_from_outside():
+    command = [sys.executable, "-m", "pagedattn", "replay", *SMALL, "--requests", "20000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        # The line is printed when the trace is ready; the run takes minutes from there.
+        assert process.stderr is not None
+        assert "20000 requests" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "of 20000 completed" in out or "stopped" in err
+
+
+def test_a_terminal_gets_live_progress_and_a_table():
+    parent, child = pty.openpty()
+    # A dumb or unknown terminal would be treated as none.
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "pagedattn", "replay", *SMALL, "--requests", "12", "--length-scale", "0.3"]
+    process = subprocess.Popen(command, stdout=child, stderr=child, env=environment)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            data = os.read(parent, 65536)
+        except OSError:
+            break
+        if not data:
+            break
+        shown += data
+    os.close(parent)
+    assert process.wait(timeout=60) == 0
+    text = shown.decode()
+    assert "\x1b[" in text
+    for part in ("/12", "tokens/s", "blocks", "% prefix hits", "12 of 12 completed", "largest error"):
+        assert part in text
+
+
+def test_info_says_what_was_built():
+    done = pagedattn_command("info")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(pagedattn_command("info", "--json").stdout)
+    assert facts == json.loads(json.dumps(pagedattn.config()))
+    assert facts["version"] in done.stdout
+    assert facts["cpu"]["isa"] in done.stdout
+    for operation, _, kernel in facts["kernels"]:
+        assert operation in done.stdout
+        assert kernel in done.stdout
+
+
+def test_info_works_without_cupy():
+    hide = "import sys; sys.modules['cupy'] = None; from pagedattn.__main__ import main; main()"
+    done = python(hide, "info")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_cli_extra_one_line_says_how_to_get_it(missing):
+    hide = f"import sys; sys.modules[{missing!r}] = None; from pagedattn.__main__ import main; main()"
+    done = python(hide, "info")
+    assert done.returncode == 1
+    assert done.stderr == f"pagedattn: the command line needs {missing}: pip install 'pagedattn[cli]'\n"
+
+
+OPTIONS = """backend dtype kv-dtype layers heads kv-heads head-dim block-size num-blocks memory max-batch chunk
+requests length-scale seed verify json svg"""
+
+
+def test_help_names_every_command_and_option():
+    commands = pagedattn_command("--help").stdout
+    assert "replay" in commands
+    assert "info" in commands
+    text = pagedattn_command("replay", "--help").stdout
+    missing = [option for option in OPTIONS.split() if f"--{option} " not in text]
+    assert not missing
