@@ -23,7 +23,8 @@ def dense_attention(q: FloatArray, k: FloatArray, v: FloatArray) -> npt.NDArray[
     scores = np.einsum("hd,lhd->hl", q, keys) / np.sqrt(HEAD_DIM)
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     weights /= weights.sum(axis=1, keepdims=True)
-    return np.einsum("hl,lhd->hd", weights, values)
+    out: npt.NDArray[np.float64] = np.einsum("hl,lhd->hd", weights, values)
+    return out
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ NUM_BLOCKS, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM = 64, 16, 2, 64
 def key_of(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Return keys that depend on the tokens alone, so that equal prefixes have equal keys."""
     phases = np.arange(NUM_KV_HEADS * HEAD_DIM).reshape(NUM_KV_HEADS, HEAD_DIM)
-    return np.sin(tokens[:, None, None] * 0.1 + phases).astype(np.float32)
+    keys: npt.NDArray[np.float32] = np.sin(tokens[:, None, None] * 0.1 + phases).astype(np.float32)
+    return keys
 
 
 def main() -> None:
