@@ -2,8 +2,11 @@
 #include "tensor_checks.h"
 
 #include <algorithm>
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
+#include <vector>
 
 #include "describe.h"
 #include "status.h"
@@ -162,6 +165,7 @@ void Checker::vector(const char *argument, const pa_tensor *tensor, int32_t expe
 }
 
 void Checker::unit_last_stride(const char *argument, const pa_tensor &tensor) const {
+  if (is_empty(tensor)) return;  // whose strides NumPy sets to 0
   const int32_t last = tensor.ndim - 1;
   if (last >= 0 && tensor.shape[last] > 1 && tensor.strides[last] != 1) {
     fail(argument, "contiguous in its last dimension",
@@ -195,6 +199,34 @@ void Checker::disjoint(const char *argument, const pa_tensor &written, const cha
                        const pa_tensor *other) const {
   if (other == nullptr || !may_overlap(written, *other)) return;
   fail(argument, "memory apart from `" + std::string(other_argument) + "`", "overlapping arrays");
+}
+
+void Checker::disjoint_lists(const char *argument, const pa_tensor *written, int64_t num_written,
+                             const char *other_argument, const pa_tensor *others, int64_t num_others) const {
+  struct Listed {
+    const pa_tensor *tensor;
+    int64_t index;
+    bool is_written;
+    uintptr_t start() const { return reinterpret_cast<uintptr_t>(tensor->data); }
+    uintptr_t end() const { return start() + static_cast<uintptr_t>(extent_bytes(*tensor)); }
+  };
+  std::vector<Listed> all;
+  all.reserve(static_cast<size_t>(num_written + num_others));
+  for (int64_t i = 0; i < num_written; ++i) all.push_back({&written[i], i, true});
+  for (int64_t i = 0; i < num_others; ++i) all.push_back({&others[i], i, false});
+  // In the order of addresses only the next few can reach into one another: a model has over a hundred caches.
+  std::sort(all.begin(), all.end(), [](const Listed &a, const Listed &b) { return a.start() < b.start(); });
+  const auto name = [&](const Listed &listed) {
+    return std::string(listed.is_written ? argument : other_argument) + "[" + std::to_string(listed.index) + "]";
+  };
+  for (size_t i = 0; i < all.size(); ++i) {
+    for (size_t j = i + 1; j < all.size() && all[j].start() < all[i].end(); ++j) {
+      // The message names the written one, of two written ones the later.
+      const bool i_first = all[i].is_written && (!all[j].is_written || all[i].index > all[j].index);
+      const Listed &culprit = i_first ? all[i] : all[j], &victim = i_first ? all[j] : all[i];
+      if (culprit.is_written) disjoint(name(culprit).c_str(), *culprit.tensor, name(victim).c_str(), victim.tensor);
+    }
+  }
 }
 
 int32_t Checker::fits_int32(const char *argument, const char *symbol, int64_t value) const {

@@ -49,6 +49,11 @@ class Checker {
   void disjoint(const char *argument, const pa_tensor &written, const char *other_argument,
                 const pa_tensor *other) const;
 
+  // The arrays of a list that is written share memory neither with each other nor with those of another list, which may
+  // be empty.
+  void disjoint_lists(const char *argument, const pa_tensor *written, int64_t num_written, const char *other_argument,
+                      const pa_tensor *others, int64_t num_others) const;
+
   int32_t fits_int32(const char *argument, const char *symbol, int64_t value) const;
   void flag(const char *argument, int32_t value) const;  // 0 or 1
   void check_mode(int32_t value) const;                  // -1, 0 or 1

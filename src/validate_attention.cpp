@@ -90,7 +90,7 @@ void validate_sequences(const Checker &check, const pa_attention_args &args, Att
 }
 
 void validate_options(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
-  if (std::isinf(args.scale)) check.fail("scale", "finite", number_text(args.scale));
+  if (std::isinf(static_cast<float>(args.scale))) check.fail("scale", "finite", number_text(args.scale));
   p->scale =
       std::isnan(args.scale) ? 1.0f / std::sqrt(static_cast<float>(p->head_dim)) : static_cast<float>(args.scale);
   if (!(args.softcap >= 0.0) || std::isinf(static_cast<float>(args.softcap))) {

@@ -52,8 +52,9 @@ Placement validate_merge_states(const pa_merge_states_args &args, ValidatedMerge
   if (args.lses == nullptr) check.fail("`lses` is required");
   check.set_device("outs", args.outs);
 
-  check.shaped("out", args.out, {{"T"}, {"num_heads"}, {"head_dim"}});
-  const int64_t *shape = args.out->shape;
+  check.shaped("outs[0]", args.outs, {{"T"}, {"num_heads"}, {"head_dim"}});
+  const int64_t *shape = args.outs->shape;
+  check.shaped("out", args.out, {{"T", shape[0]}, {"num_heads", shape[1]}, {"head_dim", shape[2]}});
   check.unit_last_stride("out", *args.out);
   check.output("out", *args.out);
   MergeStatesParams &p = merge->params;
@@ -230,10 +231,9 @@ Placement validate_copy_blocks(const pa_copy_blocks_args &args, ValidatedCopy *c
   CopyBlocksParams &p = copy->params;
   set_mapping(check, args.block_mapping, &p);
   for (int64_t i = 0; i < args.num_caches; ++i) {
-    const std::string name = indexed("caches", i);
-    check.disjoint(name.c_str(), args.caches[i], "block_mapping", args.block_mapping);
-    if (i > 0) check.disjoint(name.c_str(), args.caches[i], indexed("caches", i - 1).c_str(), &args.caches[i - 1]);
+    check.disjoint(indexed("caches", i).c_str(), args.caches[i], "block_mapping", args.block_mapping);
   }
+  check.disjoint_lists("caches", args.caches, args.num_caches, "", nullptr, 0);
   set_block_layout(args.caches[0], args.caches[0], size_of(args.caches[0].dtype), &p);
   p.num_caches = args.num_caches;
   p.src = copy->src.data();
@@ -257,10 +257,11 @@ Placement validate_swap_blocks(const pa_swap_blocks_args &args, ValidatedCopy *c
     same_layout(host, src_name, args.src[i], "src[0]", args.src[0], true);
     same_layout(host, dst_name, args.dst[i], "dst[0]", args.dst[0], true);
     dst_check.output(dst_name.c_str(), args.dst[i]);
-    dst_check.disjoint(dst_name.c_str(), args.dst[i], src_name.c_str(), &args.src[i]);
+    dst_check.disjoint(dst_name.c_str(), args.dst[i], "block_mapping", args.block_mapping);
     copy->src.push_back(args.src[i].data);
     copy->dst.push_back(args.dst[i].data);
   }
+  dst_check.disjoint_lists("dst", args.dst, args.num_caches, "src", args.src, args.num_caches);
   same_layout(host, "dst[0]", args.dst[0], "src[0]", args.src[0], false);
   if (src_check.on_cuda() && dst_check.on_cuda() && src_check.device_id() != dst_check.device_id()) {
     host.fail("dst", "on the device of `src` or on the host", device_text(PA_CUDA, dst_check.device_id()));
@@ -336,6 +337,8 @@ Placement validate_gather_kv(const pa_gather_kv_args &args, GatherKvParams *p) {
     check.disjoint(written.name, *written.tensor, "seq_lens", args.seq_lens);
     check.disjoint(written.name, *written.tensor, "seq_starts", args.seq_starts);
     check.disjoint(written.name, *written.tensor, "out_start_loc", args.out_start_loc);
+    check.disjoint(written.name, *written.tensor, "k_scale", args.k_scale);
+    check.disjoint(written.name, *written.tensor, "v_scale", args.v_scale);
   }
   check.disjoint("v_out", *args.v_out, "k_out", args.k_out);
   p->k_out = tokens_view(*args.k_out);

@@ -26,6 +26,7 @@ _ML_DTYPES = {
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "float8_e5m2": ml_dtypes.float8_e5m2,
 }
+_NAMES = {np.dtype(_ML_DTYPES.get(name, name)): name for name in _DTYPE_CODES}
 
 
 def library_of(array: Any) -> str:
@@ -45,12 +46,14 @@ def is_on_cuda(array: Any) -> bool:
 
 def dtype_name(operation: str, argument: str, dtype: Any) -> str:
     """Name of a float type given as a name, a NumPy dtype or a scalar type such as ``ml_dtypes.bfloat16``."""
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None)
-    if name is None:
+    if isinstance(dtype, str):
+        name = dtype
+    else:
+        # Compared as types: the `name` of ml_dtypes.float8_e4m3, which has infinities, is also that of the one here.
         try:
-            name = np.dtype(dtype).name
+            name = _NAMES.get(np.dtype(dtype), "")
         except TypeError:
-            name = repr(dtype)
+            name = ""
     if name not in _DTYPE_CODES:
         raise InvalidArgumentError(f"{operation}: `{argument}` must be one of {', '.join(_DTYPE_CODES)}; got {dtype!r}")
     return str(name)

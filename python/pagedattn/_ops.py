@@ -475,7 +475,7 @@ def gather_kv(
     operation = "gather_kv"
     if out is None:
         shape = (
-            _gathered_rows(seq_lens, seq_starts, out_start_loc, total_tokens),
+            _gathered_rows(seq_lens, seq_starts, out_start_loc, total_tokens, _table_capacity(k_cache, block_tables)),
             *_trailing_shape(k_cache),
         )
         if dtype is None:
@@ -516,7 +516,14 @@ def _trailing_shape(k_cache: Any) -> tuple[int, int]:
     return int(shape[2]), int(shape[3])
 
 
-def _gathered_rows(seq_lens: Any, seq_starts: Any, out_start_loc: Any, total_tokens: int | None) -> int:
+def _table_capacity(k_cache: Any, block_tables: Any) -> int:
+    """Tokens that one sequence's row of the block table can name."""
+    return int(tuple(getattr(block_tables, "shape", (0,)))[-1]) * int(k_cache.shape[1])
+
+
+def _gathered_rows(
+    seq_lens: Any, seq_starts: Any, out_start_loc: Any, total_tokens: int | None, capacity: int
+) -> int:
     if total_tokens is not None:
         try:
             rows = operator.index(total_tokens)
@@ -536,8 +543,9 @@ def _gathered_rows(seq_lens: Any, seq_starts: Any, out_start_loc: Any, total_tok
         if out_start_loc is not None and np.ndim(out_start_loc) == 1 and len(out_start_loc):
             return max(0, int(out_start_loc[-1]))
         starts = 0 if seq_starts is None else int(np.sum(seq_starts, dtype=np.int64))
-        return max(0, int(seq_lens.sum(dtype=np.int64)) - starts)
+        # Longer ones will be refused by name, which must not fail for want of memory first.
+        return max(0, int(np.minimum(seq_lens, capacity).sum(dtype=np.int64)) - starts)
     if hasattr(seq_lens, "__dlpack__"):
         as_numpy = [None if a is None else np.from_dlpack(a) for a in (seq_lens, seq_starts, out_start_loc)]
-        return _gathered_rows(*as_numpy, None)
+        return _gathered_rows(*as_numpy, None, capacity)
     raise InvalidArgumentError("gather_kv: `seq_lens` must be an int32 array of shape (num_seqs,)")
