@@ -183,7 +183,7 @@ def _draw(report: Report, path: Path) -> None:
     if report.layout is None:
         print("replay: nothing ran, so there is nothing to draw", file=sys.stderr)
         return
-    title = f"{report.peak_blocks} of {report.num_blocks} blocks in use"
+    title = f"The paged cache at its fullest: {report.peak_blocks} of {report.num_blocks} blocks in use"
     path.write_text(render(report.layout, title=title), encoding="utf-8")
 
 

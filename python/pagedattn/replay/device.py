@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+import pagedattn
 
 from .settings import Backend, Settings, SettingsError, show_bytes
 
@@ -46,7 +47,7 @@ class Device:
     def name(self) -> str:
         """What the report calls the machine."""
         if self.backend == "cpu":
-            return f"cpu, {len(os.sched_getaffinity(0))} cores"
+            return f"cpu ({pagedattn.config()['cpu']['isa']}), {pagedattn.get_num_threads()} threads"
         properties = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.runtime.getDevice())
         return f"cuda, {properties['name'].decode()}"
 
@@ -102,8 +103,6 @@ class Device:
 
 def cuda_missing() -> str:
     """Why the CUDA backend cannot run here; "" if it can."""
-    import pagedattn
-
     if not pagedattn.config()["cuda"]["built"]:
         return "this build of pagedattn has no CUDA kernels"
     try:

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import pagedattn
+
 from .settings import Settings, show_bytes
 from .verify import Mismatch
 
@@ -92,6 +94,7 @@ class Report:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("layout", "parts"):
             del fields[name]
+        fields["version"] = pagedattn.__version__
         fields["settings"] = dataclasses.asdict(self.settings)
         fields["mismatch"] = None if self.mismatch is None else _finite(dataclasses.asdict(self.mismatch))
         fields["seconds_by_part"] = self.time_split
@@ -118,7 +121,7 @@ class Report:
             ("prompt tokens", f"{self.prompt_tokens}"),
             ("generated tokens", f"{self.generated_tokens}"),
             ("steps", f"{self.steps}"),
-            ("tokens/s", f"{self.tokens_per_second:.0f}"),
+            ("tokens/s", f"{self.tokens_per_second:.0f}, prompt and generated"),
         ]
 
     def _time(self) -> list[tuple[str, str]]:

@@ -2,8 +2,9 @@
 """Which tokens run in the next step: continuous batching with chunked prefill and preemption.
 
 Every step takes one token of each sequence that is decoding and up to ``chunk`` tokens of prompts, oldest sequence
-first.  A request is admitted when its whole prompt and one more block for each running sequence fit.  When blocks run
-out nonetheless, the latest sequence gives its blocks back and is computed again later, so the oldest always advances.
+first.  A request is admitted when its whole prompt fits and leaves a hundredth of the blocks free.  Sequences then grow
+into what is left; when blocks run out, the latest gives its own back and is computed again later, so the oldest always
+advances.
 """
 
 from __future__ import annotations
@@ -243,7 +244,8 @@ class Scheduler:
     def _fits(self, tokens: int, cached: int) -> bool:
         blocks = self._settings.blocks
         promised = sum(blocks(s.known) - blocks(s.computed) for s in self.running)
-        needed = blocks(tokens) - blocks(cached) + promised + len(self.running)
+        spare = self._manager.num_blocks // 100 if self.running else 0
+        needed = blocks(tokens) - blocks(cached) + promised + spare
         return bool(needed <= self._manager.num_free_blocks)
 
     def _fork(self, sequence: Sequence) -> list[Sequence]:

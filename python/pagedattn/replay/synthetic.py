@@ -7,7 +7,7 @@ import numpy as np
 
 from .traces import Request, content_stream, scaled, unique_stream
 
-DEFAULT_REQUESTS = 128
+DEFAULT_REQUESTS = 256
 
 # Prompt and output lengths of chat traffic are close to lognormal: (median, sigma of the logarithm, largest).
 _PROMPT = (160, 0.9, 4096)
