@@ -60,9 +60,7 @@ struct Float16 {
 
 struct BFloat16 {
   using Storage = uint16_t;
-  PA_INLINE Vec load(const uint16_t *p) {
-    return as_float(__builtin_convertvector(load_as<VecU16>(p), VecU) << 16);
-  }
+  PA_INLINE Vec load(const uint16_t *p) { return as_float(__builtin_convertvector(load_as<VecU16>(p), VecU) << 16); }
   PA_INLINE void store(uint16_t *p, Vec v) {
     const VecU bits = as_bits(v);
     const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -130,11 +128,21 @@ PA_INLINE void store_partial(typename T::Storage *p, Vec v, int64_t n) {
 template <class F>
 PA_INLINE void with_dtype(DType dtype, F f) {
   switch (dtype) {
-    case DType::kFloat32: f(Float32{}); break;
-    case DType::kFloat16: f(Float16{}); break;
-    case DType::kBFloat16: f(BFloat16{}); break;
-    case DType::kFloat8E4M3: f(Float8E4M3{}); break;
-    case DType::kFloat8E5M2: f(Float8E5M2{}); break;
+    case DType::kFloat32:
+      f(Float32{});
+      break;
+    case DType::kFloat16:
+      f(Float16{});
+      break;
+    case DType::kBFloat16:
+      f(BFloat16{});
+      break;
+    case DType::kFloat8E4M3:
+      f(Float8E4M3{});
+      break;
+    case DType::kFloat8E5M2:
+      f(Float8E5M2{});
+      break;
   }
 }
 

@@ -138,7 +138,8 @@ PA_INLINE Vec4 sum_each(Vec a, Vec b, Vec c, Vec d) {
 
 // 2**x within an ulp or so for x <= 0 (and for moderate positive x); exactly 0 below 2**-126; NaN stays NaN.
 PA_INLINE Vec exp2_nonpositive(Vec x) {
-  // Adding 1.5 * 2**23 rounds to an integer and leaves it in the low mantissa bits, from where it moves to the exponent.
+  // Adding 1.5 * 2**23 rounds to an integer and leaves it in the low mantissa bits, from where it moves to the
+  // exponent.
   const Vec magic = broadcast(12582912.0f);
   const Vec clamped = max(broadcast(-126.0f), x);
   const Vec shifted = clamped + magic;

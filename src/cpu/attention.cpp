@@ -1,0 +1,215 @@
+// paged_attention on the CPU: how the work is cut.
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// A work item is (sequence, tile of packed query rows, range of KV heads, range of keys).  Decode items take all KV
+// heads of a range of keys, so that a block is read once and in one go; prefill items take one head, whose converted
+// tiles then serve many rows.  Where one tile's keys are cut into several ranges, the item that finishes last joins the
+// partial results in the order of the ranges.
+//
+// Bits: what an item computes for a row depends on the cut of rows and keys only, and that cut is a function of the
+// sequence's own lengths and the call's shapes.  So equal input gives equal bits whatever the threads do, whatever
+// their number, and whatever else is in the batch; `deterministic` asks for nothing more.  The cut of heads may follow
+// the number of threads, because it changes no sum.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/backend.h"
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+#include "cpu/thread_pool.h"
+#include "status.h"
+
+namespace pagedattn::cpu {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Ranges of keys that one sequence is cut into, over all of its row tiles: enough for large machines to share one long
+// sequence, few enough that partial results stay small beside the keys.
+constexpr int64_t kMaxRanges = 64;
+// Shortest range of keys, a multiple of the kernels' tile.  Each range costs a partial result the size of 2 * rows keys
+// or so (fp32, K and V of 16 bits), hence a length in proportion to the rows, within bounds.
+constexpr int64_t kMinRange = 256;
+constexpr int64_t kMaxMinRange = 1024;
+constexpr int64_t kRangeStep = 64;
+// Items for each thread, so that uneven ones even out.
+constexpr int64_t kItemsPerThread = 4;
+
+// The rows and keys of one tile, before heads and ranges of keys are cut.
+struct RowTile {
+  AttentionWork work;  // all heads, all visible keys
+  int64_t range;       // keys of one range
+  int64_t num_ranges;  // at least 1
+};
+
+// The partial results of one tile and one range of heads.
+struct Merge {
+  AttentionWork work;
+  int64_t offset;  // floats from the start of the partial results
+  int64_t stride;  // floats of one partial result
+  int64_t count;
+  int32_t missing;  // partial results yet to come; atomic while items run
+};
+
+struct Item {
+  AttentionWork work;
+  int64_t merge;  // index, or -1
+  int64_t range;  // which of the merge's ranges
+};
+
+// Kept by each calling thread, so that a call in steady state allocates nothing.
+struct Plan {
+  std::vector<RowTile> tiles;
+  std::vector<Item> items;
+  std::vector<Merge> merges;
+  int64_t partial_floats = 0;
+  int64_t cost = 0;  // in bytes of cache read, computing counted as the bytes that take as long
+
+  void clear() {
+    tiles.clear();
+    items.clear();
+    merges.clear();
+    partial_floats = 0;
+    cost = 0;
+  }
+};
+
+// Rows of a tile: tiles of one sequence are of about equal size, and hold whole tokens where a token's rows fit in.
+int64_t tile_rows(int64_t num_rows, int64_t group) {
+  const int64_t even = ceil_div(num_rows, ceil_div(num_rows, kMaxStateRows));
+  const int64_t whole_tokens = ceil_div(even, group) * group;
+  return whole_tokens <= kMaxStateRows ? whole_tokens : even;
+}
+
+void add_tiles(const AttentionParams &p, int32_t seq, std::vector<RowTile> &tiles) {
+  const int64_t group = p.num_q_heads / p.num_kv_heads;
+  const int64_t query_start = p.query_start_loc == nullptr ? seq : p.query_start_loc[seq];
+  const int64_t query_len = p.query_start_loc == nullptr ? 1 : p.query_start_loc[seq + 1] - query_start;
+  const int64_t seq_len = p.seq_lens[seq];
+  const int64_t num_rows = query_len * group;
+  if (num_rows == 0) return;
+  const int64_t rows = tile_rows(num_rows, group);
+  const int64_t num_tiles = ceil_div(num_rows, rows);
+  // The last tiles see the most keys, so they go first.
+  for (int64_t tile = num_tiles - 1; tile >= 0; --tile) {
+    RowTile t;
+    AttentionWork &w = t.work;
+    w.seq = seq;
+    w.query_start = query_start;
+    w.query_len = query_len;
+    w.seq_len = seq_len;
+    w.row_begin = tile * rows;
+    w.row_end = std::min(num_rows, w.row_begin + rows);
+    const int64_t first_position = seq_len - query_len + w.row_begin / group;
+    const int64_t last_position = seq_len - query_len + (w.row_end - 1) / group;
+    const int64_t first_end = p.causal ? first_position + 1 : seq_len;
+    w.kv_end = std::max<int64_t>(0, p.causal ? last_position + 1 : seq_len);
+    w.kv_begin = p.window > 0 ? std::max<int64_t>(0, first_end - p.window) : 0;
+    const int64_t num_keys = w.kv_end - w.kv_begin;
+    const int64_t shortest = std::clamp((w.row_end - w.row_begin) * 16, kMinRange, kMaxMinRange);
+    const int64_t even = ceil_div(num_keys, std::max<int64_t>(1, kMaxRanges / num_tiles));
+    t.range = ceil_div(std::max(shortest, even), kRangeStep) * kRangeStep;
+    t.num_ranges = std::max<int64_t>(1, ceil_div(num_keys, t.range));
+    tiles.push_back(t);
+  }
+}
+
+void add_items(const AttentionParams &p, const RowTile &tile, int32_t head_begin, int32_t head_end, Plan &plan) {
+  AttentionWork work = tile.work;
+  work.head_begin = head_begin;
+  work.head_end = head_end;
+  int64_t merge = -1;
+  if (tile.num_ranges > 1) {
+    const int64_t rows = (work.row_end - work.row_begin) * (head_end - head_begin);
+    const int64_t stride = ceil_div(rows * (p.head_dim + kPartialExtra), 16) * 16;
+    merge = static_cast<int64_t>(plan.merges.size());
+    plan.merges.push_back({work, plan.partial_floats, stride, tile.num_ranges, static_cast<int32_t>(tile.num_ranges)});
+    plan.partial_floats += stride * tile.num_ranges;
+  }
+  for (int64_t range = 0; range < tile.num_ranges; ++range) {
+    Item item{work, merge, range};
+    item.work.kv_begin = tile.work.kv_begin + range * tile.range;
+    item.work.kv_end = std::min(tile.work.kv_end, item.work.kv_begin + tile.range);
+    plan.items.push_back(item);
+  }
+}
+
+void make_plan(const AttentionParams &p, Plan &plan) {
+  plan.clear();
+  for (int32_t seq = 0; seq < p.num_seqs; ++seq) add_tiles(p, seq, plan.tiles);
+
+  const auto heads_that_fit = [&](const RowTile &tile) {
+    const int64_t rows = tile.work.row_end - tile.work.row_begin;
+    return std::clamp<int64_t>(kMaxStateRows / rows, 1, p.num_kv_heads);
+  };
+  int64_t num_items = 0;
+  for (const RowTile &tile : plan.tiles) {
+    const int64_t rows = tile.work.row_end - tile.work.row_begin;
+    const int64_t keys = std::max<int64_t>(1, tile.work.kv_end - tile.work.kv_begin);
+    num_items += tile.num_ranges * ceil_div(p.num_kv_heads, heads_that_fit(tile));
+    // About 5 operations take as long as reading a byte.
+    plan.cost += keys * p.num_kv_heads * p.head_dim * (2 * dtype_size(p.kv_dtype) + 4 * rows / 5);
+  }
+  const int64_t cut = std::max<int64_t>(1, ceil_div(kItemsPerThread * num_threads(), std::max<int64_t>(1, num_items)));
+
+  // Tiles of a sequence follow each other head by head, so that the keys they share are found in the cache.
+  for (size_t first = 0; first < plan.tiles.size();) {
+    size_t last = first;
+    while (last < plan.tiles.size() && plan.tiles[last].work.seq == plan.tiles[first].work.seq) ++last;
+    int64_t heads = p.num_kv_heads;
+    for (size_t i = first; i < last; ++i) heads = std::min(heads, heads_that_fit(plan.tiles[i]));
+    heads = std::max<int64_t>(1, heads / cut);
+    for (int64_t head = 0; head < p.num_kv_heads; head += heads) {
+      const int64_t end = std::min<int64_t>(p.num_kv_heads, head + heads);
+      for (size_t i = first; i < last; ++i) {
+        add_items(p, plan.tiles[i], static_cast<int32_t>(head), static_cast<int32_t>(end), plan);
+      }
+    }
+    first = last;
+  }
+}
+
+}  // namespace
+
+void paged_attention(const AttentionParams &p) {
+  thread_local Plan plan_of_thread;
+  thread_local Scratch partials_of_thread;
+  const Kernels &k = kernels();
+  Plan &plan = plan_of_thread;
+  make_plan(p, plan);
+  float *const partials =
+      static_cast<float *>(partials_of_thread.get(static_cast<size_t>(plan.partial_floats) * sizeof(float)));
+  const size_t scratch_size = k.attention_scratch_size(p);
+
+  const auto run_item = [&](int64_t i) {
+    thread_local Scratch scratch_of_worker;
+    void *const scratch = scratch_of_worker.get(scratch_size);
+    Item &item = plan.items[static_cast<size_t>(i)];
+    if (item.merge < 0) {
+      k.attend(p, item.work, scratch);
+      return;
+    }
+    Merge &merge = plan.merges[static_cast<size_t>(item.merge)];
+    float *const first = partials + merge.offset;
+    item.work.partial = first + item.range * merge.stride;
+    k.attend(p, item.work, scratch);
+    // Whoever takes the count to zero sees all partial results.
+    if (std::atomic_ref(merge.missing).fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      k.merge_partials(p, merge.work, first, merge.count, merge.stride, scratch);
+    }
+  };
+  const auto num_items = static_cast<int64_t>(plan.items.size());
+  if (plan.cost < kMinParallelWork) {
+    parallel_for(1, [&](int64_t, int) {
+      for (int64_t i = 0; i < num_items; ++i) run_item(i);
+    });
+  } else {
+    parallel_for(num_items, [&](int64_t i, int) { run_item(i); });
+  }
+  record_kernel("paged_attention", k.attention_name);
+}
+
+}  // namespace pagedattn::cpu

@@ -1,0 +1,103 @@
+// Run-time dispatch over instruction sets.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cpu/backend.h"
+#include "status.h"
+
+namespace pagedattn::cpu {
+namespace {
+
+struct Isa {
+  const Kernels *kernels;
+  bool available;
+};
+
+// From narrow to wide.
+std::vector<Isa> isas() {
+  std::vector<Isa> all;
+  all.push_back({&generic::kKernels, true});
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+#if defined(PAGEDATTN_CPU_HAS_avx2)
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  all.push_back({&avx2::kKernels, has_avx2});
+#endif
+#if defined(PAGEDATTN_CPU_HAS_avx512)
+  all.push_back({&avx512::kKernels, has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                                        __builtin_cpu_supports("avx512dq")});
+#endif
+  return all;
+}
+
+std::string names(const std::vector<Isa> &all, bool only_available, const char *separator) {
+  std::string joined;
+  for (const Isa &isa : all) {
+    if (only_available && !isa.available) continue;
+    if (!joined.empty()) joined += separator;
+    joined += isa.kernels->isa;
+  }
+  return joined;
+}
+
+const Kernels &choose() {
+  const std::vector<Isa> all = isas();
+  const char *forced = std::getenv("PAGEDATTN_CPU_ISA");
+  if (forced == nullptr || *forced == '\0') {
+    const Kernels *widest = nullptr;
+    for (const Isa &isa : all) {
+      if (isa.available) widest = isa.kernels;
+    }
+    return *widest;
+  }
+  const std::string choices = names(all, true, ", ");
+  for (const Isa &isa : all) {
+    if (std::string_view(forced) != isa.kernels->isa) continue;
+    if (isa.available) return *isa.kernels;
+    throw Error(PA_ERROR_UNSUPPORTED,
+                "PAGEDATTN_CPU_ISA: this processor lacks `" + std::string(forced) + "`; it can run " + choices);
+  }
+  throw Error(PA_ERROR_INVALID_ARGUMENT,
+              "PAGEDATTN_CPU_ISA: must be one of " + choices + "; got `" + std::string(forced) + "`");
+}
+
+}  // namespace
+
+const Kernels &kernels() {
+  // A failed choice throws out of the initialisation, which the next call then tries again.
+  static const Kernels &chosen = choose();
+  return chosen;
+}
+
+const char *compiled_isas() {
+  static const std::string text = names(isas(), false, ";");
+  return text.c_str();
+}
+
+const char *chosen_isa() { return kernels().isa; }
+
+const char *kernel_table() {
+  static const std::string text = [] {
+    const Kernels &k = kernels();
+    const auto line = [](const char *operation, const char *what, const char *kernel) {
+      return std::string(operation) + "\t" + what + "\t" + kernel + "\n";
+    };
+    return line("paged_attention", "up to 8 query rows a KV head (decode)", k.attention_name) +
+           line("paged_attention", "more query rows (append, prefill)", k.attention_name) +
+           line("merge_states", "all", k.merge_states_name) +
+           line("reshape_and_cache", "all", k.reshape_and_cache_name) + line("copy_blocks", "all", k.copy_blocks_name) +
+           line("swap_blocks", "host to host", k.copy_blocks_name) + line("gather_kv", "all", k.gather_kv_name);
+  }();
+  return text.c_str();
+}
+
+}  // namespace pagedattn::cpu

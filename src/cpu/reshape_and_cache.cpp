@@ -1,0 +1,68 @@
+// reshape_and_cache on the CPU: each new token's keys and values go to the slot that the mapping names.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/backend.h"
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+#include "status.h"
+
+namespace pagedattn::cpu {
+namespace {
+
+struct Side {
+  const TokensView &tokens;
+  const CacheView &cache;
+  const Scale &scale;
+};
+
+void write_token(const ReshapeAndCacheParams &p, const Kernels &k, const Side &side, int64_t token, int64_t block,
+                 int64_t slot) {
+  const int64_t src_size = dtype_size(p.src_dtype);
+  const int64_t dst_size = dtype_size(p.kv_dtype);
+  const char *src = static_cast<const char *>(side.tokens.data) + token * side.tokens.token_stride * src_size;
+  char *dst = static_cast<char *>(side.cache.data) +
+              (block * side.cache.block_stride + slot * side.cache.token_stride) * dst_size;
+  const bool quantize = is_float8(p.kv_dtype);
+  // Heads that follow each other on both sides, and share a scale, are one run.
+  const bool one_run = side.tokens.head_stride == p.head_dim && side.cache.head_stride == p.head_dim &&
+                       !(quantize && side.scale.per_head);
+  const int64_t runs = one_run ? 1 : p.num_kv_heads;
+  const int64_t length = one_run ? static_cast<int64_t>(p.num_kv_heads) * p.head_dim : p.head_dim;
+  for (int64_t run = 0; run < runs; ++run) {
+    const char *from = src + run * side.tokens.head_stride * src_size;
+    char *to = dst + run * side.cache.head_stride * dst_size;
+    if (quantize) {
+      const float scale = side.scale.ptr == nullptr ? side.scale.value : side.scale.ptr[side.scale.per_head ? run : 0];
+      k.quantize_row(p.kv_dtype, to, p.src_dtype, from, scale, length);
+    } else {
+      std::memcpy(to, from, static_cast<size_t>(length * dst_size));
+    }
+  }
+}
+
+}  // namespace
+
+void reshape_and_cache(const ReshapeAndCacheParams &p) {
+  const Kernels &k = kernels();
+  const int64_t token_bytes = 2 * p.num_kv_heads * p.head_dim * (dtype_size(p.src_dtype) + dtype_size(p.kv_dtype));
+  const int64_t tokens_a_task = std::max<int64_t>(1, kMinParallelWork / std::max<int64_t>(1, token_bytes));
+  const int64_t num_tasks = (p.num_tokens + tokens_a_task - 1) / tokens_a_task;
+
+  parallel_for(num_tasks, [&](int64_t task, int) {
+    const int64_t end = std::min(p.num_tokens, (task + 1) * tokens_a_task);
+    for (int64_t token = task * tokens_a_task; token < end; ++token) {
+      const int64_t at = p.slot_mapping[token];
+      if (at < 0) continue;  // padding
+      const int64_t block = at / p.block_size;
+      const int64_t slot = at % p.block_size;
+      write_token(p, k, {p.key, p.k_cache, p.k_scale}, token, block, slot);
+      write_token(p, k, {p.value, p.v_cache, p.v_scale}, token, block, slot);
+    }
+  });
+  record_kernel("reshape_and_cache", k.reshape_and_cache_name);
+}
+
+}  // namespace pagedattn::cpu
