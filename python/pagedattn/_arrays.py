@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from pagedattn._errors import InvalidArgumentError
+from pagedattn._errors import InvalidArgumentError, UnsupportedError
 
 # The C header's pa_dtype values.
 _DTYPE_CODES = {
@@ -77,8 +77,13 @@ def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     numpy_dtype = np.dtype(_ML_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
     if not is_on_cuda(like):
         return np.empty(shape, numpy_dtype)
-    import cupy
-
+    try:
+        import cupy
+    except ImportError:
+        raise UnsupportedError(
+            f"results for CUDA arrays of {library} are CuPy arrays, and CuPy is not installed; install "
+            "pagedattn[cu12] or pagedattn[cu13], or give the outputs"
+        ) from None
     with cupy.cuda.Device(device_id(like)):
         return cupy.empty(shape, numpy_dtype)
 

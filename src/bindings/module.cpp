@@ -3,6 +3,7 @@
 //
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <cstdint>
 
@@ -16,15 +17,23 @@ namespace {
 
 void *as_stream(std::intptr_t stream) { return reinterpret_cast<void *>(stream); }
 
+// Takes the GIL back.  Until Python 3.13 a daemon thread that asks for it while the interpreter ends is unwound instead,
+// which C++ would turn into a crash; from 3.14 on it sleeps until the process is gone, as here.
+void take_gil(PyThreadState *thread) {
+  try {
+    PyEval_RestoreThread(thread);
+  } catch (...) {
+    for (;;) pause();
+  }
+}
+
 // Runs a C call without the GIL: other Python threads go on while the CPU kernels compute.
 template <class Args>
 void run(pa_status (*call)(const Args *, pa_error *), const Args &args) {
   pa_error error;
-  pa_status status;
-  {
-    const py::gil_scoped_release release;
-    status = call(&args, &error);
-  }
+  PyThreadState *const thread = PyEval_SaveThread();
+  const pa_status status = call(&args, &error);
+  take_gil(thread);
   raise_on_error(status, error);
 }
 
