@@ -96,7 +96,9 @@ class NumpyBackend:
         return flat.copy()
 
     def _view(self, flat: Array, like: np.ndarray, offset: int) -> Array:
-        return np.ndarray(like.shape, like.dtype, buffer=flat, offset=offset, strides=like.strides)
+        view = np.ndarray(like.shape, like.dtype, buffer=flat, offset=offset, strides=like.strides)
+        view.flags.writeable = like.flags.writeable
+        return view
 
 
 class CupyBackend(NumpyBackend):

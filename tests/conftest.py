@@ -1,4 +1,4 @@
-"""Fixtures of every test: the marker `gpu`, the backend under test, and fresh random seeds that a failure prints.
+"""Fixtures of every test: the backend under test, and fresh random seeds that a failure prints.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -18,10 +18,6 @@ hypothesis.settings.register_profile("pagedattn", deadline=None, print_blob=True
 hypothesis.settings.load_profile("pagedattn")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device, CuPy and a build with the CUDA kernels")
-
-
 def why_no_cuda() -> str | None:
     """Return why CuPy arrays cannot be computed here, or None where they can."""
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
@@ -32,7 +28,7 @@ def why_no_cuda() -> str | None:
         return f"no CUDA device: {error}"
     import pagedattn
 
-    return None if pagedattn.build_info()["cuda_built"] else "pagedattn was built without CUDA"
+    return None if pagedattn.config()["cuda"]["built"] else "pagedattn was built without CUDA"
 
 
 @pytest.fixture(scope="session", params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])

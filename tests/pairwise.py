@@ -53,9 +53,7 @@ def _grow(
         choose.shuffle(values)
         chosen[option] = max(
             values,
-            key=lambda value: sum(
-                tuple(sorted(((option, value), other))) in uncovered for other in chosen.items()
-            ),
+            key=lambda value: sum(tuple(sorted(((option, value), other))) in uncovered for other in chosen.items()),
         )
     return [chosen[i] for i in range(len(sizes))]
 

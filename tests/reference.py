@@ -18,9 +18,7 @@ def per_head(value: Any, num_heads: int) -> np.ndarray:
     return np.broadcast_to(scale, (num_heads,))
 
 
-def gather_sequence(
-    cache: np.ndarray, block_table: np.ndarray, start: int, stop: int, scale: Any = None
-) -> np.ndarray:
+def gather_sequence(cache: np.ndarray, block_table: np.ndarray, start: int, stop: int, scale: Any = None) -> np.ndarray:
     """Return tokens start … stop-1 of one sequence as float64 [stop - start, Hkv, D], looking at no other slot."""
     positions = np.arange(start, stop)
     blocks = block_table[positions // cache.shape[1]]
@@ -72,6 +70,8 @@ def paged_attention(
         for r, row in enumerate(rows):
             start, stop = visible[r]
             if start == stop:
+                if sinks is not None:
+                    lse[row] = sinks  # the denominator is exp(sink) alone
                 continue
             keys, values = k[start - first : stop - first], v[start - first : stop - first]
             scores = scale * np.einsum("hd,jhd->hj", q[row].astype(np.float64), keys)
@@ -100,7 +100,9 @@ def merge_states(outs: list[np.ndarray], lses: list[np.ndarray]) -> tuple[np.nda
     out = np.zeros(outs[0].shape)
     for part_out, part_lse in zip(outs, lses, strict=True):
         seen = np.isfinite(part_lse)
-        weight = np.where(seen, np.exp(np.where(seen, part_lse.astype(np.float64) - np.where(seen, lse, 0.0), 0.0)), 0.0)
+        weight = np.where(
+            seen, np.exp(np.where(seen, part_lse.astype(np.float64) - np.where(seen, lse, 0.0), 0.0)), 0.0
+        )
         out += np.where(seen[..., None], weight[..., None] * part_out.astype(np.float64), 0.0)
     return out, lse
 

@@ -1,0 +1,93 @@
+"""Every instruction set that was compiled in and that this processor has computes the contract.
+
+PAGEDATTN_CPU_ISA is read once a process, so each one gets a process of its own.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pagedattn
+import pytest
+
+ISAS = pagedattn.config()["cpu"]["isas"]
+
+
+def run(script: str, isa: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PAGEDATTN_CPU_ISA": isa}
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def usable(isa: str) -> bool:
+    """Whether this processor has the instruction set: forcing it does not raise."""
+    return run("import pagedattn; pagedattn.config()", isa).returncode == 0
+
+
+# A few cases of each type and of each operation that computes or converts.
+CONTRACT = """
+import sys
+sys.path.insert(0, ".")
+import numpy as np, pagedattn
+from backends import FLOAT8_E4M3, FLOAT8_E5M2, NumpyBackend
+import test_gather_kv, test_merge_states, test_paged_attention, test_reshape_and_cache
+
+assert pagedattn.config()["cpu"]["isa"] == {isa!r}
+backend, seed = NumpyBackend(), np.random.SeedSequence().entropy
+print("seed", seed)
+rng = np.random.default_rng(seed)
+for case in test_paged_attention.PAIRWISE[::3]:
+    test_paged_attention.test_every_pair_of_options_matches_the_reference(backend, rng, case)
+for dtype in ("float32", "float16", "bfloat16"):
+    test_paged_attention.test_one_long_sequence_matches_the_reference(backend, rng, dtype, dtype, 1)
+    test_merge_states.test_merged_parts_match_the_reference(backend, rng, dtype, 3, (7, 3, 37))
+    for kv_dtype in (FLOAT8_E4M3, FLOAT8_E5M2):
+        test_reshape_and_cache.test_float8_caches_get_the_nearest_value_with_ties_to_even(
+            backend, rng, dtype, kv_dtype, "HND")
+        test_reshape_and_cache.test_float8_caches_saturate_infinities_and_keep_nan(backend, dtype, kv_dtype)
+        test_gather_kv.test_float8_pages_are_dequantised_exactly(backend, rng, dtype, kv_dtype, "NHD")
+for kv_dtype in ("float8_e4m3", "float8_e5m2"):
+    test_paged_attention.test_every_float8_code_is_decoded_exactly(backend, kv_dtype)
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_contract_holds_on(isa: str) -> None:
+    if not usable(isa):
+        pytest.skip(f"this processor has no {isa}")
+    result = run(CONTRACT.format(isa=isa), isa)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_instruction_set_that_the_processor_lacks_is_refused_by_name(isa: str) -> None:
+    if usable(isa):
+        pytest.skip(f"this processor has {isa}")
+    result = run("import pagedattn; pagedattn.config()", isa)
+    assert "UnsupportedError: PAGEDATTN_CPU_ISA" in result.stderr
+    assert f"`{isa}`" in result.stderr
+
+
+def test_an_unknown_instruction_set_is_refused_with_the_known_ones() -> None:
+    result = run("import pagedattn; pagedattn.config()", "sse9")
+    assert result.returncode == 1
+    assert "InvalidArgumentError: PAGEDATTN_CPU_ISA" in result.stderr
+    assert "`sse9`" in result.stderr
+    assert "generic" in result.stderr
+
+
+def test_without_a_wish_the_widest_usable_instruction_set_is_chosen() -> None:
+    script = "import pagedattn; print(pagedattn.config()['cpu']['isa'])"
+    assert run(script, "").stdout.strip() == [isa for isa in ISAS if usable(isa)][-1]
