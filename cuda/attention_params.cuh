@@ -1,0 +1,96 @@
+// What every attention kernel is given: pointers, strides and options in the form that device code wants.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+namespace pagedattn::cuda {
+
+// Exact n / divisor for 0 <= n < 2^31 by one wide multiplication and a shift.  With 2^(s-1) < d <= 2^s and
+// m = ceil(2^(31+s) / d), the error of m is below d <= 2^s, so n * error < 2^(31+s) and the quotient is exact.
+struct FastDivisor {
+  uint32_t divisor = 1;
+  uint32_t multiplier = 1u << 31;
+  uint32_t shift = 31;
+
+  static FastDivisor of(int32_t d) {
+    uint32_t s = 0;
+    while ((uint64_t{1} << s) < static_cast<uint64_t>(d)) ++s;
+    const uint64_t power = uint64_t{1} << (31 + s);
+    const auto divisor = static_cast<uint64_t>(d);
+    return {static_cast<uint32_t>(d), static_cast<uint32_t>((power + divisor - 1) / divisor), 31 + s};
+  }
+  __host__ __device__ int divide(int n) const {
+    return static_cast<int>((static_cast<uint64_t>(static_cast<uint32_t>(n)) * multiplier) >> shift);
+  }
+};
+
+// The lengths of a batch and what decides which keys a query token sees: all that work is divided by.
+struct Batch {
+  const int32_t *seq_lens;         // [B]
+  const int32_t *query_start_loc;  // [B + 1] or null: one query token a sequence
+  int32_t num_seqs;                // B
+  int32_t num_tokens;              // T
+  int32_t max_length;              // what a block table can hold; longer lengths are cut to it
+  int32_t num_kv_heads;
+  FastDivisor group;  // query heads a KV head
+  int32_t window;     // 0: off
+  bool causal;
+  bool deterministic;
+};
+
+// [N, S, Hkv, D], strides in bytes.
+struct CachePointer {
+  const char *data;
+  int64_t block_stride;
+  int64_t token_stride;
+  int64_t head_stride;
+};
+
+// [T, Hq, D], strides in elements.
+struct TokensPointer {
+  void *data;
+  int64_t token_stride;
+  int64_t head_stride;
+};
+
+struct ScalePointer {
+  const float *data;  // null: `value` is the scale
+  float value;
+  int32_t head_stride;  // 0: one number for all heads
+
+  __device__ float of_head(int kv_head) const {
+    return data == nullptr ? value : data[static_cast<int64_t>(kv_head) * head_stride];
+  }
+};
+
+struct AttentionKernelParams {
+  Batch batch;
+  TokensPointer q;
+  TokensPointer out;
+  CachePointer k_cache;
+  CachePointer v_cache;
+  const int32_t *block_tables;  // [B, max_blocks]
+  int64_t block_table_stride;
+  FastDivisor block_size;
+  int32_t last_block;  // N - 1: table entries are clamped to 0 ... N - 1
+  int32_t head_dim;
+  float *lse;  // [T, Hq] or null
+  int64_t lse_token_stride;
+  int64_t lse_head_stride;
+  const float *alibi_slopes;  // [Hq] or null
+  const float *sinks;         // [Hq] or null
+  ScalePointer k_scale;
+  ScalePointer v_scale;
+  float scale;
+  float softcap;          // 0: off
+  int32_t kv_copy_bytes;  // the widest copy that base, strides and D of both caches allow: 16, 8, or one element
+  bool q_wide;            // rows of q can be read 16 bytes at a time
+  bool out_wide;          // rows of out can be written four elements at a time
+  bool q_is_bfloat16;     // read by the float8 kernels alone, which compute in float16 for either type
+  float *partials;        // unfinished results, see attention_epilogue.cuh
+  uint32_t *arrivals;     // [grid] zero between launches
+};
+
+}  // namespace pagedattn::cuda

@@ -1,0 +1,38 @@
+// What depends on a query row but not on its values, for the rows of a work item's tile.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "attention_params.cuh"
+#include "work_schedule.cuh"
+
+namespace pagedattn::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Lies in shared memory: few tiles need more of it than the scale.
+template <int kRows>
+struct RowTable {
+  Range keys[kRows];     // that the row sees
+  int position[kRows];   // in the sequence
+  float slope[kRows];    // ALiBi's, in units of log 2
+  float q_scale[kRows];  // what the row was divided by (float8 caches)
+};
+
+// Rows past the sequence's last are given its keys, so that they ask for no masks of their own.
+template <int kThreads, int kRows>
+__device__ void fill_row_table(const AttentionKernelParams &params, const WorkItem &item, RowTable<kRows> &rows) {
+  const Batch &batch = params.batch;
+  const int last_row = num_rows(batch, item.seq) - 1, group = static_cast<int>(batch.group.divisor);
+  for (int row = static_cast<int>(threadIdx.x); row < kRows; row += kThreads) {
+    const int packed_row = min(item.query_tile * kRows + row, last_row);
+    const int query = batch.group.divide(packed_row);
+    rows.keys[row] = visible_keys(batch, item.seq, query);
+    rows.position[row] = item.seq.length - item.seq.num_queries + query;
+    const int head = item.kv_head * group + packed_row - query * group;
+    rows.slope[row] = params.alibi_slopes == nullptr ? 0.0f : params.alibi_slopes[head] * kLog2E;
+  }
+}
+
+}  // namespace pagedattn::cuda
