@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "cuda_backend.h"
 #include "runtime.h"
 #include "status.h"
@@ -204,15 +205,17 @@ const char *architectures() { return PAGEDATTN_CUDA_ARCHITECTURES; }
 
 // A kernel's name is what record_kernel() reports; the cases say what makes the launcher choose it.
 const char *kernel_table() {
-  return "merge_states\t16-byte aligned heads\tcuda::merge_states_vec\n"
-         "merge_states\tany other\tcuda::merge_states_scalar\n"
-         "reshape_and_cache\tcache of the source's type\tcuda::reshape_and_cache_copy\n"
-         "reshape_and_cache\tfloat8 cache\tcuda::reshape_and_cache_quantize\n"
-         "copy_blocks\tcontiguous blocks\tcuda::copy_blocks_contiguous\n"
-         "copy_blocks\tstrided blocks\tcuda::copy_blocks_strided\n"
-         "swap_blocks\tany\tcuda::swap_blocks_memcpy\n"
-         "gather_kv\toutput of the cache's type\tcuda::gather_kv_copy\n"
-         "gather_kv\twider output of a float8 cache\tcuda::gather_kv_dequantize\n";
+  static const std::string table = std::string(attention_kernel_table()) +
+                                   "merge_states\t16-byte aligned heads\tcuda::merge_states_vector\n"
+                                   "merge_states\tany other\tcuda::merge_states_scalar\n"
+                                   "reshape_and_cache\tcache of the source's type\tcuda::reshape_and_cache_copy\n"
+                                   "reshape_and_cache\tfloat8 cache\tcuda::reshape_and_cache_quantize\n"
+                                   "copy_blocks\tcontiguous blocks\tcuda::copy_blocks_contiguous\n"
+                                   "copy_blocks\tstrided blocks\tcuda::copy_blocks_strided\n"
+                                   "swap_blocks\tany\tcuda::swap_blocks_memcpy\n"
+                                   "gather_kv\toutput of the cache's type\tcuda::gather_kv_copy\n"
+                                   "gather_kv\twider output of a float8 cache\tcuda::gather_kv_dequantize\n";
+  return table.c_str();
 }
 
 }  // namespace pagedattn::cuda
