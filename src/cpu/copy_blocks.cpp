@@ -5,9 +5,7 @@
 #include <cstring>
 
 #include "cpu/backend.h"
-#include "cpu/isa.h"
 #include "cpu/thread_pool.h"
-#include "status.h"
 
 namespace pagedattn::cpu {
 namespace {
@@ -68,7 +66,6 @@ void copy_blocks(const CopyBlocksParams &p) {
       for (int64_t i = task * copies_a_task; i < end; ++i) copy(i);
     });
   }
-  record_kernel("copy_blocks", kernels().copy_blocks_name);
 }
 
 }  // namespace pagedattn::cpu
