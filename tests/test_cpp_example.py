@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pagedattn
 import pytest
-from installed import CMAKE_DIR, LIB_DIR, REPOSITORY, output_of, tool
+from installed import CMAKE_DIR, INCLUDE_DIR, LIB_DIR, REPOSITORY, output_of, tool
 
 SOURCE = REPOSITORY / "examples/cpp"
 
@@ -66,3 +66,13 @@ def test_the_cmake_package_works_wherever_the_tree_is_moved(tmp_path: Path) -> N
     built = build_with_cmake(moved / "lib/cmake/pagedattn", tmp_path / "build")
     assert str(LIB_DIR) not in output_of(tool("readelf"), "-dW", built / "minimal")
     assert output_of(built / "minimal").endswith(": every element is 3\n")
+
+
+@pytest.mark.parametrize("standard", ["c++17", "c++20"])
+def test_every_function_of_the_cpp_header_does_what_the_c_function_does(standard: str, tmp_path: Path) -> None:
+    program = tmp_path / "veneer"
+    warnings = ["-Wall", "-Wextra", "-Wconversion", "-pedantic", "-Werror"]
+    paths = ["-I", INCLUDE_DIR, "-L", LIB_DIR, f"-Wl,-rpath,{LIB_DIR}"]
+    source = REPOSITORY / "tests/veneer.cpp"
+    output_of(tool("g++"), f"-std={standard}", *warnings, source, "-o", program, *paths, "-lpagedattn")
+    assert output_of(program) == "all hold\n"
