@@ -97,9 +97,13 @@ cdef int _read_tokens(values, str call, vector[int32_t] &out) except -1:
     return 0
 
 
+cdef cbool _is_single(value) noexcept:
+    return PyLong_CheckExact(value) or (hasattr(value, "__index__") and not getattr(value, "ndim", 0))
+
+
 cdef int _read_ids(seqs, str call, vector[int64_t] &out) except -1:
     """Sequence ids: one or several."""
-    if PyLong_CheckExact(seqs) or hasattr(seqs, "__index__") and not getattr(seqs, "ndim", 0):
+    if _is_single(seqs):
         out.push_back(_integer(seqs, call, "seqs", -2**63, 2**63 - 1))
         return 0
     return _read_int64(seqs, call, "seqs", out)
@@ -131,4 +135,14 @@ cdef double _fraction(value, str argument) except? -1:
         raise _invalid("", argument, "be a number", repr(value)) from None
     if not 0 <= number < 1:
         raise _invalid("", argument, "lie in [0, 1)", value)
+    return number
+
+
+cdef uint64_t _seed(value) except? 0:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise _invalid("", "seed", "be an integer or None", repr(value)) from None
+    if not 0 <= number < 2**64:
+        raise _invalid("", "seed", "lie in 0 ... 2**64 - 1", number)
     return number

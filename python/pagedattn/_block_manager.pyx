@@ -14,7 +14,7 @@ import os
 import numpy as np
 
 from libc.stddef cimport size_t
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy
 from libcpp cimport bool as cbool
 from libcpp.memory cimport unique_ptr
@@ -113,10 +113,7 @@ cdef class BlockManager:
             entropy = os.urandom(sizeof(HashKey))
             memcpy(&config.key, &entropy[0], sizeof(HashKey))
         else:
-            seed_value = operator.index(seed)
-            if not 0 <= seed_value < 2**64:
-                raise _invalid("", "seed", "lie in 0 ... 2**64 - 1", seed_value)
-            config.key = key_from_seed(seed_value)
+            config.key = key_from_seed(_seed(seed))
         self._manager.reset(new Manager(config))
 
     # --- the life of a sequence --------------------------------------------------------------------------------------
@@ -227,8 +224,7 @@ cdef class BlockManager:
         cdef vector[int32_t] tokens
         cdef size_t i
         _read_ids(seqs, ".append", ids)
-        _read_tokens([token_ids] if hasattr(token_ids, "__index__") and not getattr(token_ids, "ndim", 0)
-                     else token_ids, ".append", tokens)
+        _read_tokens([token_ids] if _is_single(token_ids) else token_ids, ".append", tokens)
         if query_start_loc is not None:
             _read_int64(query_start_loc, ".append", "query_start_loc", starts)
             if starts.size() != ids.size() + 1 or starts[0] != 0 or starts[starts.size() - 1] != <int64_t>tokens.size():
@@ -237,7 +233,7 @@ cdef class BlockManager:
             for i in range(ids.size()):
                 if starts[i] > starts[i + 1]:
                     raise _invalid(".append", "query_start_loc", "not descend", query_start_loc)
-        elif not isinstance(seqs, (list, tuple, np.ndarray)) and ids.size() == 1:
+        elif _is_single(seqs):
             starts = [0, tokens.size()]
         elif ids.size() != tokens.size():
             raise _invalid(".append", "token_ids", f"hold one token for each of {ids.size()} sequences", tokens.size())
@@ -366,7 +362,7 @@ cdef class BlockManager:
         cdef int64_t width, count, tokens = 0
         cdef StepBatch batch
         _read_ids(seqs, ".step", ids)
-        if hasattr(num_new_tokens, "__index__") and not getattr(num_new_tokens, "ndim", 0):
+        if _is_single(num_new_tokens):
             count = _integer(num_new_tokens, ".step", "num_new_tokens", 1, _INT32_MAX)
             counts.assign(ids.size(), count)
         else:

@@ -315,7 +315,8 @@ class Manager {
   }
 
   void take_cached_blocks(Sequence &s) {
-    if (!config_.prefix_caching || s.chain_broken) return;
+    // A truncated sequence may hold part of a block; there is no whole block to add to that.
+    if (!config_.prefix_caching || s.chain_broken || s.num_computed != s.num_published * config_.block_size) return;
     if (!s.queried) counters_.prefix_queried_tokens += s.num_tokens();
     s.queried = true;
     const int64_t before = s.num_computed;
