@@ -124,7 +124,7 @@ def on(backend: NumpyBackend, call: Arguments) -> Arguments:
 
     result = {name: move(value) for name, value in call.items()}
     cache = call.get("k_cache")
-    if backend.is_cuda and _is_array(cache) and is_float8(cache.dtype):
+    if backend.is_cuda and isinstance(cache, np.ndarray) and is_float8(cache.dtype):
         result.setdefault("kv_dtype", backend.kv_dtype(cache.dtype))
     return result
 

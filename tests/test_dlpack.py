@@ -256,6 +256,15 @@ def test_torch_float8_caches_are_read_in_place(rng: np.random.Generator) -> None
     assert_same_bytes(typed.numpy(), storage.numpy())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_jax_arrays_are_read_in_place(rng: np.random.Generator, dtype: str) -> None:
+    jax = pytest.importorskip("jax")
+    batch = make_batch(rng, [40, 9, 0], [5, 9, 0], dtype=DTYPES[dtype])
+    args = [jax.numpy.asarray(a) for a in batch.on(NumpyBackend())[0]]
+    out = pagedattn.paged_attention(*args, query_start_loc=jax.numpy.asarray(batch.query_start_loc))
+    assert_close(np.asarray(out), batch.reference()[0], DTYPES[dtype])
+
+
 def test_a_torch_tensor_that_requires_grad_is_refused_or_read_but_never_written(rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
     batch = make_batch(rng, [40, 9])

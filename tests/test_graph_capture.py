@@ -24,6 +24,7 @@ NUM_BLOCKS, BLOCK_SIZE, MAX_BLOCKS = 700, 16, 200
 def capture(cuda: CupyBackend, call: Callable[[Any], Any]) -> Callable[[], None]:
     """Return what replays `call(stream)`, which has run once before it is captured, as engines do."""
     stream = cuda.cupy.cuda.Stream(non_blocking=True)
+    cuda.synchronize()  # uploads ran on another stream
     call(stream)
     stream.synchronize()
     with stream:
@@ -32,6 +33,7 @@ def capture(cuda: CupyBackend, call: Callable[[Any], Any]) -> Callable[[], None]
         graph = stream.end_capture()
 
     def replay() -> None:
+        cuda.synchronize()
         graph.launch(stream)
         stream.synchronize()
 

@@ -94,8 +94,9 @@ def test_page_locked_host_memory_comes_back_as_it_went(cuda: CupyBackend, rng: n
     stream = cuda.cupy.cuda.Stream(non_blocking=True)
     out, back = random_mapping(rng, 20, 20, 12), np.arange(20).repeat(2).reshape(20, 2)
     pinned[...] = 0
-    pagedattn.swap_blocks(device, pinned, out, stream=stream)
     returned = cuda.array(np.zeros(shape, np.float16))
+    cuda.synchronize()  # uploads ran on another stream
+    pagedattn.swap_blocks(device, pinned, out, stream=stream)
     pagedattn.swap_blocks(pinned, returned, back, stream=stream)
     stream.synchronize()
     expected = np.zeros(shape, np.float16)
