@@ -3,8 +3,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Each element of K and V is loaded and converted once for up to four rows, the query heads of a group; nothing is
-// packed.  The bound is memory, so the loop over a head's keys prefetches the same head's values, and the loop over its
-// values the keys of the head that comes next.  Needs head_dim to be a multiple of the vector width.
+// packed.  The bound is memory, so each loop fetches ahead what a later one reads: while it goes over a head's keys,
+// the same head's values (to L1) and the values of the tile after (to L2); while it goes over the values, the keys of
+// the head that comes next (to L1) and the keys of the tile after (to L2).  Needs head_dim to be a multiple of the
+// vector width.
 #pragma once
 
 #include "kernels/softmax.h"
@@ -13,23 +15,32 @@ namespace pagedattn::cpu::PAGEDATTN_ISA {
 
 constexpr int kDirectRows = 4;  // rows that share a load
 
+// What to fetch ahead of its use.
+template <class T>
+struct Ahead {
+  const typename T::Storage *near_k;  // of the KV head that comes next
+  const TileKeys *near;
+  const TileKeys *far;  // the tile after this one
+  int far_count;        // how much of it: 0 where both tiles together overflow L2
+};
+
 // Dot products of kRows query rows with a few keys at a time, over the keys [begin, end) of the tile.
 template <class T, int kRows, bool kPrefetch>
-static void direct_scores(const float *q, int64_t q_stride, const typename T::Storage *k, const int64_t *offsets,
-                          int head_dim, int begin, int end, float *s, const char *v, const int64_t *v_offsets) {
+static void direct_scores(const float *q, int64_t q_stride, const typename T::Storage *k, const TileKeys &tile,
+                          int head_dim, int begin, int end, float *s, const typename T::Storage *v,
+                          const Ahead<T> &ahead) {
   // Accumulators, and beside them one vector of each key: what fits into the registers.
   constexpr int kKeys = kRows <= 2 || kRegisters == 32 ? 4 : 2;
-  constexpr int kLine = 64 / static_cast<int>(sizeof(typename T::Storage));
   for (int j = begin; j < end; j += kKeys) {
     const typename T::Storage *key[kKeys];
 #pragma GCC unroll 4
     for (int i = 0; i < kKeys; ++i) {
       // The last group repeats the last key rather than touch one that nobody sees; softmax masks the surplus scores.
       const int at = j + i < end ? j + i : end - 1;
-      key[i] = k + offsets[at];
+      key[i] = k + tile.k[at];
       if constexpr (kPrefetch) {
-        const char *value = v + v_offsets[at] * static_cast<int64_t>(sizeof(typename T::Storage));
-        for (int d = 0; d < head_dim; d += kLine) prefetch(value + d * static_cast<int>(sizeof(typename T::Storage)));
+        prefetch_row<Cache::kL1, T>(v + tile.v[at], head_dim);
+        if (at < ahead.far_count) prefetch_row<Cache::kL2, T>(v + ahead.far->v[at], head_dim);
       }
     }
     Vec sum[kKeys][kRows] = {};
@@ -39,7 +50,8 @@ static void direct_scores(const float *q, int64_t q_stride, const typename T::St
       for (int i = 0; i < kKeys; ++i) key_part[i] = T::load(key[i] + d);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const Vec q_part = load(q + r * q_stride + d);
+        Vec q_part = load(q + r * q_stride + d);
+        keep_in_register(q_part);
 #pragma GCC unroll 4
         for (int i = 0; i < kKeys; ++i) sum[i][r] = fma(key_part[i], q_part, sum[i][r]);
       }
@@ -110,65 +122,59 @@ PA_INLINE void for_visible_keys(const State &state, int64_t row, int64_t n, All 
 
 template <class T, int kRows, bool kPrefetch>
 static void direct_values(float *acc, int64_t acc_stride, const float *weights, const typename T::Storage *v,
-                          const int64_t *offsets, int head_dim, int begin, int end, const typename T::Storage *next_k,
-                          const int64_t *next_offsets, int next_count) {
-  constexpr int kLine = 64 / static_cast<int>(sizeof(typename T::Storage));
+                          const TileKeys &tile, int head_dim, int begin, int end, const typename T::Storage *k,
+                          const Ahead<T> &ahead) {
   int d = 0;
   for (; d + kPanel <= head_dim; d += kPanel) {
-    const bool new_line = kPrefetch && d % kLine == 0;
+    const bool new_line = kPrefetch && d % kLine<T> == 0;
     accumulate_values<kRows, 2>(acc + d, acc_stride, weights, begin, end, [&](int j, int c) {
-      if (kPrefetch && c == 0 && new_line && j < next_count) prefetch(next_k + next_offsets[j] + d);
-      return T::load(v + offsets[j] + d + c * kWidth);
+      if (c == 0 && new_line) {
+        if (j < ahead.near->count) prefetch<Cache::kL1>(ahead.near_k + ahead.near->k[j] + d);
+        if (j < ahead.far_count) prefetch<Cache::kL2>(k + ahead.far->k[j] + d);
+      }
+      return T::load(v + tile.v[j] + d + c * kWidth);
     });
   }
   if (d < head_dim) {
     accumulate_values<kRows, 1>(acc + d, acc_stride, weights, begin, end,
-                                [&](int j, int) { return T::load(v + offsets[j] + d); });
+                                [&](int j, int) { return T::load(v + tile.v[j] + d); });
   }
 }
 
-// Scores, softmax and values of one KV head.  `next_k` and `next` say where the following keys lie.
+// Scores, softmax and values of one KV head.
 template <class T>
 static void direct_tile(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &tile,
-                        int64_t head, const typename T::Storage *next_k, const TileKeys &next) {
-  using Storage = typename T::Storage;
-  const int64_t kv_head = work.head_begin + head;
-  const Storage *k = static_cast<const Storage *>(params.k_cache.data) + kv_head * params.k_cache.head_stride;
-  const Storage *v = static_cast<const Storage *>(params.v_cache.data) + kv_head * params.v_cache.head_stride;
+                        int64_t head, const Ahead<T> &ahead) {
+  const auto *k = head_data<T>(params.k_cache, work, head);
+  const auto *v = head_data<T>(params.v_cache, work, head);
   const float *q = state.q + head * state.rows * state.row_stride;
   float *acc = state.acc + head * state.rows * state.row_stride;
 
   for (int64_t row = 0; row < state.rows; row += kDirectRows) {
     const int64_t n = state.rows - row < kDirectRows ? state.rows - row : kDirectRows;
-    const int begin = state.tile_begin[row];
-    const int end = state.tile_end[row + n - 1];
     with_count<kDirectRows>(n, [&](auto count) {
       constexpr int kRows = decltype(count)::value;
       const auto scores = row == 0 ? direct_scores<T, kRows, true> : direct_scores<T, kRows, false>;
-      scores(q + row * state.row_stride, state.row_stride, k, tile.k, params.head_dim, begin, end,
-             state.scores + row * kScoreStride, reinterpret_cast<const char *>(v), tile.v);
+      scores(q + row * state.row_stride, state.row_stride, k, tile, params.head_dim, state.tile_begin[row],
+             state.tile_end[row + n - 1], state.scores + row * kScoreStride, v, ahead);
     });
   }
   softmax_tile(params, work, state, tile, head);
   for (int64_t row = 0; row < state.rows; row += kDirectRows) {
     const int64_t n = state.rows - row < kDirectRows ? state.rows - row : kDirectRows;
-    const auto values = [&](auto count, auto prefetching, int64_t r, int begin, int end) {
-      direct_values<T, decltype(count)::value, decltype(prefetching)::value == 1>(
-          acc + r * state.row_stride, state.row_stride, state.scores + r * kScoreStride, v, tile.v, params.head_dim,
-          begin, end, next_k, next.k, next.count);
+    const auto values = [&](auto values_of_rows, int64_t r, int begin, int end) {
+      values_of_rows(acc + r * state.row_stride, state.row_stride, state.scores + r * kScoreStride, v, tile,
+                     params.head_dim, begin, end, k, ahead);
     };
     for_visible_keys(
         state, row, n,
         [&](int begin, int end) {
           with_count<kDirectRows>(n, [&](auto count) {
-            if (row == 0) {
-              values(count, Count<1>{}, row, begin, end);
-            } else {
-              values(count, Count<0>{}, row, begin, end);
-            }
+            constexpr int kRows = decltype(count)::value;
+            values(row == 0 ? direct_values<T, kRows, true> : direct_values<T, kRows, false>, row, begin, end);
           });
         },
-        [&](int64_t r, int begin, int end) { values(Count<1>{}, Count<0>{}, r, begin, end); });
+        [&](int64_t r, int begin, int end) { values(direct_values<T, 1, false>, r, begin, end); });
   }
 }
 

@@ -90,14 +90,14 @@ static void panel_values(float *acc, int64_t acc_stride, const float *weights, c
 // Scores, softmax and values of one KV head.
 template <class T>
 static void packed_tile(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &tile,
-                        int64_t head) {
-  using Storage = typename T::Storage;
-  const int64_t kv_head = work.head_begin + head;
-  const Storage *k = static_cast<const Storage *>(params.k_cache.data) + kv_head * params.k_cache.head_stride;
-  const Storage *v = static_cast<const Storage *>(params.v_cache.data) + kv_head * params.v_cache.head_stride;
+                        int64_t head, const Ahead<T> &ahead) {
+  const auto *k = head_data<T>(params.k_cache, work, head);
+  const auto *v = head_data<T>(params.v_cache, work, head);
   const float *q = state.q + head * state.rows * state.row_stride;
   float *acc = state.acc + head * state.rows * state.row_stride;
 
+  // Blocks lie anywhere, so what is packed next is fetched while this is computed.
+  for (int j = 0; j < tile.count; ++j) prefetch_row<Cache::kL2, T>(v + tile.v[j], params.head_dim);
   pack_keys<T>(k, tile, params.head_dim, state.k_panels);
   for (int j = 0; j < tile.count; j += kPanel) {
     for (int64_t row = 0; row < state.rows; row += kMicroRows) {
@@ -111,6 +111,9 @@ static void packed_tile(const AttentionParams &params, const AttentionWork &work
     }
   }
   softmax_tile(params, work, state, tile, head);
+  for (int j = 0; j < ahead.near->count; ++j) {
+    prefetch_row<Cache::kL2, T>(ahead.near_k + ahead.near->k[j], params.head_dim);
+  }
   pack_values<T>(v, tile, params.head_dim, state.v_panels);
   for (int64_t d = 0; d < params.head_dim; d += kPanel) {
     const float *panel = state.v_panels + d * kTileKeys;

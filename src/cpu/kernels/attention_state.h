@@ -129,6 +129,12 @@ static void start_rows(const AttentionParams &params, const AttentionWork &work,
   }
 }
 
+// A cache's data from one KV head on.
+template <class T>
+static const typename T::Storage *head_data(const CacheView &cache, const AttentionWork &work, int64_t head) {
+  return static_cast<const typename T::Storage *>(cache.data) + (work.head_begin + head) * cache.head_stride;
+}
+
 // Finds the keys [first, first + count) through the block table, of which it reads only their entries.
 static void locate_keys(const AttentionParams &params, const AttentionWork &work, int64_t first, TileKeys &tile) {
   const int64_t left = work.kv_end - first;

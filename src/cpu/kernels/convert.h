@@ -25,7 +25,7 @@ PA_INLINE Vec half_to_float(VecU16 h) { return (Vec)_mm256_cvtph_ps((__m128i)h);
 PA_INLINE VecU16 float_to_half(Vec v) { return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
 PA_INLINE Vec half_to_float(VecU16 h) {
-  const VecU x = __builtin_convertvector(h, VecU);
+  const VecU x = widen(h);
   const VecU magnitude = (x & 0x7fffu) << 13;
   const VecU sign = (x & 0x8000u) << 16;
   const VecU exponent = magnitude & (0x1fu << 23);
@@ -60,7 +60,7 @@ struct Float16 {
 
 struct BFloat16 {
   using Storage = uint16_t;
-  PA_INLINE Vec load(const uint16_t *p) { return as_float(__builtin_convertvector(load_as<VecU16>(p), VecU) << 16); }
+  PA_INLINE Vec load(const uint16_t *p) { return as_float(widen(load_as<VecU16>(p)) << 16); }
   PA_INLINE void store(uint16_t *p, Vec v) {
     const VecU bits = as_bits(v);
     const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -92,7 +92,7 @@ PA_INLINE VecU8 float_to_float8(Vec v, uint32_t max_bits, uint32_t nan) {
 struct Float8E4M3 {
   using Storage = uint8_t;
   PA_INLINE Vec load(const uint8_t *p) {
-    const VecU16 x = __builtin_convertvector(load_as<VecU8>(p), VecU16);
+    const VecU16 x = load_widened(p);
     const VecU16 magnitude = x & (uint16_t)0x7f;
     // As a half of exponent bias 15 instead of 7 the value is 2**8 too small.  0x7f is NaN.
     const VecU16 nan = (VecU16)(magnitude == (uint16_t)0x7f) & (uint16_t)0x7c00;
@@ -104,9 +104,7 @@ struct Float8E4M3 {
 
 struct Float8E5M2 {
   using Storage = uint8_t;
-  PA_INLINE Vec load(const uint8_t *p) {
-    return half_to_float(__builtin_convertvector(load_as<VecU8>(p), VecU16) << 8);
-  }
+  PA_INLINE Vec load(const uint8_t *p) { return half_to_float(load_widened(p) << 8); }
   PA_INLINE void store(uint8_t *p, Vec v) { store_as(p, float_to_float8<2, 15>(v, 0x47600000u, 0x7fu)); }  // 57344
 };
 
@@ -122,6 +120,15 @@ PA_INLINE void store_partial(typename T::Storage *p, Vec v, int64_t n) {
   typename T::Storage padded[kWidth];
   T::store(padded, v);
   for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+// Elements of one cache line.
+template <class T>
+constexpr int kLine = 64 / static_cast<int>(sizeof(typename T::Storage));
+
+template <Cache kCache, class T>
+PA_INLINE void prefetch_row(const typename T::Storage *row, int n) {
+  for (int i = 0; i < n; i += kLine<T>) prefetch<kCache>(row + i);
 }
 
 // Calls `f` with the tag of a run-time element type.

@@ -14,6 +14,9 @@ namespace pagedattn::cpu::PAGEDATTN_ISA {
 // Up to here converting K and V again for every four rows costs less than packing them.
 constexpr int64_t kMaxDirectRows = 8;
 
+// A tile of all heads up to this size leaves room for the next one in an L2 of 1 MiB.
+constexpr int64_t kMaxFarBytes = 384 * 1024;
+
 static size_t attention_scratch_size(const AttentionParams &params) {
   State state;
   return lay_out(state, params, nullptr);
@@ -21,9 +24,9 @@ static size_t attention_scratch_size(const AttentionParams &params) {
 
 template <class T>
 static void attend_keys(const AttentionParams &params, const AttentionWork &work, State &state) {
-  using Storage = typename T::Storage;
-  const auto *k = static_cast<const Storage *>(params.k_cache.data);
   const bool direct = state.rows <= kMaxDirectRows && params.head_dim % kWidth == 0;
+  const int64_t tile_bytes =
+      2 * kTileKeys * state.num_heads * params.head_dim * static_cast<int64_t>(sizeof(typename T::Storage));
   TileKeys *tile = &state.keys[0];
   TileKeys *next = &state.keys[1];
   locate_keys(params, work, work.kv_begin, *tile);
@@ -32,13 +35,13 @@ static void attend_keys(const AttentionParams &params, const AttentionWork &work
     if (first + kTileKeys < work.kv_end) locate_keys(params, work, first + kTileKeys, *next);
     clip_rows(state, *tile);
     for (int64_t head = 0; head < state.num_heads; ++head) {
+      const bool last = head + 1 == state.num_heads;
+      const Ahead<T> ahead = {head_data<T>(params.k_cache, work, last ? 0 : head + 1), last ? next : tile, next,
+                              tile_bytes <= kMaxFarBytes ? next->count : 0};
       if (direct) {
-        const bool last = head + 1 == state.num_heads;
-        const int64_t next_head = work.head_begin + (last ? 0 : head + 1);
-        direct_tile<T>(params, work, state, *tile, head, k + next_head * params.k_cache.head_stride,
-                       last ? *next : *tile);
+        direct_tile<T>(params, work, state, *tile, head, ahead);
       } else {
-        packed_tile<T>(params, work, state, *tile, head);
+        packed_tile<T>(params, work, state, *tile, head, ahead);
       }
     }
     TileKeys *const spare = tile;

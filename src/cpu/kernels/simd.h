@@ -65,6 +65,37 @@ PA_INLINE Vec zero() { return Vec{}; }
 PA_INLINE VecU as_bits(Vec v) { return (VecU)v; }
 PA_INLINE Vec as_float(VecU v) { return (Vec)v; }
 
+// Zero extension, for which compilers do not always find the one instruction by themselves.
+PA_INLINE VecU widen(VecU16 v) {
+#if defined(__AVX512F__)
+  return (VecU)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (VecU)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, VecU);
+#endif
+}
+PA_INLINE VecU16 load_widened(const uint8_t *p) {
+#if defined(__AVX512F__)
+  return (VecU16)_mm256_cvtepu8_epi16(load_as<__m128i>(p));
+#elif defined(__AVX2__)
+  return (VecU16)_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+#else
+  return __builtin_convertvector(load_as<VecU8>(p), VecU16);
+#endif
+}
+
+// Keeps the compiler from reading `v` again from memory at each use.
+PA_INLINE void keep_in_register(Vec &v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  (void)v;
+#endif
+}
+
 PA_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -88,15 +119,29 @@ PA_INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
+// The vector's elements joined by a commutative operation on vectors, in halves.
+template <class Join>
+PA_INLINE float reduce(Vec v, Join join) {
+#if defined(__AVX512F__)
+  v = join(v, (Vec)_mm512_shuffle_f32x4((__m512)v, (__m512)v, _MM_SHUFFLE(1, 0, 3, 2)));
+  v = join(v, (Vec)_mm512_shuffle_f32x4((__m512)v, (__m512)v, _MM_SHUFFLE(2, 3, 0, 1)));
+  v = join(v, (Vec)_mm512_permute_ps((__m512)v, _MM_SHUFFLE(1, 0, 3, 2)));
+  v = join(v, (Vec)_mm512_permute_ps((__m512)v, _MM_SHUFFLE(2, 3, 0, 1)));
+#elif defined(__AVX2__)
+  v = join(v, (Vec)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1));
+  v = join(v, (Vec)_mm256_permute_ps((__m256)v, _MM_SHUFFLE(1, 0, 3, 2)));
+  v = join(v, (Vec)_mm256_permute_ps((__m256)v, _MM_SHUFFLE(2, 3, 0, 1)));
+#else
+  v = join(v, Vec{v[2], v[3], v[0], v[1]});
+  v = join(v, Vec{v[1], v[0], v[3], v[2]});
+#endif
+  return v[0];
+}
 PA_INLINE float reduce_add(Vec v) {
-  float sum = 0.0f;
-  for (int i = 0; i < kWidth; ++i) sum += v[i];
-  return sum;
+  return reduce(v, [](Vec a, Vec b) { return a + b; });
 }
 PA_INLINE float reduce_max(Vec v) {
-  float largest = v[0];
-  for (int i = 1; i < kWidth; ++i) largest = v[i] > largest ? v[i] : largest;
-  return largest;
+  return reduce(v, [](Vec a, Vec b) { return max(a, b); });
 }
 
 #if defined(__SSE2__)
@@ -234,6 +279,11 @@ PA_INLINE void transpose(Vec (&r)[kWidth]) {
 #endif
 }
 
-PA_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+enum class Cache { kL1, kL2 };
+
+template <Cache kCache>
+PA_INLINE void prefetch(const void *p) {
+  __builtin_prefetch(p, 0, kCache == Cache::kL1 ? 3 : 2);
+}
 
 }  // namespace pagedattn::cpu::PAGEDATTN_ISA
