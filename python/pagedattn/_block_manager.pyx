@@ -676,7 +676,7 @@ cdef class BlockManager:
                 f"cached={self.num_cached_blocks}, free={self.num_free_blocks})")
 
     def _repr_svg_(self):
-        return _svg.render(self.layout(), title=repr(self))
+        return _svg.render(self.layout(), title=f"BlockManager: {self._manager.get().num_sequences()} sequences")
 
     def _weaken_hash(self, bits):
         """For tests of collisions: keep only so many bits of each hash lane.  Call it on an empty manager."""

@@ -11,27 +11,30 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from xml.sax.saxutils import escape
 
-WIDTH = 1000
 MARGIN = 24
-TOP = 92  # title and panel headings
-LEGEND = 46
+TOP = 96  # title and panel headings
+LINE = 22  # of the legend
 LABEL_WIDTH = 92
-LEFT_WIDTH = 400  # block tables, labels included
-RIGHT_WIDTH = 400  # physical blocks
+MAX_LEFT_WIDTH = 440  # block tables, labels included
+GUTTER = 150  # between the panels, where the arrows cross
+MAX_RIGHT_WIDTH = 440  # physical blocks
+LEGEND_WIDTH = 580
 MAX_PANEL_HEIGHT = 560
+MAX_PAGE, MAX_BLOCK = 52.0, 64.0  # pitch of the cells
 MAX_CELLS = 1200  # of each panel; beyond that a cell stands for several blocks
 MAX_REQUESTS = 24
 MAX_ARROWS = 72
-LEAST_LABELLED = 15  # a cell this wide has room for a number
+LEAST_LABELLED = 15.0  # a cell this wide has room for a number
 
 # Told apart by most colour-blind readers, and on white and on dark paper alike.
 COLOURS = (
-    "#4477aa", "#ee7733", "#228833", "#aa3377", "#33a0c4", "#ccab2e",
-    "#cc3311", "#7755bb", "#009988", "#e377a2", "#8c6d46", "#6b8e23",
+    "#4477aa", "#ee7733", "#228833", "#aa3377", "#33a0c4", "#ccab2e", "#cc3311", "#7755bb",
+    "#009988", "#e377a2", "#8c6d46", "#6b8e23", "#1f4e79", "#f2a65a", "#7fbf7f", "#6a1b4d",
+    "#88ccee", "#8a7400", "#ef8a80", "#b6a3e0", "#00625a", "#97426b", "#c8ad8d", "#a8c256",
 )  # fmt: skip
 PAPER, FRAME, INK, FAINT = "#ffffff", "#d0d7de", "#24292f", "#6e7781"
 FREE_FILL, FREE_EDGE = "#eceff2", "#d5dae0"
@@ -58,6 +61,17 @@ class _Cell:
     y: float
     size: float
     group: int
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Cells in rows, with the gaps in which arrows run."""
+
+    cells: list[_Cell]
+    gap: float
+    left: float
+    right: float
+    bottom: float
 
 
 @dataclass
@@ -113,29 +127,33 @@ def render(layout: Mapping[str, Any], *, title: str = "") -> str:
     Returns
     -------
     str
-        An SVG document, a thousand units wide.
+        An SVG document.
     """
     requests, hidden = _requests(layout)
     per_cell = max(1, math.ceil(layout["num_blocks"] / MAX_CELLS))
-    blocks = _grid(layout["num_blocks"], per_cell)
     rows, pages_per_cell = _rows(requests)
-    bottom = max([cell.y + cell.size for cell in blocks] + [y + size for y, size, _ in rows])
+    left_panel = max((panel.right for panel in rows), default=float(MARGIN + LABEL_WIDTH + 120))
+    rows_bottom = max((panel.bottom for panel in rows), default=float(TOP))
+    blocks = _grid(layout["num_blocks"], per_cell, left_panel + GUTTER, rows_bottom - TOP)
+    width = math.ceil(max(LEGEND_WIDTH, blocks.right) + MARGIN)
+    bottom = max(blocks.bottom, rows_bottom) + 12
 
     canvas = _Canvas("pa" + format(zlib.crc32(repr((title, requests)).encode()), "08x"))
-    _draw_headings(canvas, layout, title, per_cell, pages_per_cell)
-    _draw_blocks(canvas, layout, requests, blocks, per_cell)
-    drawn, total = _draw_requests(canvas, layout["block_size"], requests, rows, blocks, per_cell, pages_per_cell)
-    _draw_legend(canvas, bottom + 30, _notes(hidden, drawn, total))
-    height = bottom + LEGEND + MARGIN
+    _draw_headings(canvas, layout, title, width, blocks, per_cell, pages_per_cell)
+    drawn, total = _draw_arrows(canvas, requests, rows, blocks, left_panel, per_cell)
+    _draw_blocks(canvas, layout, requests, blocks.cells, per_cell)
+    _draw_requests(canvas, layout["block_size"], requests, rows, pages_per_cell)
+    legend_lines = _draw_legend(canvas, width, bottom + 18, _notes(hidden, drawn, total))
+    height = math.ceil(bottom + 14 + LINE * legend_lines)
     return "".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" '
-            f'height="{height:.0f}" font-family="{FONT}" role="img">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}" font-family="{FONT}" role="img">',
             f"<title>{escape(title or 'Paged KV cache')}</title>",
             "<defs>",
             *canvas.definitions(),
             "</defs>",
-            f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1:.0f}" rx="12" fill="{PAPER}" '
+            f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="12" fill="{PAPER}" '
             f'stroke="{FRAME}"/>',
             *canvas.parts,
             "</svg>\n",
@@ -147,7 +165,7 @@ def render(layout: Mapping[str, Any], *, title: str = "") -> str:
 
 
 def _requests(layout: Mapping[str, Any]) -> tuple[list[_Request], list[_Request]]:
-    """The requests that get a row, and the others: those without blocks, and the smallest where there are many."""
+    """The requests that get a row and a colour, and the others: those without blocks, and the smallest of many."""
     offsets = layout["table_offsets"]
     everyone = [
         _Request(
@@ -156,13 +174,17 @@ def _requests(layout: Mapping[str, Any]) -> tuple[list[_Request], list[_Request]
             int(layout["num_computed_tokens"][i]),
             [int(block) for block in layout["tables"][offsets[i] : offsets[i + 1]]],
             bool(layout["is_swapped"][i]),
-            COLOURS[i % len(COLOURS)],
+            HIDDEN,
         )
         for i, seq in enumerate(layout["seq_ids"])
     ]
     largest = sorted((r for r in everyone if r.table), key=lambda r: -len(r.table))[:MAX_REQUESTS]
-    shown = {r.seq for r in largest}
-    return [r for r in everyone if r.seq in shown], [r for r in everyone if r.seq not in shown]
+    chosen = {r.seq for r in largest}
+    shown = [r for r in everyone if r.seq in chosen]
+    return (
+        [replace(r, colour=colour) for r, colour in zip(shown, COLOURS, strict=False)],
+        [r for r in everyone if r.seq not in chosen],
+    )
 
 
 def _notes(hidden: list[_Request], drawn: int, total: int) -> str:
@@ -180,68 +202,83 @@ def _notes(hidden: list[_Request], drawn: int, total: int) -> str:
 # --- where it goes -------------------------------------------------------------------------------------------------
 
 
-def _grid(num_blocks: int, per_cell: int) -> list[_Cell]:
-    """Cells of the physical blocks: as large as fits, in rows of a round number where there are several rows."""
+def _grid(num_blocks: int, per_cell: int, left: float, height: float) -> _Panel:
+    """Cells of the physical blocks: as large as fits, in a shape that suits the other panel's height."""
+    wanted = min(1.35, max(0.7, MAX_RIGHT_WIDTH / max(height, 1.0)))
     count = math.ceil(num_blocks / per_cell)
-    best_columns, best_size = count, 0.0
-    for columns in (1, 2, 3, 4, 5, 8, 10, 16, 20, 25, 32, 40, 50):
+
+    def pitch_of(columns: int) -> float:
         rows = math.ceil(count / columns)
-        size = min(RIGHT_WIDTH / columns, MAX_PANEL_HEIGHT / rows, 72.0)
-        if size > best_size + 0.01:
-            best_columns, best_size = columns, size
-    gap = max(1.5, best_size * 0.16)
-    left = WIDTH - MARGIN - RIGHT_WIDTH + (RIGHT_WIDTH - best_columns * best_size + gap) / 2
-    return [
-        _Cell(left + i % best_columns * best_size, TOP + i // best_columns * best_size, best_size - gap, i * per_cell)
+        return min(MAX_RIGHT_WIDTH / columns, MAX_PANEL_HEIGHT / rows, MAX_BLOCK)
+
+    def merit(columns: int) -> float:
+        aspect = columns / math.ceil(count / columns)
+        return pitch_of(columns) * (1 - 0.15 * abs(math.log(aspect / wanted)))
+
+    columns = max((c for c in (1, 2, 3, 4, 5, 8, 10, 16, 20, 25, 32, 40, 50) if c <= count), key=merit)
+    pitch = pitch_of(columns)
+    gap = max(1.5, pitch * 0.18)
+    cells = [
+        _Cell(left + i % columns * pitch, TOP + gap + i // columns * pitch, pitch - gap, i * per_cell)
         for i in range(count)
     ]
+    return _Panel(cells, gap, left, left + columns * pitch - gap, cells[-1].y + cells[-1].size)
 
 
-def _rows(requests: list[_Request]) -> tuple[list[tuple[float, float, list[_Cell]]], int]:
-    """For each request its top, its height and the cells of its pages; and how many pages a cell stands for."""
+def _rows(requests: list[_Request]) -> tuple[list[_Panel], int]:
+    """The pages of each request, in as many lines as they need; and how many pages a cell stands for."""
     pages_per_cell = 1
-    room = LEFT_WIDTH - LABEL_WIDTH
     while sum(math.ceil(len(r.table) / pages_per_cell) for r in requests) > MAX_CELLS:
         pages_per_cell *= 2
-    for pitch in [*range(48, 7, -2), 7, 6, 5, 4, 3]:
+    counts = [math.ceil(len(r.table) / pages_per_cell) for r in requests]
+    room = MAX_LEFT_WIDTH - LABEL_WIDTH
+    for pitch in [*range(int(MAX_PAGE), 7, -2), 7, 6, 5, 4, 3]:
         per_line = max(1, room // pitch)
-        lines = [math.ceil(math.ceil(len(r.table) / pages_per_cell) / per_line) for r in requests]
-        spacing = pitch * 0.42 + 4
-        if sum(max(n * pitch, 13.0) + spacing for n in lines) <= MAX_PANEL_HEIGHT:
+        spacing = pitch * 0.3 + 6
+        heights = [max(math.ceil(n / per_line) * pitch, 13.0) for n in counts]
+        if sum(heights) + spacing * len(heights) <= MAX_PANEL_HEIGHT:
             break
-    gap = max(1.0, pitch * 0.14)
+    gap = max(1.0, pitch * 0.16)
+    left = float(MARGIN + LABEL_WIDTH)
     rows = []
     y = float(TOP)
-    for request, n in zip(requests, lines, strict=True):
+    for n, height in zip(counts, heights, strict=True):
         cells = [
-            _Cell(
-                MARGIN + LABEL_WIDTH + i % per_line * pitch,
-                y + i // per_line * pitch,
-                pitch - gap,
-                i * pages_per_cell,
-            )
-            for i in range(math.ceil(len(request.table) / pages_per_cell))
+            _Cell(left + i % per_line * pitch, y + i // per_line * pitch, pitch - gap, i * pages_per_cell)
+            for i in range(n)
         ]
-        rows.append((y, max(n * pitch, 13.0), cells))
-        y += max(n * pitch, 13.0) + spacing
+        rows.append(_Panel(cells, gap, left, left + min(n, per_line) * pitch - gap, y + height))
+        y += height + spacing
     return rows, pages_per_cell
 
 
 # --- drawing -------------------------------------------------------------------------------------------------------
 
 
-def _draw_headings(canvas: _Canvas, layout: Mapping[str, Any], title: str, per_cell: int, pages_per_cell: int) -> None:
+def _draw_headings(
+    canvas: _Canvas,
+    layout: Mapping[str, Any],
+    title: str,
+    width: float,
+    blocks: _Panel,
+    per_cell: int,
+    pages_per_cell: int,
+) -> None:
     held = int((layout["ref_counts"] > 0).sum())
     free = int(((layout["ref_counts"] == 0) & ~layout["is_cached"]).sum())
     unused = layout["num_blocks"] - held - free
-    canvas.text(MARGIN, 36, title or "Paged KV cache", 17, font_weight="600")
-    left = "Block tables: the pages of each request" + (f" (a cell is {pages_per_cell})" if pages_per_cell > 1 else "")
-    right = (
-        f"{layout['num_blocks']} blocks of {layout['block_size']} tokens: {held} held, {unused} cached, {free} free"
-        + (f" (a cell is {per_cell})" if per_cell > 1 else "")
-    )
-    canvas.text(MARGIN, TOP - 20, left, 13, FAINT)
-    canvas.text(WIDTH - MARGIN - RIGHT_WIDTH / 2, TOP - 20, right, 13, FAINT, text_anchor="middle")
+    title = title or "Paged KV cache"
+    size = min(17.0, (width - 2 * MARGIN) / (0.62 * len(title)))
+    canvas.text(MARGIN, 38, title, round(size, 1), font_weight="600")
+    pages = f"a cell is {pages_per_cell} pages" if pages_per_cell > 1 else "each page names its block"
+    of = f", a cell is {per_cell}" if per_cell > 1 else ""
+    for x, heading, detail in (
+        (MARGIN, "Block tables", pages),
+        (blocks.left, f"{layout['num_blocks']} blocks of {layout['block_size']} tokens{of}",
+         f"{held} held, {unused} cached, {free} free"),
+    ):  # fmt: skip
+        canvas.text(x, TOP - 30, heading, 13, INK, font_weight="600")
+        canvas.text(x, TOP - 14, detail, 11.5, FAINT)
 
 
 def _holders(layout: Mapping[str, Any], requests: list[_Request]) -> dict[int, list[str]]:
@@ -292,28 +329,31 @@ def _fill_levels(block_size: int, requests: list[_Request]) -> dict[int, float]:
 
 
 def _draw_requests(
-    canvas: _Canvas,
-    block_size: int,
-    requests: list[_Request],
-    rows: list[tuple[float, float, list[_Cell]]],
-    blocks: list[_Cell],
-    per_cell: int,
-    pages_per_cell: int,
+    canvas: _Canvas, block_size: int, requests: list[_Request], rows: list[_Panel], pages_per_cell: int
+) -> None:
+    for request, row in zip(requests, rows, strict=True):
+        _draw_label(canvas, request, row.cells[0].y, row.cells[0].size)
+        for page in row.cells:
+            _draw_page(canvas, request, page, block_size, pages_per_cell)
+
+
+def _draw_arrows(
+    canvas: _Canvas, requests: list[_Request], rows: list[_Panel], blocks: _Panel, left_panel: float, per_cell: int
 ) -> tuple[int, int]:
-    """Rows and arrows; returns how many arrows were drawn, and of how many."""
+    """From pages to blocks; returns how many arrows were drawn, and of how many."""
     arrows = [
-        (request, page, blocks[request.table[page.group] // per_cell])
-        for request, (_, _, pages) in zip(requests, rows, strict=True)
-        for page in pages
+        (request, page, blocks.cells[request.table[page.group] // per_cell])
+        for request, row in zip(requests, rows, strict=True)
+        for page in row.cells
         if not request.swapped and request.table[page.group] >= 0
     ]
     drawn = _thinned(arrows)
+    lanes = {request.seq: lane for lane, request in enumerate(requests)}
+    few = len(drawn) <= 24
     for request, page, block in drawn:
-        _draw_arrow(canvas, request.colour, page, block, len(drawn))
-    for request, (y, _, pages) in zip(requests, rows, strict=True):
-        _draw_label(canvas, request, y, pages[0].size)
-        for page in pages:
-            _draw_page(canvas, request, page, block_size, pages_per_cell)
+        # A lane of its own in the gaps keeps the lines of two requests apart.
+        lane = (lanes[request.seq] * 0.382) % 1.0 - 0.5
+        _draw_arrow(canvas, request.colour, page, block, left_panel, blocks, lane, few)
     return len(drawn), len(arrows)
 
 
@@ -329,20 +369,26 @@ def _thinned(arrows: list[tuple[_Request, _Cell, _Cell]]) -> list[tuple[_Request
     return breaks[:: math.ceil(len(breaks) / MAX_ARROWS)]
 
 
-def _draw_arrow(canvas: _Canvas, colour: str, page: _Cell, block: _Cell, count: int) -> None:
+def _draw_arrow(
+    canvas: _Canvas, colour: str, page: _Cell, block: _Cell, left_panel: float, blocks: _Panel, lane: float, few: bool
+) -> None:
+    """Down from the page, along the gap below it, across the gutter, along the gap above the block, and into it."""
+    width, opacity = (1.6, 0.85) if few else (1.0, 0.6)
     x0, y0 = page.x + page.size / 2, page.y + page.size
-    x1, y1 = block.x, block.y + block.size / 2
-    bend = max(60.0, (x1 - x0) * 0.45)
-    opacity = 0.75 if count <= 24 else 0.5
-    width = 1.6 if count <= 24 else 1.0
+    x1, y1 = block.x + block.size / 2 + lane * block.size * 0.5, block.y
+    below = y0 + max(1.0, page.size * 0.09) + lane * 1.5
+    above = y1 - blocks.gap * (0.55 + 0.4 * lane)
+    bend = min(blocks.gap, page.size * 0.2)
+    start, end = left_panel + 6, blocks.left - 8
+    middle = (start + end) / 2
     canvas.add(
-        f'<path d="M{x0:.1f} {y0:.1f}C{x0 + bend * 0.35:.1f} {y0 + 22:.1f} {x1 - bend:.1f} {y1:.1f} {x1:.1f} {y1:.1f}" '
-        f'fill="none" stroke="{colour}" stroke-width="{width}" stroke-opacity="{opacity}"/>'
+        f'<path d="M{x0:.1f} {y0:.1f}Q{x0:.1f} {below:.1f} {x0 + bend:.1f} {below:.1f}H{start:.1f}'
+        f"C{middle:.1f} {below:.1f} {middle:.1f} {above:.1f} {end:.1f} {above:.1f}H{x1 - bend:.1f}"
+        f'Q{x1:.1f} {above:.1f} {x1:.1f} {y1:.1f}" fill="none" stroke="{colour}" stroke-width="{width}" '
+        f'stroke-opacity="{opacity}"/>'
     )
-    head = 5.0 if count <= 24 else 3.2
-    canvas.add(
-        f'<path d="M{x1 + 1:.1f} {y1:.1f}l{-head * 1.5:.1f} {-head * 0.75:.1f}v{head * 1.5:.1f}z" fill="{colour}"/>'
-    )
+    head = min(4.5, block.size * 0.1)
+    canvas.add(f'<path d="M{x1:.1f} {y1 + 0.5:.1f}l{-head:.1f} {-head * 1.3:.1f}h{2 * head:.1f}z" fill="{colour}"/>')
 
 
 def _draw_label(canvas: _Canvas, request: _Request, y: float, size: float) -> None:
@@ -403,7 +449,8 @@ def _badge(canvas: _Canvas, cell: _Cell, count: int) -> None:
     canvas.text(x, y + size * 0.34, str(count), size, "#ffffff", text_anchor="middle", font_weight="600")
 
 
-def _draw_legend(canvas: _Canvas, y: float, notes: str) -> None:
+def _draw_legend(canvas: _Canvas, width: float, y: float, notes: str) -> int:
+    """Returns the number of its lines."""
     x = float(MARGIN)
     size = 14.0
 
@@ -423,5 +470,9 @@ def _draw_legend(canvas: _Canvas, y: float, notes: str) -> None:
     canvas.rect(cell, canvas.stripes(COLOURS[:2]), INK, 1.4)
     canvas.rect(entry("cached, not in use"), CACHED_FILL, CACHED_EDGE, dashed=True)
     canvas.rect(entry("free"), FREE_FILL, FREE_EDGE)
-    if notes:
-        canvas.text(WIDTH - MARGIN, y, notes, 11.5, FAINT, text_anchor="end")
+    if not notes:
+        return 1
+    lines = 1 if LEGEND_WIDTH + 6.2 * len(notes) < width - MARGIN else 2
+    canvas.text(width - MARGIN if lines == 1 else MARGIN, y + LINE * (lines - 1), notes, 11.5, FAINT,
+                text_anchor="end" if lines == 1 else "start")  # fmt: skip
+    return lines
