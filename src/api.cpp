@@ -24,27 +24,33 @@ namespace pagedattn {
 
 namespace {
 
-void set_message(pa_error *error, const char *message) {
-  if (error != nullptr) std::snprintf(error->message, sizeof error->message, "%s", message);
+void set_message(pa_error *error, const std::string &message) {
+  if (error != nullptr) std::snprintf(error->message, sizeof error->message, "%s", message.c_str());
+}
+
+// Messages begin with the operation's name, also those from where nobody knows it (devices, memory).
+void set_message(pa_error *error, const std::string &operation, const std::string &message) {
+  const std::string prefix = operation + ": ";
+  set_message(error, message.starts_with(prefix) ? message : prefix + message);
 }
 
 template <class Body>
-pa_status guarded(pa_error *error, Body &&body) noexcept {
+pa_status guarded(const char *operation, pa_error *error, Body &&body) noexcept {
   try {
     set_message(error, "");
     body();
     return PA_OK;
   } catch (const Error &e) {
-    set_message(error, e.what());
+    set_message(error, operation, e.what());
     return e.status();
   } catch (const std::bad_alloc &) {
-    set_message(error, "out of host memory");
+    set_message(error, operation, "out of host memory");
     return PA_ERROR_OUT_OF_MEMORY;
   } catch (const std::exception &e) {
-    set_message(error, e.what());
+    set_message(error, operation, e.what());
     return PA_ERROR_INTERNAL;
   } catch (...) {
-    set_message(error, "an unknown C++ exception");
+    set_message(error, operation, "an unknown C++ exception");
     return PA_ERROR_INTERNAL;
   }
 }
@@ -141,7 +147,7 @@ void pa_gather_kv_args_init(pa_gather_kv_args *args) {
 }
 
 pa_status pa_paged_attention(const pa_attention_args *given, pa_error *error) {
-  return guarded(error, [&] {
+  return guarded("paged_attention", error, [&] {
     const auto args = complete("paged_attention", given, pa_attention_args_init);
     AttentionParams p;
     const Placement placement = validate_attention(args, true, &p);
@@ -157,8 +163,8 @@ pa_status pa_paged_attention(const pa_attention_args *given, pa_error *error) {
 }
 
 pa_status pa_paged_attention_workspace_size(const pa_attention_args *given, size_t *bytes, pa_error *error) {
-  return guarded(error, [&] {
-    if (bytes == nullptr) throw_invalid("paged_attention_workspace_size: `bytes` is NULL");
+  return guarded("paged_attention", error, [&] {
+    if (bytes == nullptr) throw_invalid("paged_attention: `bytes` is NULL");
     const auto args = complete("paged_attention", given, pa_attention_args_init);
     AttentionParams p;
     const Placement placement = validate_attention(args, false, &p);
@@ -167,7 +173,7 @@ pa_status pa_paged_attention_workspace_size(const pa_attention_args *given, size
 }
 
 pa_status pa_merge_states(const pa_merge_states_args *given, pa_error *error) {
-  return guarded(error, [&] {
+  return guarded("merge_states", error, [&] {
     const auto args = complete("merge_states", given, pa_merge_states_args_init);
     ValidatedMerge merge;
     const Placement placement = validate_merge_states(args, &merge);
@@ -177,7 +183,7 @@ pa_status pa_merge_states(const pa_merge_states_args *given, pa_error *error) {
 }
 
 pa_status pa_reshape_and_cache(const pa_reshape_and_cache_args *given, pa_error *error) {
-  return guarded(error, [&] {
+  return guarded("reshape_and_cache", error, [&] {
     const auto args = complete("reshape_and_cache", given, pa_reshape_and_cache_args_init);
     ReshapeAndCacheParams p;
     const Placement placement = validate_reshape_and_cache(args, &p);
@@ -194,7 +200,7 @@ pa_status pa_reshape_and_cache(const pa_reshape_and_cache_args *given, pa_error 
 }
 
 pa_status pa_copy_blocks(const pa_copy_blocks_args *given, pa_error *error) {
-  return guarded(error, [&] {
+  return guarded("copy_blocks", error, [&] {
     const auto args = complete("copy_blocks", given, pa_copy_blocks_args_init);
     ValidatedCopy copy;
     const Placement placement = validate_copy_blocks(args, &copy);
@@ -212,7 +218,7 @@ pa_status pa_copy_blocks(const pa_copy_blocks_args *given, pa_error *error) {
 }
 
 pa_status pa_swap_blocks(const pa_swap_blocks_args *given, pa_error *error) {
-  return guarded(error, [&] {
+  return guarded("swap_blocks", error, [&] {
     const auto args = complete("swap_blocks", given, pa_swap_blocks_args_init);
     ValidatedCopy copy;
     const Placement placement = validate_swap_blocks(args, &copy);
@@ -228,7 +234,7 @@ pa_status pa_swap_blocks(const pa_swap_blocks_args *given, pa_error *error) {
 }
 
 pa_status pa_gather_kv(const pa_gather_kv_args *given, pa_error *error) {
-  return guarded(error, [&] {
+  return guarded("gather_kv", error, [&] {
     const auto args = complete("gather_kv", given, pa_gather_kv_args_init);
     GatherKvParams p;
     const Placement placement = validate_gather_kv(args, &p);
@@ -252,7 +258,7 @@ int32_t pa_get_num_threads(void) {
 }
 
 pa_status pa_set_num_threads(int32_t num_threads, pa_error *error) {
-  return guarded(error, [&] {
+  return guarded("set_num_threads", error, [&] {
     if (num_threads < 1 || num_threads > 4096) {
       throw_invalid("set_num_threads: `num_threads` must be in 1 ... 4096; got " + std::to_string(num_threads));
     }
@@ -261,8 +267,8 @@ pa_status pa_set_num_threads(int32_t num_threads, pa_error *error) {
 }
 
 pa_status pa_get_build_info(pa_build_info *info, pa_error *error) {
-  return guarded(error, [&] {
-    if (info == nullptr) throw_invalid("get_build_info: `info` is NULL");
+  return guarded("build_info", error, [&] {
+    if (info == nullptr) throw_invalid("build_info: `info` is NULL");
     static const std::string kernel_table = [] {
       std::string table = cpu::kernel_table();
 #if PAGEDATTN_HAS_CUDA
@@ -293,8 +299,8 @@ pa_status pa_get_build_info(pa_build_info *info, pa_error *error) {
 }
 
 pa_status pa_cuda_device_count(int32_t *count, pa_error *error) {
-  return guarded(error, [&] {
-    if (count == nullptr) throw_invalid("cuda_device_count: `count` is NULL");
+  return guarded("device_count", error, [&] {
+    if (count == nullptr) throw_invalid("device_count: `count` is NULL");
     *count = 0;
 #if PAGEDATTN_HAS_CUDA
     *count = cuda::device_count();
@@ -305,13 +311,10 @@ pa_status pa_cuda_device_count(int32_t *count, pa_error *error) {
 }
 
 pa_status pa_cuda_device_info(int32_t device, pa_device_info *info, pa_error *error) {
-  return guarded(error, [&] {
-    if (info == nullptr) throw_invalid("cuda_device_info: `info` is NULL");
+  return guarded("device_info", error, [&] {
+    if (info == nullptr) throw_invalid("device_info: `info` is NULL");
 #if PAGEDATTN_HAS_CUDA
-    pa_device_info full = {};
-    cuda::device_info(device, &full);
-    full.struct_size = std::min(info->struct_size, sizeof full);
-    std::memcpy(static_cast<void *>(info), &full, full.struct_size);
+    cuda::device_info(device, info);
 #else
     (void)device;
     throw Error(PA_ERROR_UNSUPPORTED, "this build of pagedattn has no CUDA kernels");

@@ -167,8 +167,8 @@ SWAP = [
     swap(
         "a destination inside its source",
         lambda call: call.update(dst=[c[2:] for c in call["src"]]),
-        "dst[0]",
-        "`src.0.`.*overlap",
+        "dst[",
+        "`src.[01].`.*overlap",
     ),
     swap(
         "a destination inside another source",

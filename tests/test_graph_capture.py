@@ -107,7 +107,7 @@ def test_a_captured_step_writes_the_cache_and_attends(cuda: CupyBackend, rng: np
     table, num_seqs = rng.permutation(40).reshape(4, 10).astype(np.int32), 4
     k, v, tables = cuda.arrays(k_cache, v_cache, table)
     zeros = np.zeros((num_seqs, 2, 64), np.float16)
-    key, value, q = cuda.arrays(zeros, zeros, np.zeros((num_seqs, 4, 64), np.float16))
+    key, value, q = cuda.arrays(zeros, zeros.copy(), np.zeros((num_seqs, 4, 64), np.float16))
     slots, lens = cuda.arrays(np.full(num_seqs, -1, np.int64), np.zeros(num_seqs, np.int32))
     out = cuda.array(poison((num_seqs, 4, 64), np.float16))
     workspace = cuda.cupy.zeros(pagedattn.paged_attention_workspace_size(q, k, v, tables, lens), np.uint8)
