@@ -24,20 +24,19 @@ namespace pagedattn {
 
 namespace {
 
-void set_message(pa_error *error, const std::string &message) {
-  if (error != nullptr) std::snprintf(error->message, sizeof error->message, "%s", message.c_str());
-}
-
-// Messages begin with the operation's name, also those from where nobody knows it (devices, memory).
-void set_message(pa_error *error, const std::string &operation, const std::string &message) {
-  const std::string prefix = operation + ": ";
-  set_message(error, message.starts_with(prefix) ? message : prefix + message);
+// Messages begin with the operation's name, also those from where nobody knows it (devices, memory).  Allocates
+// nothing: memory may be what is missing.
+void set_message(pa_error *error, const char *operation, const char *message) {
+  if (error == nullptr) return;
+  const size_t length = std::strlen(operation);
+  const bool named = std::strncmp(message, operation, length) == 0 && message[length] == ':';
+  std::snprintf(error->message, sizeof error->message, named ? "%.0s%s" : "%s: %s", operation, message);
 }
 
 template <class Body>
 pa_status guarded(const char *operation, pa_error *error, Body &&body) noexcept {
   try {
-    set_message(error, "");
+    if (error != nullptr) error->message[0] = '\0';
     body();
     return PA_OK;
   } catch (const Error &e) {

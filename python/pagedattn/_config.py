@@ -18,7 +18,7 @@ def _devices() -> tuple[list[dict[str, Any]], str]:
     try:
         return [_core.device_info(i) for i in range(_core.device_count())], ""
     except PagedAttnError as error:
-        return [], str(error)
+        return [], str(error).removeprefix("device_count: ")
 
 
 def config() -> dict[str, Any]:
