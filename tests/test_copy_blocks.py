@@ -31,13 +31,11 @@ def random_mapping(rng: np.random.Generator, num_blocks: int, num_pairs: int) ->
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS[:-1])  # the caches of one call share one layout
 @pytest.mark.parametrize("shape", [(16, 2, 64), (1, 1, 8), (3, 5, 7)])
 def test_blocks_are_copied_in_every_cache_and_no_other_byte_changes(
     backend: NumpyBackend, rng: np.random.Generator, dtype: str, layout: str, shape: tuple[int, int, int]
 ) -> None:
-    if layout == "K NHD, V HND":
-        pytest.skip("the caches of one call share one layout")
     caches = [c for _ in range(3) for c in cache_views(19, *shape, DTYPES[dtype], layout)]
     if layout == "padded":  # K and V differ in strides there
         caches = caches[::2]
