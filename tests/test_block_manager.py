@@ -699,6 +699,17 @@ def test_the_watermark_holds_for_swapping_in() -> None:
     m.swap_in(a)
 
 
+def test_what_needs_no_block_is_not_kept_waiting_by_the_watermark() -> None:
+    m = BlockManager(4, 4, num_host_blocks=4, watermark=0.5)
+    a = add_computed(m, range(8))
+    b = add_computed(m, range(4))
+    m.swap_out(b)
+    m.append(a, range(8))
+    m.step(a, 8)
+    assert m.num_free_blocks == 0
+    assert m.swap_in(b).shape == (0, 2)
+
+
 def test_a_sequence_that_is_alone_is_not_kept_waiting_by_the_watermark() -> None:
     # A hang: a request that the watermark keeps out for ever.
     m = BlockManager(4, 4, watermark=0.5)

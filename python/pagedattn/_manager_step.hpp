@@ -70,8 +70,8 @@ inline void Manager::require_capacity(const StepPlan &plan, int64_t num_copies, 
 }
 
 inline void Manager::require_free(int64_t needed, bool admits, const char *call) const {
-  int64_t reserve = admits ? watermark_blocks_ : 0;
-  if (needed + reserve <= pool_.num_free()) return;
+  const int64_t reserve = admits ? watermark_blocks_ : 0;
+  if (needed == 0 || needed + reserve <= pool_.num_free()) return;
   if (reserve > 0 && needed <= pool_.num_free()) {
     // With nobody else on the device there is nobody to keep blocks for, and waiting would never end.
     bool alone = batch_.size() == 1;

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block manager beside a model of what its blocks contain.
+
+The model knows nothing of how blocks are chosen.  It keeps a toy KV cache in which the entry of a slot is the whole
+prefix, namespace included, that a real entry would be computed from; it carries out what the manager says (copies,
+writes, swaps) and then looks through every block table, as a kernel would.  A wrongly shared, doubly used, lost or
+overwritten block shows as a wrong prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from pagedattn import BlockManager, OutOfBlocks
+from pagedattn._block_manager import StepBatch
+from pagedattn._errors import InvalidArgumentError
+
+Prefix = tuple[bytes, tuple[int, ...]]
+
+
+@dataclass
+class Sequence:
+    key: bytes
+    tokens: list[int]
+    computed: int = 0
+    swapped: bool = False
+    started: bool = False
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+    def entry(self, position: int) -> Prefix:
+        return self.key, tuple(self.tokens[: position + 1])
+
+
+def attempt(call: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, Any]:
+    """What a call returned, or the error that it raised."""
+    try:
+        return call(*arguments, **options), None
+    except (OutOfBlocks, InvalidArgumentError) as error:
+        return None, error
+
+
+def same_state(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+class CheckedManager:
+    """A manager and its model.  Each method makes one random call, carries it out on both and compares."""
+
+    MAX_SEQUENCES = 12
+
+    def __init__(self, hash_bits: int, **config: Any) -> None:
+        self.m = BlockManager(**config)
+        self.m._weaken_hash(hash_bits)
+        self.hash_bits = hash_bits
+        self.kv: dict[int, Prefix | None] = {}
+        self.host_kv: dict[int, Prefix | None] = {}
+        self.sequences: dict[int, Sequence] = {}
+        self.batch = StepBatch(32, 128, 1024)
+
+    @classmethod
+    def random(cls, r: Random) -> CheckedManager:
+        return cls(
+            hash_bits=r.choice([64, 64, 0, 1]),
+            num_blocks=r.randint(3, 24),
+            block_size=r.randint(1, 4),
+            num_host_blocks=r.randint(0, 16),
+            prefix_caching=r.random() < 0.85,
+            window=r.choice([None, None, None, 1, 3, 6]),
+            watermark=r.choice([0.0, 0.0, 0.2]),
+        )
+
+    # --- choosing ---
+
+    def ids(self, **state: bool) -> list[int]:
+        return [i for i, s in self.sequences.items() if all(getattr(s, k) == v for k, v in state.items())]
+
+    def some(self, r: Random, ids: list[int]) -> list[int]:
+        return r.sample(ids, r.randint(1, len(ids)))
+
+    # --- calls ---
+
+    def add(self, r: Random) -> None:
+        size, window = self.m.block_size, self.m.window
+        tokens = [r.randint(0, 1) for _ in range(r.randint(1, 5 * size))]
+        key, priority = r.choice([b"", b"", b"a"]), r.choice([0, 0, -1, 1])
+        blocks = -(-len(tokens) // size)
+        if window is not None:
+            blocks = min(blocks, -(-(window - 1) // size) + 1)
+        expected = self.m.match(tokens, extra_key=key)
+        seq, error = attempt(self.m.add, tokens, extra_key=key, priority=priority)
+        assert (error is not None) == (blocks > self.m.num_blocks)
+        if error:
+            return
+        cached = self.m.num_cached_tokens(seq)
+        assert cached == expected
+        assert cached <= len(tokens) - 1
+        assert cached % size == 0
+        assert self.m.prefix_caching or cached == 0
+        self.sequences[seq] = Sequence(key, tokens, cached)
+
+    def step(self, r: Random) -> None:
+        seqs = self.some(r, [i for i in self.ids(swapped=False) if self.sequences[i].pending])
+        counts = [r.randint(1, self.sequences[i].pending) for i in seqs]
+        self.try_step(seqs, counts, reuse=r.random() < 0.5)
+
+    def decode(self, r: Random) -> None:
+        """The common step: sample a token for whoever has none left, and compute all that is known."""
+        seqs = self.some(r, self.ids(swapped=False))
+        for seq in seqs:
+            if self.sequences[seq].pending == 0:
+                self.try_append([seq], [[r.randint(0, 1)]])
+        seqs = [i for i in seqs if self.sequences[i].pending]
+        self.try_step(seqs, [self.sequences[i].pending for i in seqs], reuse=r.random() < 0.5)
+
+    def append(self, r: Random) -> None:
+        seqs = self.some(r, self.ids())
+        self.try_append(seqs, [[r.randint(0, 1) for _ in range(r.randint(0, 4))] for _ in seqs])
+
+    def truncate(self, r: Random) -> None:
+        seq = r.choice(self.ids())
+        s = self.sequences[seq]
+        keep = r.randint(max(1, len(s.tokens) - 6), len(s.tokens))
+        _, error = attempt(self.m.truncate, seq, keep)
+        if error:
+            assert self.m.window is not None
+            assert keep < s.computed
+            return
+        s.tokens = s.tokens[:keep]
+        s.computed = min(s.computed, keep)
+
+    def fork(self, r: Random) -> None:
+        seq = r.choice(self.ids())
+        free = self.m.num_free_blocks
+        s = self.sequences[seq]
+        for child in self.m.fork(seq, r.randint(1, 2)):
+            self.sequences[child] = Sequence(s.key, list(s.tokens), s.computed, s.swapped, s.started)
+        assert self.m.num_free_blocks == free, "a fork took blocks"
+
+    def free(self, r: Random) -> None:
+        seqs = self.some(r, self.ids())[:3]
+        self.m.free(seqs)
+        for seq in seqs:
+            del self.sequences[seq]
+
+    def preempt(self, r: Random) -> None:
+        seqs = self.some(r, self.ids())[:2]
+        self.m.preempt(seqs)
+        for seq in seqs:
+            s = self.sequences[seq]
+            s.computed, s.swapped, s.started = 0, False, False
+
+    def take_prefix(self, r: Random) -> None:
+        seq = r.choice(self.ids(started=False, swapped=False))
+        s = self.sequences[seq]
+        self.m.take_prefix(seq)
+        computed = self.m.num_computed_tokens(seq)
+        assert s.computed <= computed
+        assert computed < len(s.tokens) or computed == s.computed
+        s.computed = computed
+
+    def swap_out(self, r: Random) -> None:
+        seqs = self.some(r, self.ids(swapped=False))
+        before = self.m.snapshot()
+        mapping, error = attempt(self.m.swap_out, seqs)
+        if error:
+            assert error.needed > error.free
+            assert error.free == self.m.num_free_host_blocks
+            assert same_state(before, self.m.snapshot())
+            return
+        self.copy(self.kv, self.host_kv, mapping)
+        for seq in seqs:
+            self.sequences[seq].swapped = True
+
+    def swap_in(self, r: Random) -> None:
+        seqs = self.some(r, self.ids(swapped=True))
+        before = self.m.snapshot()
+        mapping, error = attempt(self.m.swap_in, seqs)
+        if error:
+            assert error.needed > error.free
+            assert same_state(before, self.m.snapshot())
+            return
+        self.copy(self.host_kv, self.kv, mapping)
+        for seq in seqs:
+            self.sequences[seq].swapped = False
+
+    def snapshot_and_restore(self, _: Random) -> None:
+        before = self.m.snapshot()
+        self.m = BlockManager.restore(before)
+        self.m._weaken_hash(self.hash_bits)
+        assert same_state(before, self.m.snapshot())
+
+    def reset_prefix_cache(self, _: Random) -> None:
+        self.m.reset_prefix_cache()
+        assert self.m.num_cached_blocks == 0
+
+    def name_a_sequence_that_is_not_there(self, r: Random) -> None:
+        before = self.m.snapshot()
+        seqs = [*self.sequences, r.choice([-1, 10**6])]
+        for call in (self.m.free, self.m.preempt, self.m.swap_out, self.m.swap_in, lambda ids: self.m.step(ids, 1)):
+            with pytest.raises(InvalidArgumentError):
+                call(seqs)
+        assert same_state(before, self.m.snapshot())
+
+    # What makes a call possible, and how often a soak makes it.
+    def possible(self) -> dict[str, int]:
+        resident, live = self.ids(swapped=False), bool(self.sequences)
+        waiting = self.ids(started=False, swapped=False)
+        room = len(self.sequences) < self.MAX_SEQUENCES
+        return {
+            "add": 12 * room,
+            "step": 12 * any(self.sequences[i].pending for i in resident),
+            "decode": 30 * bool(resident),
+            "append": 6 * live,
+            "truncate": 6 * live,
+            "fork": 8 * (live and room),
+            "free": 6 * live,
+            "preempt": 3 * live,
+            "take_prefix": 4 * bool(waiting),
+            "swap_out": 5 * bool(resident),
+            "swap_in": 10 * bool(self.ids(swapped=True)),
+            "snapshot_and_restore": 1,
+            "reset_prefix_cache": 1,
+            "name_a_sequence_that_is_not_there": 1,
+        }
+
+    # --- carrying out ---
+
+    def copy(self, src: dict[int, Any], dst: dict[int, Any], pairs: np.ndarray) -> None:
+        """All at once, as one launch would: no pair may depend on another."""
+        size = self.m.block_size
+        read = [[src.get(a * size + k) for k in range(size)] for a, _ in pairs.tolist()]
+        for (_, b), entries in zip(pairs.tolist(), read, strict=True):
+            dst.update({b * size + k: entry for k, entry in enumerate(entries)})
+
+    def try_append(self, seqs: list[int], new: list[list[int]]) -> None:
+        flat = [token for tokens in new for token in tokens]
+        _, error = attempt(self.m.append, seqs, flat, np.cumsum([0, *map(len, new)]))
+        if error:
+            assert "fit into the pool" in str(error)
+            return
+        for seq, tokens in zip(seqs, new, strict=True):
+            self.sequences[seq].tokens = self.sequences[seq].tokens + tokens
+
+    def needed_blocks(self, seqs: list[int], counts: list[int]) -> int:
+        size = self.m.block_size
+        needed, references = 0, {}
+        for seq, count in zip(seqs, counts, strict=True):
+            table, computed = self.m.block_table(seq), self.sequences[seq].computed
+            needed += -(-(computed + count) // size) - len(table)
+            if computed % size:
+                last = int(table[-1])
+                references.setdefault(last, self.m.ref_count(last))
+                if references[last] > 1:
+                    references[last] -= 1
+                    needed += 1
+        return needed
+
+    def try_step(self, seqs: list[int], counts: list[int], reuse: bool) -> None:
+        needed, free = self.needed_blocks(seqs, counts), self.m.num_free_blocks
+        before = self.m.snapshot()
+        batch, error = attempt(self.m.step, seqs, counts, out=self.batch if reuse else None)
+        if error:
+            admits = any(not self.sequences[i].started for i in seqs)
+            reserve = int(self.m.watermark * self.m.num_blocks) if admits else 0
+            assert needed > 0
+            assert needed + reserve > free
+            assert (error.needed, error.free) == (needed, max(0, free - reserve))
+            assert same_state(before, self.m.snapshot())
+            return
+        assert needed <= free
+        self.run_kernels(seqs, counts, batch)
+
+    def run_kernels(self, seqs: list[int], counts: list[int], batch: StepBatch) -> None:
+        size = self.m.block_size
+        self.copy(self.kv, self.kv, batch.copies)
+        assert len(set(batch.slot_mapping.tolist())) == sum(counts), "two tokens got one slot"
+        assert batch.query_start_loc.tolist() == [0, *np.cumsum(counts).tolist()]
+        slots, positions = iter(batch.slot_mapping.tolist()), iter(batch.positions.tolist())
+        for seq, count in zip(seqs, counts, strict=True):
+            s = self.sequences[seq]
+            for position in range(s.computed, s.computed + count):
+                assert next(positions) == position
+                self.kv[next(slots)] = s.entry(position)
+        for i, (seq, count) in enumerate(zip(seqs, counts, strict=True)):
+            s = self.sequences[seq]
+            start, s.computed, s.started = s.computed, s.computed + count, True
+            assert batch.seq_lens[i] == s.computed
+            for position in range(self.first_visible(start), s.computed):
+                slot = int(batch.block_tables[i, position // size]) * size + position % size
+                assert self.kv[slot] == s.entry(position), "a kernel would read another prompt's KV"
+
+    # --- comparing ---
+
+    def first_visible(self, position: int) -> int:
+        return 0 if self.m.window is None else max(0, position - self.m.window + 1)
+
+    def compare(self) -> None:
+        self.m.check()
+        size = self.m.block_size
+        assert self.m.seqs() == sorted(self.sequences)
+        for seq, s in self.sequences.items():
+            assert self.m.num_computed_tokens(seq) == s.computed
+            assert self.m.token_ids(seq).tolist() == s.tokens
+            assert self.m.is_swapped(seq) == s.swapped
+            table = self.m.block_table(seq).tolist()
+            assert len(table) == -(-s.computed // size)
+            cache = self.host_kv if s.swapped else self.kv
+            for position in range(self.first_visible(s.computed), s.computed):
+                slot = table[position // size] * size + position % size
+                assert cache[slot] == s.entry(position), "a block holds another prompt's KV"
+
+    def finish(self) -> None:
+        self.m.free(list(self.sequences))
+        self.m.check()
+        assert self.m.num_free_blocks == self.m.num_blocks, "blocks leaked"
+        assert self.m.num_free_host_blocks == self.m.num_host_blocks, "host blocks leaked"
+        assert self.m.usage == 0
