@@ -700,7 +700,7 @@ def test_the_watermark_holds_for_swapping_in() -> None:
 
 
 def test_what_needs_no_block_is_not_kept_waiting_by_the_watermark() -> None:
-    m = BlockManager(4, 4, num_host_blocks=4, watermark=0.5)
+    m = BlockManager(4, 4, num_host_blocks=4, watermark=0.25)
     a = add_computed(m, range(8))
     b = add_computed(m, range(4))
     m.swap_out(b)
