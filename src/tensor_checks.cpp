@@ -2,7 +2,6 @@
 #include "tensor_checks.h"
 
 #include <algorithm>
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -249,67 +248,6 @@ double Checker::positive_finite(const char *argument, double value) const {
   if (!(narrow > 0.0f) || !std::isfinite(narrow)) fail(argument, "a positive finite number", number_text(value));
   return value;
 }
-
-DType cache_dtype(const Checker &check, const char *argument, const pa_tensor &cache, int32_t kv_dtype) {
-  if (kv_dtype == PA_DTYPE_NONE) {
-    if (cache.dtype >= PA_FLOAT32 && cache.dtype <= PA_FLOAT8_E5M2) return static_cast<DType>(cache.dtype);
-    if (cache.dtype == PA_UINT8 || cache.dtype == PA_UINT16) {
-      check.fail("`" + std::string(argument) + "` is " + dtype_name(cache.dtype) +
-                 " storage; name what it holds with `kv_dtype`");
-    }
-    check.fail(argument, "float32, float16, bfloat16, float8_e4m3 or float8_e5m2", tensor_text(cache));
-  }
-  if (kv_dtype < PA_FLOAT32 || kv_dtype > PA_FLOAT8_E5M2) {
-    check.fail("kv_dtype", "float32, float16, bfloat16, float8_e4m3 or float8_e5m2", dtype_name(kv_dtype));
-  }
-  const auto wanted = static_cast<DType>(kv_dtype);
-  const bool storage =
-      (cache.dtype == PA_UINT8 && dtype_size(wanted) == 1) || (cache.dtype == PA_UINT16 && dtype_size(wanted) == 2);
-  if (cache.dtype != kv_dtype && !storage) {
-    check.fail(argument, std::string("an array that can hold `kv_dtype` ") + dtype_name(kv_dtype), tensor_text(cache));
-  }
-  return wanted;
-}
-
-DType wide_dtype(const Checker &check, const char *argument, const pa_tensor &tensor, int32_t kv_dtype) {
-  if (tensor.dtype >= PA_FLOAT32 && tensor.dtype <= PA_BFLOAT16) return static_cast<DType>(tensor.dtype);
-  if (tensor.dtype == PA_UINT16) {
-    if (kv_dtype == PA_FLOAT16 || kv_dtype == PA_BFLOAT16) return static_cast<DType>(kv_dtype);
-    check.fail("`" + std::string(argument) +
-               "` is uint16 storage; name what it holds with `kv_dtype` float16 or bfloat16, or give a typed array");
-  }
-  check.fail(argument, "float32, float16 or bfloat16", tensor_text(tensor));
-}
-
-Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value, DType kv_dtype,
-                  int32_t num_kv_heads) {
-  Scale scale;
-  if (!is_float8(kv_dtype) && (tensor != nullptr || value != 1.0)) {
-    check.fail(argument, std::string("absent: only float8 caches are scaled"),
-               std::string("a scale for a ") + dtype_name(static_cast<int32_t>(kv_dtype)) + " cache");
-  }
-  if (tensor == nullptr) {
-    scale.value = static_cast<float>(check.positive_finite(argument, value));
-    return scale;
-  }
-  check.tensor(argument, tensor);
-  const int64_t count = tensor->ndim == 0 ? 1 : tensor->ndim == 1 ? tensor->shape[0] : -1;
-  if (tensor->dtype != PA_FLOAT32 || (count != 1 && count != num_kv_heads)) {
-    check.fail(argument,
-               "a number or float32 with shape (1,) or (num_kv_heads,) = (" + std::to_string(num_kv_heads) + ",)",
-               tensor_text(*tensor));
-  }
-  if (tensor->ndim == 1) check.vector(argument, tensor, PA_FLOAT32, {"num_kv_heads", count});
-  scale.ptr = static_cast<const float *>(tensor->data);
-  scale.per_head = count == num_kv_heads && count > 1;
-  return scale;
-}
-
-CacheView cache_view(const pa_tensor &tensor) {
-  return {tensor.data, tensor.strides[0], tensor.strides[1], tensor.strides[2]};
-}
-
-TokensView tokens_view(const pa_tensor &tensor) { return {tensor.data, tensor.strides[0], tensor.strides[1]}; }
 
 namespace {
 

@@ -12,7 +12,6 @@
 #include <string>
 
 #include "pagedattn/pagedattn.h"
-#include "params.h"
 
 namespace pagedattn {
 
@@ -67,18 +66,6 @@ class Checker {
   int32_t device_type_ = PA_CPU;
   int32_t device_id_ = 0;
 };
-
-// What a cache holds: the tensor's own type, or what `kv_dtype` says that its uint8 or uint16 storage is.
-DType cache_dtype(const Checker &check, const char *argument, const pa_tensor &cache, int32_t kv_dtype);
-// The type of q, key or an output: float32, float16, bfloat16, or uint16 storage of the 16-bit type that kv_dtype
-// names.
-DType wide_dtype(const Checker &check, const char *argument, const pa_tensor &tensor, int32_t kv_dtype);
-// The scale of a cache, from a tensor of one or Hkv elements or a number.
-Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value, DType kv_dtype,
-                  int32_t num_kv_heads);
-
-CacheView cache_view(const pa_tensor &tensor);
-TokensView tokens_view(const pa_tensor &tensor);
 
 // Whether two strided sets of addresses can share a byte.  Exact for slices of a common buffer; conservative otherwise.
 bool may_overlap(const pa_tensor &a, const pa_tensor &b);

@@ -3,8 +3,8 @@
 #include <string>
 
 #include "describe.h"
+#include "paged_checks.h"
 #include "placement.h"
-#include "tensor_checks.h"
 #include "validate.h"
 
 namespace pagedattn {
@@ -28,26 +28,10 @@ void validate_heads(const Checker &check, const pa_attention_args &args, Attenti
 }
 
 void validate_caches(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
-  check.shaped("k_cache", args.k_cache, {{"num_blocks"}, {"block_size"}, {"num_kv_heads"}, {"head_dim", p->head_dim}});
-  const int64_t *shape = args.k_cache->shape;
-  check.shaped(
-      "v_cache", args.v_cache,
-      {{"num_blocks", shape[0]}, {"block_size", shape[1]}, {"num_kv_heads", shape[2]}, {"head_dim", shape[3]}});
-  p->num_blocks = shape[0];
-  p->block_size = check.fits_int32("k_cache", "block_size", shape[1]);
-  p->num_kv_heads = check.fits_int32("k_cache", "num_kv_heads", shape[2]);
-  if (p->block_size < 1) check.fail("k_cache", "of a block_size of at least 1", tensor_text(*args.k_cache));
-  if (p->num_kv_heads < 1 || p->num_q_heads < 1 || p->num_q_heads % p->num_kv_heads != 0) {
+  validate_cache_pair(check, args.k_cache, args.v_cache, Dim::kAny, p->head_dim, args.kv_dtype, p);
+  if (p->num_q_heads < 1 || p->num_q_heads % p->num_kv_heads != 0) {
     check.fail("`q` must have a positive multiple of the " + std::to_string(p->num_kv_heads) +
                " KV heads of `k_cache` as query heads; got " + std::to_string(p->num_q_heads));
-  }
-  check.unit_last_stride("k_cache", *args.k_cache);
-  check.unit_last_stride("v_cache", *args.v_cache);
-
-  p->kv_dtype = cache_dtype(check, "k_cache", *args.k_cache, args.kv_dtype);
-  if (cache_dtype(check, "v_cache", *args.v_cache, args.kv_dtype) != p->kv_dtype) {
-    check.fail("v_cache", std::string("of the type of `k_cache`, ") + dtype_name(args.k_cache->dtype),
-               tensor_text(*args.v_cache));
   }
   const bool same = p->kv_dtype == p->q_dtype;
   if (!same && !(is_float8(p->kv_dtype) && p->q_dtype != DType::kFloat32)) {
@@ -56,28 +40,12 @@ void validate_caches(const Checker &check, const pa_attention_args &args, Attent
                    ", or float8 with a 16-bit `q`",
                dtype_name(static_cast<int32_t>(p->kv_dtype)));
   }
-  p->k_cache = cache_view(*args.k_cache);
-  p->v_cache = cache_view(*args.v_cache);
   p->k_scale = cache_scale(check, "k_scale", args.k_scale, args.k_scale_value, p->kv_dtype, p->num_kv_heads);
   p->v_scale = cache_scale(check, "v_scale", args.v_scale, args.v_scale_value, p->kv_dtype, p->num_kv_heads);
 }
 
-void validate_sequences(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
-  check.tensor("seq_lens", args.seq_lens);
-  const int64_t num_seqs = args.seq_lens->ndim == 1 ? args.seq_lens->shape[0] : Dim::kAny;
-  check.vector("seq_lens", args.seq_lens, PA_INT32, {"num_seqs", num_seqs});
-  p->num_seqs = check.fits_int32("seq_lens", "num_seqs", num_seqs);
-  p->seq_lens = static_cast<const int32_t *>(args.seq_lens->data);
-
-  const std::initializer_list<Dim> table_dims = {{"num_seqs", num_seqs}, {"max_blocks"}};
-  check.tensor("block_tables", args.block_tables);
-  check.dtype("block_tables", *args.block_tables, PA_INT32, table_dims);
-  check.shaped("block_tables", args.block_tables, table_dims);
-  check.unit_last_stride("block_tables", *args.block_tables);
-  p->block_tables = static_cast<const int32_t *>(args.block_tables->data);
-  p->block_table_stride = args.block_tables->strides[0];
-  p->max_blocks_per_seq = check.fits_int32("block_tables", "max_blocks", args.block_tables->shape[1]);
-
+void validate_queries(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
+  const int64_t num_seqs = p->num_seqs;
   check.fits_int32("q", "T", p->num_tokens);
   if (args.query_start_loc != nullptr) {
     check.vector("query_start_loc", args.query_start_loc, PA_INT32, {"num_seqs + 1", num_seqs + 1});
@@ -172,7 +140,8 @@ Placement validate_attention(const pa_attention_args &args, bool needs_out, Atte
   check.check_mode(args.check);
   validate_heads(check, args, params);
   validate_caches(check, args, params);
-  validate_sequences(check, args, params);
+  validate_sequences(check, args.seq_lens, args.block_tables, params);
+  validate_queries(check, args, params);
   validate_options(check, args, params);
   if (needs_out) validate_outputs(check, args, params);
   return placement_of(check, args.check);

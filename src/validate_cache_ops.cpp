@@ -5,8 +5,8 @@
 #include <string>
 
 #include "describe.h"
+#include "paged_checks.h"
 #include "placement.h"
-#include "tensor_checks.h"
 #include "validate.h"
 
 namespace pagedattn {
@@ -14,34 +14,6 @@ namespace pagedattn {
 namespace {
 
 std::string indexed(const char *name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
-// The two caches of one layer, alike but for their strides.
-template <class Params>
-void validate_cache_pair(const Checker &check, const pa_tensor *k_cache, const pa_tensor *v_cache, int64_t num_kv_heads,
-                         int64_t head_dim, int32_t kv_dtype, Params *p) {
-  check.shaped("k_cache", k_cache,
-               {{"num_blocks"}, {"block_size"}, {"num_kv_heads", num_kv_heads}, {"head_dim", head_dim}});
-  const int64_t *shape = k_cache->shape;
-  check.shaped(
-      "v_cache", v_cache,
-      {{"num_blocks", shape[0]}, {"block_size", shape[1]}, {"num_kv_heads", shape[2]}, {"head_dim", shape[3]}});
-  check.unit_last_stride("k_cache", *k_cache);
-  check.unit_last_stride("v_cache", *v_cache);
-  p->num_blocks = shape[0];
-  p->block_size = check.fits_int32("k_cache", "block_size", shape[1]);
-  p->num_kv_heads = check.fits_int32("k_cache", "num_kv_heads", shape[2]);
-  p->head_dim = check.fits_int32("k_cache", "head_dim", shape[3]);
-  if (p->block_size < 1 || p->num_kv_heads < 1 || p->head_dim < 1) {
-    check.fail("k_cache", "of a block_size, num_kv_heads and head_dim of at least 1", tensor_text(*k_cache));
-  }
-  p->kv_dtype = cache_dtype(check, "k_cache", *k_cache, kv_dtype);
-  if (cache_dtype(check, "v_cache", *v_cache, kv_dtype) != p->kv_dtype) {
-    check.fail("v_cache", std::string("of the type of `k_cache`, ") + dtype_name(k_cache->dtype),
-               tensor_text(*v_cache));
-  }
-  p->k_cache = cache_view(*k_cache);
-  p->v_cache = cache_view(*v_cache);
-}
 
 }  // namespace
 
@@ -281,19 +253,8 @@ Placement validate_gather_kv(const pa_gather_kv_args &args, GatherKvParams *p) {
   check.check_mode(args.check);
   validate_cache_pair(check, args.k_cache, args.v_cache, Dim::kAny, Dim::kAny, args.kv_dtype, p);
 
-  check.tensor("seq_lens", args.seq_lens);
-  const int64_t num_seqs = args.seq_lens->ndim == 1 ? args.seq_lens->shape[0] : Dim::kAny;
-  check.vector("seq_lens", args.seq_lens, PA_INT32, {"num_seqs", num_seqs});
-  p->num_seqs = check.fits_int32("seq_lens", "num_seqs", num_seqs);
-  p->seq_lens = static_cast<const int32_t *>(args.seq_lens->data);
-  const std::initializer_list<Dim> table_dims = {{"num_seqs", num_seqs}, {"max_blocks"}};
-  check.tensor("block_tables", args.block_tables);
-  check.dtype("block_tables", *args.block_tables, PA_INT32, table_dims);
-  check.shaped("block_tables", args.block_tables, table_dims);
-  check.unit_last_stride("block_tables", *args.block_tables);
-  p->block_tables = static_cast<const int32_t *>(args.block_tables->data);
-  p->block_table_stride = args.block_tables->strides[0];
-  p->max_blocks_per_seq = check.fits_int32("block_tables", "max_blocks", args.block_tables->shape[1]);
+  validate_sequences(check, args.seq_lens, args.block_tables, p);
+  const int64_t num_seqs = p->num_seqs;
   if (args.seq_starts != nullptr) {
     check.vector("seq_starts", args.seq_starts, PA_INT32, {"num_seqs", num_seqs});
     p->seq_starts = static_cast<const int32_t *>(args.seq_starts->data);

@@ -265,6 +265,16 @@ def test_jax_arrays_are_read_in_place(rng: np.random.Generator, dtype: str) -> N
     assert_close(np.asarray(out), batch.reference()[0], DTYPES[dtype])
 
 
+def test_jax_arrays_are_never_written(rng: np.random.Generator) -> None:
+    jax = pytest.importorskip("jax")
+    batch = make_batch(rng, [40, 9])
+    args = [jax.numpy.asarray(a) for a in batch.on(NumpyBackend())[0]]
+    out = jax.numpy.zeros(args[0].shape, args[0].dtype)
+    with pytest.raises(pagedattn.InvalidArgumentError, match="`out` must be writable"):
+        pagedattn.paged_attention(*args, out=out)
+    assert not np.asarray(out).any()
+
+
 def test_a_torch_tensor_that_requires_grad_is_refused_or_read_but_never_written(rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
     batch = make_batch(rng, [40, 9])

@@ -120,8 +120,8 @@ PA_API void pa_attention_args_init(pa_attention_args *args);
 /** \brief Attention of every query token over its sequence's paged keys and values.
  *
  * One call serves decode, speculative decode, chunked prefill, full prefill and any mix of them.  A row that sees no
- * key gives zeros and a log-sum-exp of minus infinity.  Slots past a sequence's length never reach the output, whatever
- * they hold. */
+ * key gives zeros and a log-sum-exp of minus infinity, or of its sink where there are sinks.  Slots past a sequence's
+ * length never reach the output, whatever they hold. */
 PA_API pa_status pa_paged_attention(const pa_attention_args *args, pa_error *error);
 
 /** \brief Bytes of workspace that let pa_paged_attention run on the GPU without allocating.

@@ -133,7 +133,7 @@ def paged_attention(
     Returns
     -------
     array or (array, array)
-        ``out``, or ``(out, lse)``.  A row that sees no key gives zeros and ``-inf``.
+        ``out``, or ``(out, lse)``.  A row that sees no key gives zeros and ``-inf`` (with sinks: the sink).
 
     Raises
     ------

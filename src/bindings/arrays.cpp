@@ -106,6 +106,12 @@ py::handle cupy_ndarray() {
   return type;
 }
 
+// JAX arrays are immutable, but their DLPack capsules do not say so.
+bool is_jax(py::handle object) {
+  const auto module = py::str(py::type::of(object).attr("__module__")).cast<std::string>();
+  return module.starts_with("jax");
+}
+
 bool is_cupy(py::handle object) {
   const py::handle type = cupy_ndarray();
   return type && py::isinstance(object, type);

@@ -17,8 +17,8 @@ namespace {
 
 void *as_stream(std::intptr_t stream) { return reinterpret_cast<void *>(stream); }
 
-// Takes the GIL back.  Until Python 3.13 a daemon thread that asks for it while the interpreter ends is unwound instead,
-// which C++ would turn into a crash; from 3.14 on it sleeps until the process is gone, as here.
+// Takes the GIL back.  Until Python 3.13 a daemon thread that asks for it while the interpreter ends is unwound
+// instead, which C++ would turn into a crash; from 3.14 on it sleeps until the process is gone, as here.
 void take_gil(PyThreadState *thread) {
   try {
     PyEval_RestoreThread(thread);
