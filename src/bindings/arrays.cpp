@@ -222,6 +222,7 @@ void Array::from_dlpack(const Call &call, const std::string &argument, py::handl
   } else {
     raise_invalid(std::string(call.operation) + ": `" + argument + "` gave no DLPack capsule");
   }
+  if (is_jax(object)) tensor_.flags |= PA_TENSOR_READONLY;
   tensor_.dtype = dtype_of(source->dtype);
   if (tensor_.dtype == PA_DTYPE_NONE) {
     raise_unknown_type(call, argument,
