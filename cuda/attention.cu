@@ -27,7 +27,6 @@
 namespace pagedattn::cuda {
 namespace {
 
-constexpr int kFewRows = 16;
 constexpr std::array<int, kNumHeadDimTiles> kHeadDimTiles = {64, 128, 256};
 // Rows of a sequence and keys of a tile are counted in 31 bits with room to spare.
 constexpr int64_t kMaxRows = int64_t{1} << 30;
@@ -134,7 +133,7 @@ size_t workspace_bytes(const Selection &selection, bool deterministic) {
   for (const AttentionKernel *kernel : selection.kernels) {
     if (kernel == nullptr) continue;
     const auto places =
-        static_cast<size_t>(grid_of(*kernel)) * static_cast<size_t>(deterministic ? kernel->max_pieces : 2);
+        static_cast<size_t>(grid_of(*kernel)) * static_cast<size_t>(deterministic ? kernel->deterministic_places : 2);
     partials = std::max(partials, places * kernel->place_floats * sizeof(float));
   }
   return kArrivalBytes + partials;

@@ -121,7 +121,7 @@ class Epilogue {
         *reinterpret_cast<float4 *>(place + row * kHeadDim + column) = x;
       }
     });
-    if (num_segments > 1 && arrive_last(cut.first_owner(item), num_segments)) {
+    if (num_segments > 1 && arrive_last(item, cut, segment, num_segments)) {
       join_segments(item, cut, rows, num_segments);
     }
     __syncthreads();  // the states and shared_ may be overwritten
@@ -188,7 +188,12 @@ class Epilogue {
 
   // Publishes the block's partial result; true in the block that does so last.  The barrier orders the block's stores
   // before the one thread's fence, and the fence orders them, cumulatively, before its arrival.
-  __device__ bool arrive_last(int counter, int num_segments) const {
+  __device__ bool arrive_last(const WorkItem &item, const WorkCut<Shape> &cut, int segment, int num_segments) const {
+    if (!cut.is_shared(item)) {
+      __syncthreads();
+      return segment == num_segments - 1;
+    }
+    const int counter = cut.first_owner(item);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {

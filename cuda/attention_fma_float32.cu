@@ -280,7 +280,7 @@ AttentionKernel attention_fma(const char *name) {
           Traits::kThreads,
           sizeof(typename Traits::Shared),
           kPlaceFloats<Traits::kRows, kHeadDim>,
-          Traits::Shape::kMaxPieces};
+          Traits::Shape::kDeterministicPlaces};
 }
 
 }  // namespace

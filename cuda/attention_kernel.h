@@ -8,15 +8,17 @@
 namespace pagedattn::cuda {
 
 constexpr int kMaxGrid = 4096;
+// Query rows a KV head up to which a sequence goes to the kernel for few rows.
+constexpr int kFewRows = 16;
 
 // A persistent kernel over AttentionKernelParams, launched with any grid of up to kMaxGrid blocks.
 struct AttentionKernel {
   const char *name;
   const void *function;
   int num_threads;
-  size_t shared_memory;  // bytes
-  size_t place_floats;   // of one partial result in the workspace
-  int max_pieces;        // partial results a block in deterministic mode; otherwise 2
+  size_t shared_memory;      // bytes
+  size_t place_floats;       // of one partial result in the workspace
+  int deterministic_places;  // partial results a block in deterministic mode; otherwise 2
 };
 
 // For rows of at most 16 a KV head, and for more.

@@ -32,7 +32,8 @@ struct TileShape {
   // Shorter segments are not worth their merge.
   static constexpr int kMinSegmentTiles = kRows <= 16 ? 2 : 4;
   // Pieces of an item in deterministic mode.  Tall tiles are many, and their partial results large.
-  static constexpr int kMaxPieces = kRows <= 16 ? 16 : 4;
+  static constexpr int kMaxPieces = kRows <= 16 ? 8 : 4;
+  static constexpr int kDeterministicPlaces = 2 * kMaxPieces;  // a block
   static constexpr int kMinPieceTiles = 8;
 };
 
@@ -184,13 +185,23 @@ struct WorkCut {
             item.kv_tiles.begin + static_cast<int>(smaller(granules.end * length, tiles))};
   }
 
+  // Is the item shared with other blocks?
+  __host__ __device__ bool is_shared(const WorkItem &item) const {
+    return owner(granule_start(item, num_granules(item) - 1)) != first_owner(item);
+  }
+
   // Where partial results lie.  A block has one place for a segment of the item that it found begun and one for the
-  // item that it leaves unfinished; in deterministic mode, one for each piece of the last item that begins in its range
-  // (an earlier item of many pieces uses the same places, but is merged before the next begins).
-  __host__ __device__ static int places_per_block(bool deterministic) { return deterministic ? Shape::kMaxPieces : 2; }
+  // item that it leaves unfinished.  In deterministic mode it has one for each piece of the item that it leaves
+  // unfinished, and as many for items of several pieces that are all its own, which it finishes one after the other
+  // while other blocks may already have done their part of the unfinished one.
+  __host__ __device__ static int places_per_block(bool deterministic) {
+    return deterministic ? Shape::kDeterministicPlaces : 2;
+  }
   __host__ __device__ int64_t place(const WorkItem &item, int segment) const {
     const int64_t first = first_owner(item);
-    if (deterministic) return first * Shape::kMaxPieces + segment;
+    if (deterministic) {
+      return first * Shape::kDeterministicPlaces + (is_shared(item) ? 0 : Shape::kMaxPieces) + segment;
+    }
     const int64_t block = granules_are_segments(item) ? owner(granule_start(item, segment)) : first + segment;
     return 2 * block + (segment == 0 ? 1 : 0);
   }

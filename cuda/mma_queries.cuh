@@ -1,0 +1,88 @@
+// Loads a tile of packed query rows to shared memory for the tensor-core kernels.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "mma_traits.cuh"
+#include "ptx.cuh"
+
+namespace pagedattn::cuda {
+
+// Where a pair of dimensions goes, in pairs, for the product with float8 keys (see float8_fragments.cuh).
+__device__ constexpr int float8_pair_place(int pair) { return pair / 8 * 8 + pair % 2 * 4 + pair % 8 / 2; }
+
+struct QChunk {
+  uint32_t pairs[4];
+};
+
+__device__ inline QChunk load_q_chunk(const AttentionKernelParams &params, const uint16_t *row, int chunk) {
+  if (params.q_wide) {
+    const uint4 x = *reinterpret_cast<const uint4 *>(row + chunk * 8);
+    return {{x.x, x.y, x.z, x.w}};
+  }
+  QChunk x;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x.pairs[i] = row[chunk * 8 + 2 * i] | static_cast<uint32_t>(row[chunk * 8 + 2 * i + 1]) << 16;
+  }
+  return x;
+}
+
+// Rounds bfloat16 pairs to float16 after dividing the row by the power of two below its largest element, which the
+// kLanes lanes that hold the row find together; returns that power.
+template <int kLanes>
+__device__ float normalise_bfloat16_row(QChunk &x) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    largest = max(largest, max(x.pairs[i] & 0x7fffu, x.pairs[i] >> 16 & 0x7fffu));
+  }
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    largest = max(largest, __shfl_xor_sync(kFullWarp, largest, offset));
+  }
+  // Biased exponents 1 ... 253, so that the power and its inverse are normal numbers.
+  const uint32_t exponent = min(max(largest >> 7, 1u), 253u);
+  const float inverse = __uint_as_float((254 - exponent) << 23);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x.pairs[i] =
+        pack<__half>(__uint_as_float(x.pairs[i] << 16) * inverse, __uint_as_float(x.pairs[i] & 0xffff0000u) * inverse);
+  }
+  return __uint_as_float(exponent << 23);
+}
+
+// The item's query rows to shared memory, zeros where there is no row or dimension.
+template <class Traits>
+__device__ void load_q(const AttentionKernelParams &params, const WorkItem &item, typename Traits::Shared &shared) {
+  constexpr int kChunks = Traits::QTile::kChunks;
+  const int rows = num_rows(params.batch, item.seq), group = static_cast<int>(params.batch.group.divisor);
+#pragma unroll 2
+  for (int index = static_cast<int>(threadIdx.x); index < Traits::kRows * kChunks; index += Traits::kThreads) {
+    const int row = index / kChunks, chunk = index % kChunks;
+    const int packed_row = item.query_tile * Traits::kRows + row;
+    QChunk x{};
+    if (packed_row < rows && chunk * 8 < params.head_dim) {
+      const int query = params.batch.group.divide(packed_row);
+      const int64_t token = item.seq.first_token + query;
+      const int64_t head = item.kv_head * group + packed_row - query * group;
+      const auto *q = static_cast<const uint16_t *>(params.q.data);
+      x = load_q_chunk(params, q + token * params.q.token_stride + head * params.q.head_stride, chunk);
+    }
+    if constexpr (Traits::kFloat8) {
+      const float scale = params.q_is_bfloat16 ? normalise_bfloat16_row<kChunks>(x) : 1.0f;
+      if (chunk == 0) shared.rows.q_scale[row] = scale;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int pair = float8_pair_place(chunk * 4 + i);
+        *reinterpret_cast<uint32_t *>(shared.tiles.q + Traits::QTile::offset(row, pair / 4) + pair % 4 * 4) =
+            x.pairs[i];
+      }
+    } else {
+      *reinterpret_cast<uint4 *>(shared.tiles.q + Traits::QTile::offset(row, chunk)) = {x.pairs[0], x.pairs[1],
+                                                                                        x.pairs[2], x.pairs[3]};
+    }
+  }
+}
+
+}  // namespace pagedattn::cuda

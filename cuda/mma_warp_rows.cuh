@@ -1,0 +1,288 @@
+// Attention of 16 query rows in one warp's registers: scores, online softmax and output by mma.sync.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "mma_traits.cuh"
+#include "ptx.cuh"
+
+namespace pagedattn::cuda {
+
+// tanh to about 1e-7 absolute: scores that are computed from 16-bit numbers need no more.
+__device__ inline float tanh_fast(float x) {
+  const float e = exp2_fast(-2.0f * kLog2E * fabsf(x));
+  return copysignf(__fdividef(1.0f - e, 1.0f + e), x);
+}
+
+template <class Traits>
+class WarpRows {
+  using Math = typename Traits::Math;
+  using Q = typename Traits::QTile;
+  using Kv = typename Traits::KvTile;
+  static constexpr int kTokens = Traits::kWarpTokens;
+  static constexpr int kHeadDim = Traits::kHeadDim;
+
+ public:
+  using Scores = float[kTokens / 8][4];
+
+  __device__ explicit WarpRows(const AttentionKernelParams &params)
+      : params_(params), lane_(static_cast<int>(threadIdx.x) % 32) {}
+
+  // Rows first_row ... first_row + 15 of the tile; queries and row table must be in shared memory, behind a barrier.
+  __device__ void begin(const WorkItem &item, int first_row, const typename Traits::Shared &shared) {
+    table_ = &shared.rows;
+    row_ = first_row + lane_ / 4;
+    const Range first = table_->keys[first_row], last = table_->keys[first_row + 15];
+    const bool any = item.query_tile * Traits::kRows + first_row < num_rows(params_.batch, item.seq);
+    visible_to_any_ = any ? Range{first.begin, last.end} : Range{0, 0};
+    visible_to_all_ = {last.begin, first.end};
+
+    const float scale = params_.k_scale.of_head(item.kv_head) * params_.scale;
+    pre_scale_ = params_.softcap > 0.0f ? scale / params_.softcap : scale * kLog2E;
+    // The largest score is that of the largest product only if their ratio is positive.
+    transform_ =
+        params_.softcap > 0.0f || params_.alibi_slopes != nullptr || !(row_scale(0) > 0.0f) || !(row_scale(1) > 0.0f);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      post_scale_[i] = transform_ ? 1.0f : row_scale(i);
+      m_[i] = negative_infinity();
+      l_[i] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) o_[i][j] = 0.0f;
+    }
+    q_fragment_ = shared_address(shared.tiles.q + Q::offset(first_row + lane_ % 16, lane_ / 16));
+    if constexpr (Traits::kQInRegisters) {
+#pragma unroll
+      for (int k = 0; k < kHeadDim / 16; ++k) load_q_fragment(q_[k], k);
+    }
+  }
+
+  // Does any row see any of kTokens keys from `token` on?
+  __device__ bool sees(int token) const {
+    return token < visible_to_any_.end && token + kTokens > visible_to_any_.begin;
+  }
+
+  // s = Q K^T
+  __device__ void multiply_q_k(Scores &s, const char *k_tile) const {
+#pragma unroll
+    for (int i = 0; i < kTokens / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[i][j] = 0.0f;
+    }
+    if constexpr (Traits::kFloat8) {
+      // Matrices: 8 tokens x 16 dimensions; two groups of tokens, two of dimensions.
+      const SharedAddress k = shared_address(k_tile + Kv::offset(lane_ % 16, lane_ / 16));
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; step += 2) {
+        uint32_t q[2][4];
+        get_q_fragment(q[0], step);
+        get_q_fragment(q[1], step + 1);
+#pragma unroll
+        for (int t = 0; t < kTokens / 16; ++t) {
+          uint32_t raw[4];
+          load_matrices(raw, Kv::down(Kv::along(k, step), t * 16));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            uint32_t b0, b1;
+            widen<typename Traits::CacheElement>(raw[i], b0, b1);
+            multiply_add<Math>(s[2 * t + i % 2], q[i / 2], b0, b1);
+          }
+        }
+      }
+    } else {
+      // Matrices: 8 tokens x 8 dimensions; two groups of dimensions, two of tokens.
+      const SharedAddress k = shared_address(k_tile + Kv::offset(lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2));
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; ++step) {
+        uint32_t q[4];
+        get_q_fragment(q, step);
+#pragma unroll
+        for (int t = 0; t < kTokens / 16; ++t) {
+          uint32_t b[4];
+          load_matrices(b, Kv::down(Kv::along(k, 2 * step), t * 16));
+          multiply_add<Math>(s[2 * t], q, b[0], b[1]);
+          multiply_add<Math>(s[2 * t + 1], q, b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Scores of the keys from `token` on become exp2(score - m), the state is brought to the new m.
+  __device__ void softmax(Scores &s, int token) {
+    if (transform_) transform(s, token);
+    if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) mask(s, token);
+
+    float largest[2] = {m_[0], m_[1]};
+#pragma unroll
+    for (int i = 0; i < kTokens / 8; ++i) {
+      largest[0] = fmaxf(largest[0], fmaxf(s[i][0], s[i][1]));
+      largest[1] = fmaxf(largest[1], fmaxf(s[i][2], s[i][3]));
+    }
+    float scaled[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      largest[i] = fmaxf(largest[i], __shfl_xor_sync(kFullWarp, largest[i], 1));
+      largest[i] = fmaxf(largest[i], __shfl_xor_sync(kFullWarp, largest[i], 2));
+      scaled[i] = largest[i] == negative_infinity() ? 0.0f : largest[i] * post_scale_[i];
+    }
+    if (__any_sync(kFullWarp, largest[0] != m_[0] || largest[1] != m_[1])) {
+      const float factor[2] = {exp2_fast(m_[0] * post_scale_[0] - scaled[0]),
+                               exp2_fast(m_[1] * post_scale_[1] - scaled[1])};
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        o_[i][0] *= factor[0];
+        o_[i][1] *= factor[0];
+        o_[i][2] *= factor[1];
+        o_[i][3] *= factor[1];
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        l_[i] *= factor[i];
+        m_[i] = largest[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        s[i][j] = exp2_fast(s[i][j] * post_scale_[j / 2] - scaled[j / 2]);
+        l_[j / 2] += s[i][j];
+      }
+    }
+  }
+
+  // O += P V
+  __device__ void multiply_p_v(const Scores &p, const char *v_tile) {
+    const SharedAddress v = shared_address(v_tile + Kv::offset(lane_ % 16, lane_ / 16));
+#pragma unroll
+    for (int t = 0; t < kTokens / 16; ++t) {
+      const uint32_t a[4] = {pack<Math>(p[2 * t][0], p[2 * t][1]), pack<Math>(p[2 * t][2], p[2 * t][3]),
+                             pack<Math>(p[2 * t + 1][0], p[2 * t + 1][1]),
+                             pack<Math>(p[2 * t + 1][2], p[2 * t + 1][3])};
+      if constexpr (Traits::kFloat8) {
+        // Matrices: 8 tokens x 16 dimensions; two groups of tokens, two of dimensions.
+#pragma unroll
+        for (int group = 0; group < kHeadDim / 16; group += 2) {
+          uint32_t raw[4];
+          load_matrices_transposed(raw, Kv::down(Kv::along(v, group), t * 16));
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            uint32_t even0, odd0, even1, odd1;
+            widen<typename Traits::CacheElement>(pick_bytes(raw[2 * i], 0x3120), even0, odd0);
+            widen<typename Traits::CacheElement>(pick_bytes(raw[2 * i + 1], 0x3120), even1, odd1);
+            multiply_add<Math>(o_[2 * (group + i)], a, even0, even1);
+            multiply_add<Math>(o_[2 * (group + i) + 1], a, odd0, odd1);
+          }
+        }
+      } else {
+        // Matrices: 8 tokens x 8 dimensions; two groups of tokens, two of dimensions.
+#pragma unroll
+        for (int group = 0; group < kHeadDim / 16; ++group) {
+          uint32_t b[4];
+          load_matrices_transposed(b, Kv::down(Kv::along(v, 2 * group), t * 16));
+          multiply_add<Math>(o_[2 * group], a, b[0], b[1]);
+          multiply_add<Math>(o_[2 * group + 1], a, b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Hands the state to the epilogue, behind a barrier after the last use of the tiles.
+  template <class Epilogue>
+  __device__ void store_state(const Epilogue &epilogue, int part) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      l_[i] += __shfl_xor_sync(kFullWarp, l_[i], 1);
+      l_[i] += __shfl_xor_sync(kFullWarp, l_[i], 2);
+      const int row = row_ + 8 * i;
+      if (lane_ % 4 == 0) epilogue.set_row(part, row, m_[i] * post_scale_[i], l_[i]);
+      float *o = epilogue.states() + Epilogue::state_offset(part, row, 0);
+#pragma unroll
+      for (int group = 0; group < kHeadDim / 16; ++group) {
+        const float (&even)[4] = o_[2 * group];
+        const float (&odd)[4] = o_[2 * group + 1];
+        if constexpr (Traits::kFloat8) {
+          *reinterpret_cast<float4 *>(o + group * 16 + lane_ % 4 * 4) = {even[2 * i], odd[2 * i], even[2 * i + 1],
+                                                                         odd[2 * i + 1]};
+        } else {
+          *reinterpret_cast<float2 *>(o + group * 16 + lane_ % 4 * 2) = {even[2 * i], even[2 * i + 1]};
+          *reinterpret_cast<float2 *>(o + group * 16 + 8 + lane_ % 4 * 2) = {odd[2 * i], odd[2 * i + 1]};
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ void load_q_fragment(uint32_t (&fragment)[4], int step) const {
+    load_matrices(fragment, Q::along(q_fragment_, 2 * step));
+  }
+
+  __device__ void get_q_fragment(uint32_t (&fragment)[4], int step) const {
+    if constexpr (Traits::kQInRegisters) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[i] = q_[step][i];
+    } else {
+      load_q_fragment(fragment, step);
+    }
+  }
+
+  __device__ float row_scale(int i) const {
+    if constexpr (Traits::kFloat8) return pre_scale_ * table_->q_scale[row_ + 8 * i];
+    return pre_scale_;
+  }
+
+  // Products to scores in units of log 2: scale, soft cap, ALiBi.
+  __device__ void transform(Scores &s, int token) const {
+    const float cap = params_.softcap * kLog2E;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float scale = row_scale(row), slope = table_->slope[row_ + 8 * row];
+      const int first_key = token + lane_ % 4 * 2 - table_->position[row_ + 8 * row];
+#pragma unroll
+      for (int i = 0; i < kTokens / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float x = s[i][2 * row + j] * scale;
+          if (params_.softcap > 0.0f) x = cap * tanh_fast(x);
+          s[i][2 * row + j] = x + slope * static_cast<float>(first_key + i * 8 + j);
+        }
+      }
+    }
+  }
+
+  __device__ void mask(Scores &s, int token) const {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const Range keys = table_->keys[row_ + 8 * row];
+      const int first_key = token + lane_ % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < kTokens / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int key = first_key + i * 8 + j;
+          if (key < keys.begin || key >= keys.end) s[i][2 * row + j] = negative_infinity();
+        }
+      }
+    }
+  }
+
+  const AttentionKernelParams &params_;
+  int lane_;
+  const RowTable<Traits::kRows> *table_;
+  int row_;  // the lane's rows of the tile are this and the eighth after it
+  SharedAddress q_fragment_;
+  Range visible_to_any_;  // of the warp's rows
+  Range visible_to_all_;
+  bool transform_;       // scores are not just products times a positive number
+  float pre_scale_;      // what `transform` multiplies products by
+  float post_scale_[2];  // what turns its results, or else the products, into units of log 2
+  float m_[2];           // before post_scale
+  float l_[2];           // of the lane's own columns until store_state
+  uint32_t q_[Traits::kQInRegisters ? kHeadDim / 16 : 1][4];
+  float o_[kHeadDim / 8][4];
+};
+
+}  // namespace pagedattn::cuda
