@@ -139,7 +139,8 @@ def render(layout: Mapping[str, Any], *, title: str = "") -> str:
     bottom = max(blocks.bottom, rows_bottom) + 12
 
     canvas = _Canvas("pa" + format(zlib.crc32(repr((title, requests)).encode()), "08x"))
-    _draw_headings(canvas, layout, title, width, blocks, per_cell, pages_per_cell)
+    labelled = all(page.size >= LEAST_LABELLED for row in rows for page in row.cells[:1])
+    _draw_headings(canvas, layout, title, width, blocks, per_cell, pages_per_cell, labelled)
     drawn, total = _draw_arrows(canvas, requests, rows, blocks, left_panel, per_cell)
     _draw_blocks(canvas, layout, requests, blocks.cells, per_cell)
     _draw_requests(canvas, layout["block_size"], requests, rows, pages_per_cell)
@@ -197,6 +198,10 @@ def _notes(hidden: list[_Request], drawn: int, total: int) -> str:
     if drawn < total:
         notes.append(f"{drawn} of {total} arrows drawn")
     return " · ".join(notes)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 # --- where it goes -------------------------------------------------------------------------------------------------
@@ -263,6 +268,7 @@ def _draw_headings(
     blocks: _Panel,
     per_cell: int,
     pages_per_cell: int,
+    labelled: bool,
 ) -> None:
     held = int((layout["ref_counts"] > 0).sum())
     free = int(((layout["ref_counts"] == 0) & ~layout["is_cached"]).sum())
@@ -270,7 +276,11 @@ def _draw_headings(
     title = title or "Paged KV cache"
     size = min(17.0, (width - 2 * MARGIN) / (0.62 * len(title)))
     canvas.text(MARGIN, 38, title, round(size, 1), font_weight="600")
-    pages = f"a cell is {pages_per_cell} pages" if pages_per_cell > 1 else "each page names its block"
+    pages = (
+        "each page names its block"
+        if labelled and pages_per_cell == 1
+        else "a cell is " + _count(pages_per_cell, "page")
+    )
     of = f", a cell is {per_cell}" if per_cell > 1 else ""
     for x, heading, detail in (
         (MARGIN, "Block tables", pages),
