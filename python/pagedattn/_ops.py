@@ -521,9 +521,7 @@ def _table_capacity(k_cache: Any, block_tables: Any) -> int:
     return int(tuple(getattr(block_tables, "shape", (0,)))[-1]) * int(k_cache.shape[1])
 
 
-def _gathered_rows(
-    seq_lens: Any, seq_starts: Any, out_start_loc: Any, total_tokens: int | None, capacity: int
-) -> int:
+def _gathered_rows(seq_lens: Any, seq_starts: Any, out_start_loc: Any, total_tokens: int | None, capacity: int) -> int:
     if total_tokens is not None:
         try:
             rows = operator.index(total_tokens)
@@ -546,6 +544,6 @@ def _gathered_rows(
         # Longer ones will be refused by name, which must not fail for want of memory first.
         return max(0, int(np.minimum(seq_lens, capacity).sum(dtype=np.int64)) - starts)
     if hasattr(seq_lens, "__dlpack__"):
-        as_numpy = [None if a is None else np.from_dlpack(a) for a in (seq_lens, seq_starts, out_start_loc)]
-        return _gathered_rows(*as_numpy, None, capacity)
+        lens, starts, locs = (None if a is None else np.from_dlpack(a) for a in (seq_lens, seq_starts, out_start_loc))
+        return _gathered_rows(lens, starts, locs, None, capacity)
     raise InvalidArgumentError("gather_kv: `seq_lens` must be an int32 array of shape (num_seqs,)")
