@@ -544,6 +544,8 @@ def _gathered_rows(seq_lens: Any, seq_starts: Any, out_start_loc: Any, total_tok
         # Longer ones will be refused by name, which must not fail for want of memory first.
         return max(0, int(np.minimum(seq_lens, capacity).sum(dtype=np.int64)) - starts)
     if hasattr(seq_lens, "__dlpack__"):
-        lens, firsts, rows_of = (None if a is None else np.from_dlpack(a) for a in (seq_lens, seq_starts, out_start_loc))
+        lens, firsts, rows_of = (
+            None if a is None else np.from_dlpack(a) for a in (seq_lens, seq_starts, out_start_loc)
+        )
         return _gathered_rows(lens, firsts, rows_of, None, capacity)
     raise InvalidArgumentError("gather_kv: `seq_lens` must be an int32 array of shape (num_seqs,)")
