@@ -6,12 +6,10 @@
 // them.  Persistent blocks take equal shares of all (sequence, KV head, row tile, KV tile) work (work_schedule.cuh);
 // online softmax keeps (m, l, O) in registers, and the scores' accumulators are, rounded, the left operand of P V.
 //  - Few rows (decode, at most 16 a KV head): all four warps hold the same 16 rows and take different tokens, each with
-//  a
-//    ring of tiles and a state of its own, so that nothing waits for a barrier; the states are joined at the end.
+//    a ring of tiles and a state of its own, so nothing waits for a barrier; the states are joined at the end.
 //    Bound: bytes of the cache.  The ring holds 32 to 64 KB a block, two or three blocks fit a multiprocessor.
-//  - Many rows (prefill, append): each warp has 16 of 64 rows, all share a double-buffered tile of tokens, one barrier
-//  a
-//    tile.  Bound: the tensor cores, as far as mma.sync reaches them.
+//  - Many rows (prefill, append): each warp has 16 of 64 rows, all share a double-buffered tile of tokens, with one
+//    barrier a tile.  Bound: the tensor cores, as far as mma.sync reaches them.
 // Float8 caches go through shared memory as they are and are widened to float16 in registers (float8_fragments.cuh);
 // K's scale is folded into the scores' and V's into the normalisation.  bfloat16 queries over float8 are scaled by a
 // power of two a row into float16's range, which loses nothing that counts beside the row's largest element.
