@@ -211,20 +211,26 @@ class Epilogue {
     const auto place = [&](int segment) {
       return params_.partials + cut.place(item, segment) * kPlaceFloats<kRows, kHeadDim>;
     };
-    for (int row = static_cast<int>(threadIdx.x); row < rows; row += kThreads) {
+    // A warp a row and a lane a segment: one after the other, the loads from L2 would take longer than all the rest.
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (int row = static_cast<int>(threadIdx.x) / 32; row < rows; row += kThreads / 32) {
       float m = negative_infinity(), l = 0.0f;
-      for (int s = 0; s < num_segments; ++s) m = fmaxf(m, load_from_l2(place(s) + kRows * kHeadDim + row));
-      for (int s = 0; s < num_segments; ++s) {
+      for (int s = lane; s < num_segments; s += 32) m = fmaxf(m, load_from_l2(place(s) + kRows * kHeadDim + row));
+      m = warp_max(m);
+      for (int s = lane; s < num_segments; s += 32) {
         const float *state = place(s) + kRows * kHeadDim + row;
         l += rescale_factor(load_from_l2(state), m) * load_from_l2(state + kRows);
       }
-      shared_.largest[row] = m;
-      shared_.factor[0][row] = finish_row(item, row, m, l);
+      l = warp_sum(l);
+      if (lane == 0) {
+        shared_.largest[row] = m;
+        shared_.factor[0][row] = finish_row(item, row, m, l);
+      }
     }
     __syncthreads();
     for_each_quad(rows, [&](int row, int column) {
       float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
+#pragma unroll 8
       for (int s = 0; s < num_segments; ++s) {
         const float *state = place(s);
         const float m = load_from_l2(state + kRows * kHeadDim + row);

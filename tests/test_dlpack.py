@@ -260,16 +260,19 @@ def test_torch_float8_caches_are_read_in_place(rng: np.random.Generator) -> None
 def test_jax_arrays_are_read_in_place(rng: np.random.Generator, dtype: str) -> None:
     jax = pytest.importorskip("jax")
     batch = make_batch(rng, [40, 9, 0], [5, 9, 0], dtype=DTYPES[dtype])
-    args = [jax.numpy.asarray(a) for a in batch.on(NumpyBackend())[0]]
-    out = pagedattn.paged_attention(*args, query_start_loc=jax.numpy.asarray(batch.query_start_loc))
+    with jax.default_device(jax.devices("cpu")[0]):
+        args = [jax.numpy.asarray(a) for a in batch.on(NumpyBackend())[0]]
+        starts = jax.numpy.asarray(batch.query_start_loc)
+    out = pagedattn.paged_attention(*args, query_start_loc=starts)
     assert_close(np.asarray(out), batch.reference()[0], DTYPES[dtype])
 
 
 def test_jax_arrays_are_never_written(rng: np.random.Generator) -> None:
     jax = pytest.importorskip("jax")
     batch = make_batch(rng, [40, 9])
-    args = [jax.numpy.asarray(a) for a in batch.on(NumpyBackend())[0]]
-    out = jax.numpy.zeros(args[0].shape, args[0].dtype)
+    with jax.default_device(jax.devices("cpu")[0]):
+        args = [jax.numpy.asarray(a) for a in batch.on(NumpyBackend())[0]]
+        out = jax.numpy.zeros(args[0].shape, args[0].dtype)
     with pytest.raises(pagedattn.InvalidArgumentError, match="`out` must be writable"):
         pagedattn.paged_attention(*args, out=out)
     assert not np.asarray(out).any()

@@ -63,11 +63,11 @@ const Kernels &choose() {
   for (const Isa &isa : all) {
     if (std::string_view(forced) != isa.kernels->isa) continue;
     if (isa.available) return *isa.kernels;
-    throw Error(PA_ERROR_UNSUPPORTED,
-                "PAGEDATTN_CPU_ISA: this processor lacks `" + std::string(forced) + "`; it can run " + choices);
+    throw Error(PA_ERROR_UNSUPPORTED, "`PAGEDATTN_CPU_ISA` names what this processor lacks, `" + std::string(forced) +
+                                          "`; it can run " + choices);
   }
   throw Error(PA_ERROR_INVALID_ARGUMENT,
-              "PAGEDATTN_CPU_ISA: must be one of " + choices + "; got `" + std::string(forced) + "`");
+              "`PAGEDATTN_CPU_ISA` must be one of " + choices + "; got `" + std::string(forced) + "`");
 }
 
 }  // namespace
