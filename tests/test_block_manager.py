@@ -291,6 +291,19 @@ def test_a_child_is_not_found_through_a_block_that_took_its_parent_s_place() -> 
     assert m.match([1, 1, 5, 5, 6]) == 0
 
 
+def test_a_sequence_whose_last_published_block_was_evicted_publishes_no_more() -> None:
+    m = BlockManager(4, 2, window=1)
+    a = add_computed(m, range(4))
+    for start in range(50, 58):
+        m.free(add_computed(m, [start, start]))
+    assert m.match(range(5)) == 0
+    published = m.stats()["published"]
+    m.append(a, [4, 5])
+    m.step(a, 2)
+    assert m.stats()["published"] == published, "nobody could ever find it"
+    m.check()
+
+
 def test_a_seed_changes_nothing_that_can_be_seen() -> None:
     def play(**options: int) -> list[list[int]]:
         m = BlockManager(16, 4, **options)
