@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagedattn._block_manager import BlockManager
+from pagedattn._block_manager import BlockManager, StepBatch
 from pagedattn._config import config, get_cmake_dir, get_include, get_library_dir, show_config
 from pagedattn._core import get_num_threads, last_kernel, set_num_threads
 from pagedattn._errors import (
@@ -31,6 +31,7 @@ __all__ = [
     "OutOfBlocks",
     "OutOfMemoryError",
     "PagedAttnError",
+    "StepBatch",
     "UnsupportedError",
     "__version__",
     "config",

@@ -4,8 +4,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block manager's Python face.
 
-The data structures and rules are C++ (`_manager.hpp` and the headers beside it).  This module checks what users give,
-releases Python's lock, and turns what comes back into NumPy arrays; no Python object exists per block or per token.
+The data structures and rules are C++ (`src/blocks/manager.h` and the headers beside it).  This module checks what users
+give, releases Python's lock, and turns what comes back into NumPy arrays; no Python object exists per block or per
+token.
 """
 
 import operator

@@ -9,7 +9,7 @@ from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 
-cdef extern from "_current_error.hpp" namespace "pagedattn::blocks" nogil:
+cdef extern from "blocks/current_error.h" namespace "pagedattn::blocks" nogil:
     cdef enum class ErrorKind:
         kOther
         kInvalidArgument
@@ -41,7 +41,7 @@ cdef inline int raise_error() except -1:
     raise RuntimeError(message)
 
 
-cdef extern from "_manager_state.hpp" namespace "pagedattn::blocks" nogil:
+cdef extern from "blocks/manager_state.h" namespace "pagedattn::blocks" nogil:
     cdef cppclass HashKey:
         uint64_t words[6]
     HashKey key_from_seed(uint64_t seed)

@@ -8,7 +8,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "_manager.hpp"
+#include "blocks/manager.h"
 
 namespace pagedattn::blocks {
 

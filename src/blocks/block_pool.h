@@ -25,7 +25,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "_block_hash.hpp"
+#include "blocks/block_hash.h"
 
 namespace pagedattn::blocks {
 

@@ -3,7 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "_manager_swap.hpp"
+#include "blocks/manager_swap.h"
 
 namespace pagedattn::blocks {
 

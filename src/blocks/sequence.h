@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "_block_pool.hpp"
+#include "blocks/block_pool.h"
 
 namespace pagedattn::blocks {
 

@@ -7,7 +7,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "_manager_step.hpp"
+#include "blocks/manager_step.h"
 
 namespace pagedattn::blocks {
 

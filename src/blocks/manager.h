@@ -7,7 +7,7 @@
 // A call first validates everything it was given and only then changes anything, so a call that throws has changed
 // nothing. Calls are serialised by a mutex: they run without Python's lock.
 //
-// Step and swap are defined in _manager_step.hpp and _manager_swap.hpp, check and snapshot in _manager_state.hpp.
+// Step and swap are defined in manager_step.h and manager_swap.h, check and snapshot in manager_state.h.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -18,7 +18,7 @@
 #include <string>
 #include <string_view>
 
-#include "_sequence.hpp"
+#include "blocks/sequence.h"
 
 namespace pagedattn::blocks {
 
