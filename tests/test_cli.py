@@ -64,6 +64,22 @@ def test_replay_without_a_trace_reports_and_exits_with_0():
     assert "backend" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--svg", "/proc/cache.svg"], "/proc/cache.svg"),
+        (["--length-scale", "1e18"], "more than"),
+        (["--length-scale", "1e300"], "more than"),
+        (["--num-blocks", "1"], "no request was completed"),
+    ],
+)
+def test_what_is_no_wrong_result_exits_with_2_and_a_line(options: list[str], complaint: str):
+    done = pagedattn_command("replay", *QUICK, *options)
+    assert done.returncode == 2, done.stderr
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_json_is_the_report_alone():
     done = pagedattn_command("replay", *QUICK, "--json", "--verify", "3")
     report = json.loads(done.stdout)

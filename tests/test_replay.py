@@ -194,6 +194,20 @@ def test_a_replay_can_be_stopped_and_reports_what_it_did():
     assert last.tokens == report.prompt_tokens + report.generated_tokens
 
 
+def test_a_replay_stopped_within_a_prompt_has_counted_what_it_computed_and_no_more():
+    steps = []
+    trace = [request(0, (1, 100))]
+    report = replay(trace, small(), on_step=steps.append, stop=lambda: len(steps) == 2)
+    assert (report.prompt_tokens, report.generated_tokens) == (2 * 16, 0)
+
+
+def test_prompt_tokens_count_once_however_often_they_are_computed():
+    trace = distinct(12, prompt=30, output=20)
+    report = run(trace, num_blocks=32)
+    assert report.preemptions > 0
+    assert report.prompt_tokens == 12 * 30
+
+
 def test_the_layout_is_kept_at_the_fullest_moment():
     report = replay(distinct(4), small(), keep_layout=True)
     assert report.layout is not None
@@ -252,7 +266,7 @@ def test_a_mismatch_ends_the_replay_and_names_the_place(monkeypatch):
     assert (found.request, found.sample, found.position, found.layer, found.head) == (2, 0, 0, 0, 3)
     assert found.error == pytest.approx(1e-3, rel=1e-2)
     text = str(found)
-    for part in ("step 1", "request 2", "sequence", "position 0", "layer 0", "head 3", "error 0.001", "allowed 1e-04"):
+    for part in ("step 1", "request 2", "sequence", "position 0", "layer 0", "head 3", "error 0.001", "allowed 1e-05"):
         assert part in text
     assert report.steps == 1
     assert report.to_dict()["mismatch"]["head"] == 3

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over a paged KV cache: CUDA and CPU kernels behind one contract, and a block manager."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What differs between NumPy, CuPy, torch and other arrays: allocation, streams, and names of types."""
 
 from __future__ import annotations

@@ -119,21 +119,21 @@ def replay_command(
         print(f"replay: {len(work)} requests on the {chosen} backend ({reason})", file=sys.stderr)
         with _signals() as received, show_progress(len(work)) as on_step:
             report = replay(work, settings, on_step=on_step, stop=lambda: bool(received), keep_layout=svg is not None)
-    except (SettingsError, TraceError) as error:
-        _fail(str(error))
-    except pagedattn.PagedAttnError as error:
+        _print(report, as_json=as_json)
+        if svg is not None:
+            _draw(report, svg)
+    except (SettingsError, TraceError, pagedattn.PagedAttnError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         print("replay: stopped", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
-    _print(report, as_json=as_json)
-    if svg is not None:
-        _draw(report, svg)
     if report.mismatch is not None:
         print(f"replay: {report.mismatch}", file=sys.stderr)
         raise typer.Exit(WRONG_RESULT)
     if received:
         raise typer.Exit(128 + received[0])
+    if not report.completed:
+        _fail("no request was completed")
 
 
 def _load(trace: Path | None, requests: int | None, length_scale: float, seed: int) -> list[Request]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was built, what this machine has, and where the C++ package lies."""
 
 from __future__ import annotations

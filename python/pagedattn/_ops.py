@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operations on NumPy, CuPy and DLPack arrays.
 
 Each function fills in defaults, allocates what the caller did not give, finds the stream, and calls the C ABI, which

@@ -170,7 +170,7 @@ class Report:
         )
 
     def remarks(self) -> list[str]:
-        """What the reader should not miss: refused requests and a wrong result."""
+        """What the reader should not miss: the first refused requests."""
         lines = [f"refused: {reason}" for reason in self.refusals[:_REFUSALS_SHOWN]]
         hidden = len(self.refusals) - _REFUSALS_SHOWN
         if hidden > 0:

@@ -41,6 +41,8 @@ class Sequence:
         Tokens whose keys and values are in the cache.
     width : int
         Samples it stands for: more than one until its prompt is computed and it forks.
+    prompt_seen : int
+        Prompt tokens that have been counted, computed or found cached; a preemption does not take them back.
     shares_tail : bool
         Whether its last block is still its sibling's, right after a fork.
     """
@@ -53,6 +55,7 @@ class Sequence:
     known: int
     computed: int = 0
     width: int = 1
+    prompt_seen: int = 0
     shares_tail: bool = False
 
     @property
@@ -116,11 +119,6 @@ class Scheduler:
         self._open_samples: dict[int, int] = {}
         self._free_at_failure = -1
 
-    @property
-    def remaining(self) -> int:
-        """Requests that are neither finished nor refused."""
-        return len(self._arriving) + len(self._open_samples)
-
     def next_step(self) -> Step | None:
         """Choose the next step and get its blocks, or None when the trace is done."""
         while True:
@@ -132,8 +130,8 @@ class Scheduler:
                 try:
                     with self._clock("block manager"):
                         arrays = self._manager.step([s.id for s in sequences], counts)
-                except OutOfBlocks as shortage:
-                    self._make_room(shortage)
+                except OutOfBlocks:
+                    self._make_room()
                 else:
                     return Step(sequences, counts, arrays)
 
@@ -144,6 +142,7 @@ class Scheduler:
         for sequence, count in zip(step.sequences, step.counts, strict=True):
             sequence.computed += count
             sequence.shares_tail = False
+            self._count_prompt(sequence)
             if sequence.computed < sequence.known:
                 continue
             for sample in [sequence, *self._fork(sequence)]:
@@ -158,6 +157,12 @@ class Scheduler:
         for sequence in finished:
             self.running.remove(sequence)
             self._close(sequence.request)
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        seen = min(sequence.computed, sequence.request.prompt_length)
+        if seen > sequence.prompt_seen:
+            self.counts.prompt_tokens += seen - sequence.prompt_seen
+            sequence.prompt_seen = seen
 
     def _plan(self) -> tuple[list[Sequence], list[int]]:
         sequences, counts = [], []
@@ -216,9 +221,10 @@ class Scheduler:
             return None
         tokens = np.concatenate([prompt, request.sampled(0, self._settings.seed)])
         self._open_samples[request.index] = request.samples
-        self.counts.prompt_tokens += len(prompt)
         self.counts.hit_tokens += cached
-        return Sequence(request, 0, tokens, Model.digests(tokens), name, len(prompt), cached, request.samples)
+        started = Sequence(request, 0, tokens, Model.digests(tokens), name, len(prompt), cached, request.samples)
+        self._count_prompt(started)
+        return started
 
     def _resume(self, sequence: Sequence) -> bool:
         if not self._has_place(sequence.width) or not self._worth_trying():
@@ -267,6 +273,7 @@ class Scheduler:
                     int(name),
                     sequence.known,
                     sequence.computed,
+                    prompt_seen=request.prompt_length,
                     shares_tail=True,
                 )
             )
@@ -275,15 +282,12 @@ class Scheduler:
         sequence.width = 1
         return siblings
 
-    def _make_room(self, shortage: OutOfBlocks) -> None:
+    def _make_room(self) -> None:
         victim = max(self.running, key=lambda s: s.order)
         self.running.remove(victim)
         self._free_at_failure = -1
-        if not self.running:
-            # Alone in the cache, and still short: it would never end.
-            self._refuse(victim.request, str(shortage))
-            self._drop(victim)
-            return
+        # A request that outgrows the whole cache is refused when it arrives, so the oldest can always go on.
+        assert self.running, f"request {victim.request.index} is alone in the cache and still short of blocks"
         with self._clock("block manager"):
             self._manager.preempt(victim.id)
         self.counts.preemptions += 1
@@ -291,13 +295,6 @@ class Scheduler:
         victim.computed = 0
         victim.shares_tail = False
         self._preempted.appendleft(victim)
-
-    def _drop(self, sequence: Sequence) -> None:
-        siblings = [s for s in self._preempted if s.request is sequence.request]
-        self._preempted = deque(s for s in self._preempted if s.request is not sequence.request)
-        del self._open_samples[sequence.request.index]
-        with self._clock("block manager"):
-            self._manager.free([s.id for s in (sequence, *siblings)])
 
     def _close(self, request: Request) -> None:
         self._free_at_failure = -1

@@ -145,8 +145,11 @@ def read_trace(
 
 
 def scaled(length: int, scale: float) -> int:
-    """`length` times `scale`, rounded, and at least 1."""
-    return max(1, round(length * scale))
+    """`length` times `scale`, rounded, and at least 1; a TraceError above MAX_LENGTH."""
+    product = length * scale
+    if not product <= MAX_LENGTH:
+        raise TraceError(f"a length of {length} tokens times {scale:g} is more than {MAX_LENGTH}")
+    return max(1, round(product))
 
 
 def _detect(path: Path) -> str:

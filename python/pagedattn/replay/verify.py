@@ -16,9 +16,10 @@ from .model import Model
 from .settings import Settings
 
 # Largest error of a row, |out - exact| / |exact| in the Euclidean norm.  The exact row takes the rounded inputs, so
-# what remains is rounding inside the kernel and of its output, an ulp or two; the bounds leave room for several and
-# are far below the effect of a wrong block.  An 8-bit cache is compared with its own rounded contents.
-TOLERANCE = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2}
+# what remains is rounding inside the kernel and of its output.  The contract bounds whole results by 1e-5, 1e-3 and
+# 4e-3; a single row, where many values may average to a short vector, has twice as much in 16 bits.  A wrong block is
+# off by about 1.  An 8-bit cache is compared with its own rounded contents.
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 8e-3}
 
 
 @dataclass(frozen=True, slots=True)
