@@ -29,7 +29,8 @@ DType wide_dtype(const Checker &check, const char *argument, const pa_tensor &te
   if (tensor.dtype == PA_UINT16) {
     if (kv_dtype == PA_FLOAT16 || kv_dtype == PA_BFLOAT16) return static_cast<DType>(kv_dtype);
     check.fail("`" + std::string(argument) +
-               "` is uint16 storage; name what it holds with `kv_dtype` float16 or bfloat16, or give a typed array");
+               "` is uint16 storage, and nothing says what it holds; give a typed array, " +
+               "or name float16 or bfloat16 where the operation takes `kv_dtype`");
   }
   check.fail(argument, "float32, float16 or bfloat16", tensor_text(tensor));
 }

@@ -30,7 +30,10 @@ Placement validate_merge_states(const pa_merge_states_args &args, ValidatedMerge
   check.unit_last_stride("out", *args.out);
   check.output("out", *args.out);
   MergeStatesParams &p = merge->params;
-  p.dtype = wide_dtype(check, "out", *args.out, PA_DTYPE_NONE);
+  p.dtype = wide_dtype(check, "outs[0]", *args.outs, PA_DTYPE_NONE);
+  if (args.out->dtype != args.outs->dtype) {
+    check.fail("out", std::string("of the type of `outs[0]`, ") + dtype_name(args.outs->dtype), tensor_text(*args.out));
+  }
   const std::initializer_list<Dim> lse_dims = {{"T", shape[0]}, {"num_heads", shape[1]}};
   if (args.lse != nullptr) {
     check.shaped("lse", args.lse, lse_dims);
@@ -43,8 +46,8 @@ Placement validate_merge_states(const pa_merge_states_args &args, ValidatedMerge
     const pa_tensor &out = args.outs[i], &lse = args.lses[i];
     check.shaped(out_name.c_str(), &out, {{"T", shape[0]}, {"num_heads", shape[1]}, {"head_dim", shape[2]}});
     check.unit_last_stride(out_name.c_str(), out);
-    if (out.dtype != args.out->dtype) {
-      check.fail(out_name.c_str(), std::string("of the type of `out`, ") + dtype_name(args.out->dtype),
+    if (out.dtype != args.outs->dtype) {
+      check.fail(out_name.c_str(), std::string("of the type of `outs[0]`, ") + dtype_name(args.outs->dtype),
                  tensor_text(out));
     }
     check.shaped(lse_name.c_str(), &lse, lse_dims);
@@ -222,6 +225,8 @@ Placement validate_swap_blocks(const pa_swap_blocks_args &args, ValidatedCopy *c
   Checker src_check("swap_blocks"), dst_check("swap_blocks");
   src_check.set_device("src", args.src);
   dst_check.set_device("dst", args.dst);
+  CopyBlocksParams &p = copy->params;
+  set_mapping(host, args.block_mapping, &p);
   for (int64_t i = 0; i < args.num_caches; ++i) {
     const std::string src_name = indexed("src", i), dst_name = indexed("dst", i);
     cache_of_blocks(src_check, src_name.c_str(), args.src[i]);
@@ -238,8 +243,6 @@ Placement validate_swap_blocks(const pa_swap_blocks_args &args, ValidatedCopy *c
   if (src_check.on_cuda() && dst_check.on_cuda() && src_check.device_id() != dst_check.device_id()) {
     host.fail("dst", "on the device of `src` or on the host", device_text(PA_CUDA, dst_check.device_id()));
   }
-  CopyBlocksParams &p = copy->params;
-  set_mapping(host, args.block_mapping, &p);
   set_block_layout(args.src[0], args.dst[0], size_of(args.src[0].dtype), &p);
   p.num_caches = args.num_caches;
   p.src = copy->src.data();

@@ -345,3 +345,32 @@ def test_lengths_whose_rows_exceed_all_memory_are_refused_before_anything_is_all
     del call["out"]
     call["seq_lens"][:] = 2**31 - 1
     refuse(NumpyBackend(), "gather_kv", call, "seq_lens`[0", "12; got 2147483647")
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument", "error"),
+    [
+        ({"seq_lens": np.array([[20]], np.int32)}, "seq_lens", pagedattn.InvalidArgumentError),
+        ({"seq_lens": np.array(20, np.int32)}, "seq_lens", pagedattn.InvalidArgumentError),
+        ({"seq_lens": np.array(["a"])}, "seq_lens", pagedattn.InvalidArgumentError),
+        ({"block_tables": np.array(3, np.int32)}, "block_tables", pagedattn.InvalidArgumentError),
+        ({"seq_starts": np.array([-(2**31)], np.int32)}, "seq_starts", pagedattn.InvalidArgumentError),
+        ({"seq_starts": ["a"]}, "seq_starts", pagedattn.InvalidArgumentError),
+        ({"total_tokens": 2.5}, "total_tokens", pagedattn.InvalidArgumentError),
+        ({"total_tokens": 2**62}, "an output of shape", pagedattn.OutOfMemoryError),
+        ({"total_tokens": 2**45}, "an output of shape", pagedattn.OutOfMemoryError),
+    ],
+)
+def test_gather_kv_sizes_its_output_from_anything_without_losing_its_words(
+    changes: dict[str, Any], argument: str, error: type[Exception]
+) -> None:
+    cache = np.zeros((4, 16, 2, 8), np.float32)
+    call = {"block_tables": np.zeros((1, 2), np.int32), "seq_lens": np.array([20], np.int32), **changes}
+    with pytest.raises(error, match=f"^gather_kv: .*{argument}"):
+        pagedattn.gather_kv(cache, cache.copy(), **call)
+
+
+def test_a_swap_looks_at_its_mapping_before_anything_else() -> None:
+    cache = np.zeros((4, 16, 2, 8), np.float32)
+    with pytest.raises(pagedattn.InvalidArgumentError, match=r"`block_mapping` must .*int64"):
+        pagedattn.swap_blocks(cache, cache, cache.view(np.int32)[0, :1, 0, :2])

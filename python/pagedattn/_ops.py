@@ -9,50 +9,22 @@ dimension, N blocks, S tokens a block.
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from pagedattn import _core
-from pagedattn._arrays import dtype_code, dtype_name, empty, empty_like, is_on_cuda, library_of, stream_pointer
+from pagedattn._arguments import (
+    array_list,
+    check_mode,
+    flag,
+    gathered_shape,
+    number,
+    parts,
+    shape_of,
+    too_large,
+    whole_number,
+)
+from pagedattn._arrays import dtype_code, dtype_name, empty, empty_like, is_on_cuda, stream_pointer
 from pagedattn._errors import InvalidArgumentError
-
-_INT64_MAX = 2**63 - 1
-
-
-def _check_mode(check: bool | None) -> int:
-    return -1 if check is None else int(bool(check))
-
-
-def _window_size(window: int | None) -> int:
-    if window is None:
-        return 0
-    try:
-        size = operator.index(window)
-    except TypeError:
-        size = 0
-    if size < 1:
-        raise InvalidArgumentError(f"paged_attention: `window` must be a whole number of at least 1; got {window!r}")
-    return min(size, _INT64_MAX)
-
-
-def _number(operation: str, argument: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InvalidArgumentError(f"{operation}: `{argument}` must be a number; got {value!r}") from None
-
-
-def _array_list(operation: str, argument: str, arrays: Any) -> list[Any]:
-    if isinstance(arrays, (list, tuple)):
-        return list(arrays)
-    if hasattr(arrays, "shape"):
-        return [arrays]
-    raise InvalidArgumentError(
-        f"{operation}: `{argument}` must be an array or a list of arrays; got {type(arrays).__name__}"
-    )
 
 
 def paged_attention(
@@ -124,7 +96,8 @@ def paged_attention(
         CUDA scratch of :func:`paged_attention_workspace_size` bytes, zero when first used.  With it and ``out`` a call
         allocates nothing and can be captured in a CUDA graph.
     stream : optional
-        CUDA stream (CuPy, torch, or an int); the current one of q's library by default.
+        CUDA stream (CuPy, torch, or an int); torch's current one for torch tensors, else CuPy's, by default.  Arrays
+        must stay alive until the stream has passed the call.
     deterministic : bool
         The bits of a sequence's result do not depend on the rest of the batch.
     check : bool, optional
@@ -159,10 +132,11 @@ def paged_attention(
     >>> pagedattn.paged_attention(q, k_cache, v_cache, block_tables, seq_lens).shape
     (2, 4, 64)
     """
+    operation = "paged_attention"
     if out is None:
-        out = empty_like("paged_attention", "q", q)
+        out = empty_like(operation, "q", q)
     if return_lse and lse is None:
-        lse = empty(tuple(q.shape[:2]), "float32", q)
+        lse = empty(shape_of(operation, "q", q, "T, num_q_heads, head_dim")[:2], "float32", q)
     _core.paged_attention(
         q,
         k_cache,
@@ -177,23 +151,16 @@ def paged_attention(
         out,
         lse,
         workspace,
-        math.nan if scale is None else _finite("paged_attention", "scale", scale),
-        _window_size(window),
-        _number("paged_attention", "softcap", softcap),
-        bool(causal),
-        dtype_code("paged_attention", "kv_dtype", kv_dtype),
-        bool(deterministic),
-        _check_mode(check),
-        stream_pointer("paged_attention", stream, q),
+        math.nan if scale is None else number(operation, "scale", scale),
+        0 if window is None else whole_number(operation, "window", window, 1),
+        number(operation, "softcap", softcap),
+        flag(operation, "causal", causal),
+        dtype_code(operation, "kv_dtype", kv_dtype),
+        flag(operation, "deterministic", deterministic),
+        check_mode(operation, check),
+        stream_pointer(operation, stream, q),
     )
     return (out, lse) if return_lse else out
-
-
-def _finite(operation: str, argument: str, value: Any) -> float:
-    number = _number(operation, argument, value)
-    if not math.isfinite(number):
-        raise InvalidArgumentError(f"{operation}: `{argument}` must be finite; got {value!r}")
-    return number
 
 
 def paged_attention_workspace_size(
@@ -229,7 +196,7 @@ def paged_attention_workspace_size(
         seq_lens,
         query_start_loc,
         dtype_code(operation, "kv_dtype", kv_dtype),
-        bool(deterministic),
+        flag(operation, "deterministic", deterministic),
         stream_pointer(operation, None, q),
     )
 
@@ -270,33 +237,14 @@ def merge_states(
     ([2.0, 2.0], 0.6931)
     """
     operation = "merge_states"
-    out_parts = _parts(operation, "outs", outs, 4)
-    lse_parts = _parts(operation, "lses", lses, 3)
+    out_parts = parts(operation, "outs", outs, 4)
+    lse_parts = parts(operation, "lses", lses, 3)
     if out is None:
         out = empty_like(operation, "outs", out_parts[0])
     if lse is None:
-        lse = empty(tuple(out_parts[0].shape[:2]), "float32", out_parts[0])
+        lse = empty(shape_of(operation, "outs[0]", out_parts[0], "T, num_heads, head_dim")[:2], "float32", out_parts[0])
     _core.merge_states(out_parts, lse_parts, out, lse, stream_pointer(operation, stream, out_parts[0]))
     return out, lse
-
-
-def _parts(operation: str, argument: str, parts: Any, stacked_ndim: int) -> list[Any]:
-    if hasattr(parts, "shape"):
-        if len(parts.shape) != stacked_ndim:
-            raise InvalidArgumentError(
-                f"{operation}: `{argument}` must be a sequence of arrays or one array of {stacked_ndim} dimensions; "
-                f"got shape {tuple(parts.shape)}"
-            )
-        listed = [parts[i] for i in range(parts.shape[0])]
-    elif isinstance(parts, Sequence):
-        listed = list(parts)
-    else:
-        raise InvalidArgumentError(
-            f"{operation}: `{argument}` must be a sequence of arrays or one stacked array; got {type(parts).__name__}"
-        )
-    if not listed:
-        raise InvalidArgumentError(f"{operation}: `{argument}` must have at least one part; got none")
-    return listed
 
 
 def reshape_and_cache(
@@ -354,7 +302,7 @@ def reshape_and_cache(
         k_scale,
         v_scale,
         dtype_code("reshape_and_cache", "kv_dtype", kv_dtype),
-        _check_mode(check),
+        check_mode("reshape_and_cache", check),
         stream_pointer("reshape_and_cache", stream, key),
     )
 
@@ -381,10 +329,9 @@ def copy_blocks(caches: Any, block_mapping: Any, *, stream: Any = None, check: b
     >>> cache[3].ravel().tolist()
     [2.0, 3.0]
     """
-    arrays = _array_list("copy_blocks", "caches", caches)
-    if not arrays:
-        raise InvalidArgumentError("copy_blocks: `caches` must have at least one cache; got none")
-    _core.copy_blocks(arrays, block_mapping, _check_mode(check), stream_pointer("copy_blocks", stream, arrays[0]))
+    operation = "copy_blocks"
+    arrays = array_list(operation, "caches", caches)
+    _core.copy_blocks(arrays, block_mapping, check_mode(operation, check), stream_pointer(operation, stream, arrays[0]))
 
 
 def swap_blocks(src: Any, dst: Any, block_mapping: Any, *, stream: Any = None) -> None:
@@ -408,10 +355,8 @@ def swap_blocks(src: Any, dst: Any, block_mapping: Any, *, stream: Any = None) -
     >>> host[:, 0, 0, 0].tolist()
     [1.0, 0.0]
     """
-    sources = _array_list("swap_blocks", "src", src)
-    destinations = _array_list("swap_blocks", "dst", dst)
-    if not sources or not destinations:
-        raise InvalidArgumentError("swap_blocks: `src` and `dst` must have at least one cache each; got none")
+    sources = array_list("swap_blocks", "src", src)
+    destinations = array_list("swap_blocks", "dst", dst)
     on_device = sources[0] if is_on_cuda(sources[0]) else destinations[0]
     _core.swap_blocks(sources, destinations, block_mapping, stream_pointer("swap_blocks", stream, on_device))
 
@@ -475,15 +420,18 @@ def gather_kv(
     """
     operation = "gather_kv"
     if out is None:
-        shape = (
-            _gathered_rows(seq_lens, seq_starts, out_start_loc, total_tokens, _table_capacity(k_cache, block_tables)),
-            *_trailing_shape(k_cache),
-        )
-        if dtype is None:
-            out = (empty_like(operation, "k_cache", k_cache, shape), empty_like(operation, "v_cache", v_cache, shape))
-        else:
-            name = dtype_name(operation, "dtype", dtype)
-            out = (empty(shape, name, k_cache), empty(shape, name, k_cache))
+        shape = gathered_shape(k_cache, block_tables, seq_lens, seq_starts, out_start_loc, total_tokens)
+        name = None if dtype is None else dtype_name(operation, "dtype", dtype)
+        try:
+            if name is None:
+                out = (
+                    empty_like(operation, "k_cache", k_cache, shape),
+                    empty_like(operation, "v_cache", v_cache, shape),
+                )
+            else:
+                out = (empty(shape, name, k_cache), empty(shape, name, k_cache))
+        except (MemoryError, ValueError) as error:
+            raise too_large(operation, shape) from error
     elif not isinstance(out, (tuple, list)) or len(out) != 2:
         raise InvalidArgumentError(f"{operation}: `out` must be a pair of arrays (k, v); got {type(out).__name__}")
     elif dtype is not None or total_tokens is not None:
@@ -501,52 +449,7 @@ def gather_kv(
         k_out,
         v_out,
         dtype_code(operation, "kv_dtype", kv_dtype),
-        _check_mode(check),
+        check_mode(operation, check),
         stream_pointer(operation, stream, k_cache),
     )
     return k_out, v_out
-
-
-def _trailing_shape(k_cache: Any) -> tuple[int, int]:
-    shape = tuple(getattr(k_cache, "shape", ()))
-    if len(shape) != 4:
-        raise InvalidArgumentError(
-            "gather_kv: `k_cache` must have shape (num_blocks, block_size, num_kv_heads, head_dim); "
-            f"got {shape or type(k_cache).__name__}"
-        )
-    return int(shape[2]), int(shape[3])
-
-
-def _table_capacity(k_cache: Any, block_tables: Any) -> int:
-    """Tokens that one sequence's row of the block table can name."""
-    return int(tuple(getattr(block_tables, "shape", (0,)))[-1]) * int(k_cache.shape[1])
-
-
-def _gathered_rows(seq_lens: Any, seq_starts: Any, out_start_loc: Any, total_tokens: int | None, capacity: int) -> int:
-    if total_tokens is not None:
-        try:
-            rows = operator.index(total_tokens)
-        except TypeError:
-            rows = -1
-        if rows < 0:
-            raise InvalidArgumentError(
-                f"gather_kv: `total_tokens` must be a whole number of at least 0; got {total_tokens!r}"
-            )
-        return rows
-    if is_on_cuda(seq_lens):
-        raise InvalidArgumentError(
-            "gather_kv: `out` or `total_tokens` must be given for CUDA arrays, whose lengths are not read back; got "
-            "none"
-        )
-    if library_of(seq_lens) == "numpy" and seq_lens.ndim == 1:
-        if out_start_loc is not None and np.ndim(out_start_loc) == 1 and len(out_start_loc):
-            return max(0, int(out_start_loc[-1]))
-        starts = 0 if seq_starts is None else int(np.sum(seq_starts, dtype=np.int64))
-        # Longer ones will be refused by name, which must not fail for want of memory first.
-        return max(0, int(np.minimum(seq_lens, capacity).sum(dtype=np.int64)) - starts)
-    if hasattr(seq_lens, "__dlpack__"):
-        lens, firsts, rows_of = (
-            None if a is None else np.from_dlpack(a) for a in (seq_lens, seq_starts, out_start_loc)
-        )
-        return _gathered_rows(lens, firsts, rows_of, None, capacity)
-    raise InvalidArgumentError("gather_kv: `seq_lens` must be an int32 array of shape (num_seqs,)")

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operations check in Python: plain numbers, flags, lists of arrays, and how large an output must be.
+
+Everything about arrays themselves is checked behind the C ABI.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pagedattn._arrays import is_on_cuda
+from pagedattn._errors import InvalidArgumentError, OutOfMemoryError
+
+_INT64_MAX = 2**63 - 1
+
+
+def number(operation: str, argument: str, value: Any) -> float:
+    """Return a finite host number; a CUDA scalar would have to be read back, and is refused."""
+    try:
+        if not isinstance(value, (float, int)) and (isinstance(value, (str, bytes)) or is_on_cuda(value)):
+            raise TypeError
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
+        result = math.nan
+    if not math.isfinite(result):
+        raise InvalidArgumentError(f"{operation}: `{argument}` must be a finite number on the host; got {value!r}")
+    return result
+
+
+def whole_number(operation: str, argument: str, value: Any, least: int) -> int:
+    """Return a host integer of at least `least`, cut to what 64 bits hold."""
+    try:
+        if is_on_cuda(value):
+            raise TypeError
+        result = operator.index(value)
+    except TypeError:
+        result = least - 1
+    if result < least:
+        raise InvalidArgumentError(
+            f"{operation}: `{argument}` must be a whole number on the host of at least {least}; got {value!r}"
+        )
+    return min(result, _INT64_MAX)
+
+
+def flag(operation: str, argument: str, value: Any) -> bool:
+    """Return a truth value that was meant as one."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InvalidArgumentError(f"{operation}: `{argument}` must be True or False; got {value!r}")
+    return bool(value)
+
+
+def check_mode(operation: str, check: Any) -> int:
+    """Return the C ABI's `check`: -1 where the environment decides."""
+    return -1 if check is None else int(flag(operation, "check", check))
+
+
+def array_list(operation: str, argument: str, arrays: Any) -> list[Any]:
+    """Return an array, or a list or tuple of arrays, as a list of at least one."""
+    if hasattr(arrays, "shape"):
+        return [arrays]
+    if not isinstance(arrays, (list, tuple)):
+        raise InvalidArgumentError(
+            f"{operation}: `{argument}` must be an array or a list of arrays; got {type(arrays).__name__}"
+        )
+    if not arrays:
+        raise InvalidArgumentError(f"{operation}: `{argument}` must have at least one array; got none")
+    return list(arrays)
+
+
+def parts(operation: str, argument: str, given: Any, stacked_ndim: int) -> list[Any]:
+    """Return a sequence of arrays, or one stacked array, as a list of at least one part."""
+    if hasattr(given, "shape"):
+        if len(given.shape) != stacked_ndim:
+            raise InvalidArgumentError(
+                f"{operation}: `{argument}` must be a sequence of arrays or one array of {stacked_ndim} dimensions; "
+                f"got shape {tuple(given.shape)}"
+            )
+        listed = [given[i] for i in range(given.shape[0])]
+    elif isinstance(given, Sequence):
+        listed = list(given)
+    else:
+        raise InvalidArgumentError(
+            f"{operation}: `{argument}` must be a sequence of arrays or one stacked array; got {type(given).__name__}"
+        )
+    if not listed:
+        raise InvalidArgumentError(f"{operation}: `{argument}` must have at least one part; got none")
+    return listed
+
+
+def shape_of(operation: str, argument: str, array: Any, dims: str) -> tuple[int, ...]:
+    """Return an array's shape, which must have as many dimensions as `dims` names: "T, Hq, D"."""
+    shape = tuple(getattr(array, "shape", ()))
+    if not hasattr(array, "shape") or len(shape) != dims.count(",") + 1:
+        got = shape if hasattr(array, "shape") else type(array).__name__
+        raise InvalidArgumentError(f"{operation}: `{argument}` must have shape ({dims}); got {got}")
+    return tuple(int(size) for size in shape)
+
+
+def gathered_shape(
+    k_cache: Any, block_tables: Any, seq_lens: Any, seq_starts: Any, out_start_loc: Any, total_tokens: Any
+) -> tuple[int, int, int]:
+    """Shape [R, Hkv, D] of what `gather_kv` returns, from host lengths or from `total_tokens`."""
+    operation = "gather_kv"
+    _, block_size, num_kv_heads, head_dim = shape_of(
+        operation, "k_cache", k_cache, "num_blocks, block_size, num_kv_heads, head_dim"
+    )
+    _, max_blocks = shape_of(operation, "block_tables", block_tables, "num_seqs, max_blocks")
+    if total_tokens is not None:
+        return whole_number(operation, "total_tokens", total_tokens, 0), num_kv_heads, head_dim
+    if is_on_cuda(seq_lens):
+        raise InvalidArgumentError(
+            f"{operation}: `out` or `total_tokens` must be given for CUDA arrays, whose lengths are not read back; got "
+            "none"
+        )
+    if out_start_loc is not None:
+        starts = _host_integers(operation, "out_start_loc", out_start_loc)
+        rows = int(starts[-1]) if len(starts) else 0
+    else:
+        # Lengths and starts out of range will be refused by name, which must not fail for want of memory first.
+        lengths = np.clip(_host_integers(operation, "seq_lens", seq_lens), 0, max_blocks * block_size)
+        rows = int(lengths.sum())
+        if seq_starts is not None:
+            rows -= int(np.maximum(_host_integers(operation, "seq_starts", seq_starts), 0).sum())
+    return max(0, rows), num_kv_heads, head_dim
+
+
+def _host_integers(operation: str, argument: str, array: Any) -> np.ndarray:
+    """Return a one-dimensional host array of any library as int64."""
+    if not isinstance(array, np.ndarray):
+        if not hasattr(array, "__dlpack__") or is_on_cuda(array):
+            raise InvalidArgumentError(
+                f"{operation}: `{argument}` must be an int32 array on the host like `seq_lens`; got "
+                f"{type(array).__name__}"
+            )
+        array = np.from_dlpack(array)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InvalidArgumentError(
+            f"{operation}: `{argument}` must be int32 of one dimension; got {array.dtype} {array.shape}"
+        )
+    integers: np.ndarray = array.astype(np.int64)
+    return integers
+
+
+def too_large(operation: str, shape: tuple[int, ...]) -> OutOfMemoryError:
+    """Return the error of an output that could not be allocated."""
+    return OutOfMemoryError(f"{operation}: an output of shape {shape} could not be allocated")
