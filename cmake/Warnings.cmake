@@ -8,6 +8,6 @@ endif()
 function(pagedattn_warnings target)
   target_compile_options(
     ${target} PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${PAGEDATTN_WARNINGS};$<$<BOOL:${PAGEDATTN_WERROR}>:-Werror>>"
-                      $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra
+                      $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Wconversion
                       $<$<BOOL:${PAGEDATTN_WERROR}>:--Werror=all-warnings>>)
 endfunction()
