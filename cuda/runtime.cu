@@ -102,15 +102,6 @@ void require_device(int device) {
           (count == 1 ? "one, device 0" : std::to_string(count) + ", devices 0 ... " + std::to_string(count - 1)));
 }
 
-void require_usable_device(int device) {
-  require_device(device);
-  const int capability = all_devices()[static_cast<size_t>(device)].compute_capability;
-  if (capability >= kLeastComputeCapability) return;
-  throw Error(PA_ERROR_NO_DEVICE, "CUDA device " + std::to_string(device) + " has compute capability " +
-                                      compute_capability_text(capability) + "; pagedattn needs " +
-                                      compute_capability_text(kLeastComputeCapability) + " or later");
-}
-
 pa_status status_of(cudaError_t error) {
   switch (error) {
     case cudaErrorMemoryAllocation:
@@ -133,6 +124,15 @@ pa_status status_of(cudaError_t error) {
 }
 
 }  // namespace
+
+void require_usable_device(int device) {
+  require_device(device);
+  const int capability = all_devices()[static_cast<size_t>(device)].compute_capability;
+  if (capability >= kLeastComputeCapability) return;
+  throw Error(PA_ERROR_NO_DEVICE, "CUDA device " + std::to_string(device) + " has compute capability " +
+                                      compute_capability_text(capability) + "; pagedattn needs " +
+                                      compute_capability_text(kLeastComputeCapability) + " or later");
+}
 
 void throw_cuda_error(cudaError_t error, const char *what) {
   cudaGetLastError();  // An error that is not sticky must not surface again in somebody else's call.

@@ -42,6 +42,8 @@ std::string check_reshape_and_cache(const ReshapeAndCacheParams &params, void *s
 std::string check_copy_blocks(const CopyBlocksParams &params, void *stream);
 std::string check_gather_kv(const GatherKvParams &params, void *stream);
 
+// Throws PA_ERROR_NO_DEVICE, with the reason, where the device cannot be used.  Cheap after the first call.
+void require_usable_device(int device);
 int device_count();  // throws PA_ERROR_NO_DEVICE with the reason where there is no driver or no device
 void device_info(int device, pa_device_info *info);
 int compiler_version();       // 13000 for CUDA 13.0

@@ -77,7 +77,10 @@ void Checker::set_device(const char *argument, const pa_tensor *tensor) {
   device_type_ = tensor->device_type == PA_CUDA ? PA_CUDA : PA_CPU;
   device_id_ = tensor->device_type == PA_CUDA ? tensor->device_id : 0;
   if (device_type_ != PA_CUDA) return;
-#if !PAGEDATTN_HAS_CUDA
+#if PAGEDATTN_HAS_CUDA
+  // First of all: without a device, nothing else that can be said of CUDA memory helps.
+  cuda::require_usable_device(device_id_);
+#else
   throw Error(PA_ERROR_UNSUPPORTED,
               std::string(operation_) + ": `" + argument + "` is on " + device_text(PA_CUDA, device_id_) +
                   ", but this build of pagedattn has no CUDA kernels. Install it again where nvcc "
