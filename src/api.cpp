@@ -4,7 +4,6 @@
 //
 // Nothing throws past this file: `guarded` turns every exception into a status and a message.
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>

@@ -16,8 +16,6 @@
 
 namespace pagedattn {
 
-namespace {
-
 int64_t element_size(int32_t dtype) {
   switch (dtype) {
     case PA_FLOAT32:
@@ -38,6 +36,8 @@ int64_t element_size(int32_t dtype) {
       return 0;
   }
 }
+
+namespace {
 
 bool is_empty(const pa_tensor &tensor) {
   for (int32_t i = 0; i < tensor.ndim; ++i) {

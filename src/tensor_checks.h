@@ -67,6 +67,9 @@ class Checker {
   int32_t device_id_ = 0;
 };
 
+// Bytes of an element, 0 for a type that is not a pa_dtype.
+int64_t element_size(int32_t dtype);
+
 // Whether two strided sets of addresses can share a byte.  Exact for slices of a common buffer; conservative otherwise.
 bool may_overlap(const pa_tensor &a, const pa_tensor &b);
 

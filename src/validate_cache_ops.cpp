@@ -147,13 +147,6 @@ void set_block_layout(const pa_tensor &src, const pa_tensor &dst, int64_t elemen
   p->num_dst_blocks = dst.shape[0];
 }
 
-int64_t size_of(int32_t dtype) {
-  return dtype == PA_INT64 || dtype == PA_FLOAT64                            ? 8
-         : dtype == PA_INT32 || dtype == PA_FLOAT32                          ? 4
-         : dtype == PA_UINT16 || dtype == PA_FLOAT16 || dtype == PA_BFLOAT16 ? 2
-                                                                             : 1;
-}
-
 void set_mapping(const Checker &check, const pa_tensor *mapping, CopyBlocksParams *p) {
   const std::initializer_list<Dim> dims = {{"num_pairs"}, {"2", 2}};
   check.tensor("block_mapping", mapping);
@@ -209,7 +202,7 @@ Placement validate_copy_blocks(const pa_copy_blocks_args &args, ValidatedCopy *c
     check.disjoint(indexed("caches", i).c_str(), args.caches[i], "block_mapping", args.block_mapping);
   }
   check.disjoint_lists("caches", args.caches, args.num_caches, "", nullptr, 0);
-  set_block_layout(args.caches[0], args.caches[0], size_of(args.caches[0].dtype), &p);
+  set_block_layout(args.caches[0], args.caches[0], element_size(args.caches[0].dtype), &p);
   p.num_caches = args.num_caches;
   p.src = copy->src.data();
   p.dst = copy->dst.data();
@@ -243,7 +236,7 @@ Placement validate_swap_blocks(const pa_swap_blocks_args &args, ValidatedCopy *c
   if (src_check.on_cuda() && dst_check.on_cuda() && src_check.device_id() != dst_check.device_id()) {
     host.fail("dst", "on the device of `src` or on the host", device_text(PA_CUDA, dst_check.device_id()));
   }
-  set_block_layout(args.src[0], args.dst[0], size_of(args.src[0].dtype), &p);
+  set_block_layout(args.src[0], args.dst[0], element_size(args.src[0].dtype), &p);
   p.num_caches = args.num_caches;
   p.src = copy->src.data();
   p.dst = copy->dst.data();
