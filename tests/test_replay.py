@@ -13,13 +13,13 @@ import pytest
 from backends import CupyBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pagedattn._device import ELEMENT, Device, show_bytes
 from pagedattn.replay import Report, Request, Settings, SettingsError, replay, synthetic_trace
 from pagedattn.replay import engine as engine_module
-from pagedattn.replay.device import ELEMENT, Device
 from pagedattn.replay.engine import Engine
 from pagedattn.replay.model import Model
 from pagedattn.replay.occupancy import Occupancy
-from pagedattn.replay.settings import parse_bytes, show_bytes
+from pagedattn.replay.settings import parse_bytes
 from pagedattn.replay.verify import dense_row, relative_error
 
 SMALL = {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "block_size": 4, "num_blocks": 64, "chunk": 16}

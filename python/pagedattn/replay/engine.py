@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 import pagedattn
 from pagedattn import BlockManager
+from pagedattn._device import ELEMENT, STORAGE, Device
 
+from .caches import make_caches
 from .clock import Clock
-from .device import ELEMENT, STORAGE, Device
 from .model import Model
 from .occupancy import Occupancy
 from .report import Report
@@ -116,7 +117,7 @@ class Engine:
         self._max_length = max(request.final_length for request in requests)
         num_blocks = settings.pool_size(self._max_length)
         self._device = Device(settings.backend)
-        self._caches = self._device.caches(settings, num_blocks)
+        self._caches = make_caches(self._device, settings, num_blocks)
         self._model = Model(settings, self._device)
         self.manager = BlockManager(num_blocks, settings.block_size)
         self._rng = np.random.default_rng([settings.seed, 0x5EED])

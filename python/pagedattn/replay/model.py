@@ -17,7 +17,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from .device import ELEMENT, STORAGE, Device
+from pagedattn._device import ELEMENT, STORAGE, Device
+
 from .hashing import GOLDEN, key, mix
 from .settings import LARGEST, Settings
 

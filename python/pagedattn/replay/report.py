@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pagedattn
+from pagedattn._device import show_bytes
 
-from .settings import Settings, show_bytes
+from .settings import Settings
 from .verify import Mismatch
 
 _REFUSALS_SHOWN = 5

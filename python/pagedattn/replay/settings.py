@@ -6,13 +6,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
 
-Backend = Literal["cpu", "cuda"]
+from pagedattn._device import DTYPES, FP8_DTYPES, ITEM_SIZE, Backend, show_bytes
 
-DTYPES = ("float32", "float16", "bfloat16")
-FP8_DTYPES = ("float8_e4m3", "float8_e5m2")
-ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3": 1, "float8_e5m2": 1}
 LARGEST = {"float8_e4m3": 448.0, "float8_e5m2": 57344.0}  # finite values of the 8-bit floats
 
 DEFAULT_NUM_BLOCKS = 512
@@ -167,12 +163,3 @@ def parse_bytes(text: str) -> int:
     if not math.isfinite(size) or size < 1:
         raise SettingsError(f"--memory must be at least one byte; got {text}")
     return int(size)
-
-
-def show_bytes(size: float) -> str:
-    """A size for people, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

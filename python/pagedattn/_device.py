@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a replay runs: NumPy on the processor, or CuPy on the first CUDA device."""
+"""Where work runs: NumPy on the processor, or CuPy on the current CUDA device."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
 import pagedattn
 
-from .settings import Backend, Settings, SettingsError, show_bytes
+Backend = Literal["cpu", "cuda"]
+
+DTYPES = ("float32", "float16", "bfloat16")
+FP8_DTYPES = ("float8_e4m3", "float8_e5m2")
+ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3": 1, "float8_e5m2": 1}
 
 # CuPy's float8 is missing and its bfloat16 is young, so bits are moved as integers and named at the last moment.
 STORAGE: dict[str, Any] = {
@@ -29,6 +33,10 @@ ELEMENT: dict[str, Any] = {
 }
 
 
+class BackendError(ValueError):
+    """The backend that was asked for is unknown, or cannot run here."""
+
+
 class Device:
     """The array module of a backend, and the few things in which the two differ."""
 
@@ -38,7 +46,7 @@ class Device:
         if backend == "cuda":
             reason = cuda_missing()
             if reason:
-                raise SettingsError(f"--backend cuda: {reason}")
+                raise BackendError(f"--backend cuda: {reason}")
             import cupy
 
             self.xp = cupy
@@ -76,30 +84,6 @@ class Device:
         except (OSError, KeyError, ValueError):
             return None
 
-    def caches(self, settings: Settings, num_blocks: int) -> list[tuple[Any, Any]]:
-        """A (key cache, value cache) pair for each layer, filled with NaN.
-
-        A slot that is read before it was written then spoils a result, and the verification sees it.
-        """
-        size = settings.block_bytes * num_blocks
-        working = settings.working_bytes(num_blocks)
-        free = self.free_memory()
-        if free is not None and size + working > free:
-            raise SettingsError(
-                f"a cache of {num_blocks} blocks takes {show_bytes(size)} and a step {show_bytes(working)}, while "
-                f"{show_bytes(free)} are free: give a smaller --num-blocks, --memory, --chunk or model"
-            )
-        shape = (num_blocks, settings.block_size, settings.kv_heads, settings.head_dim)
-        storage = STORAGE[settings.cache_dtype]
-        # All bits set is NaN in every one of the types.
-        fill = storage.type(np.iinfo(storage).max)
-
-        def cache() -> Any:
-            bits = self.xp.full(shape, fill, storage)
-            return bits if settings.quantised else bits.view(ELEMENT[settings.cache_dtype])
-
-        return [(cache(), cache()) for _ in range(settings.layers)]
-
 
 def cuda_missing() -> str:
     """Why the CUDA backend cannot run here; "" if it can."""
@@ -121,10 +105,19 @@ def choose_backend(requested: str) -> tuple[Backend, str]:
     if requested == "cpu":
         return "cpu", "as asked"
     if requested not in ("auto", "cuda"):
-        raise SettingsError(f"--backend must be auto, cpu or cuda; got {requested}")
+        raise BackendError(f"--backend must be auto, cpu or cuda; got {requested}")
     missing = cuda_missing()
     if requested == "cuda":
         if missing:
-            raise SettingsError(f"--backend cuda: {missing}")
+            raise BackendError(f"--backend cuda: {missing}")
         return "cuda", "as asked"
     return ("cpu", missing) if missing else ("cuda", "a CUDA device was found")
+
+
+def show_bytes(size: float) -> str:
+    """A size for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,58 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``replay`` runs a trace, ``info`` says what was built and what is here."""
+"""``pagedattn replay`` runs a request trace."""
 
 from __future__ import annotations
 
 import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 import pagedattn
+from pagedattn._device import BackendError, choose_backend
 from pagedattn.replay import Report, Request, Settings, SettingsError, TraceError, read_trace, replay, synthetic_trace
-from pagedattn.replay.device import choose_backend
 from pagedattn.replay.progress import show_progress
 from pagedattn.replay.settings import parse_bytes
 from pagedattn.replay.synthetic import DEFAULT_REQUESTS
 
-WRONG_RESULT, USAGE = 1, 2
-
-app = typer.Typer(
-    name="pagedattn",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    # Boxes and colours only where someone looks at them.
-    rich_markup_mode="rich" if sys.stdout.isatty() else None,
-)
+from .shared import WRONG_RESULT, UsageError, check_writable, fail, signals
 
 
-def run() -> None:
-    """Run the command that the process was started with."""
-    app(prog_name="pagedattn")
-
-
-@app.callback()
-def _main() -> None:
-    """Attention over a paged KV cache."""
-
-
-@app.command()
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Say what was built, what this machine has, and which kernel serves which case."""
-    pagedattn.show_config(as_json=as_json)
-
-
-@app.command("replay")
 def replay_command(
     trace: Annotated[
         Path | None,
@@ -115,15 +84,15 @@ def replay_command(
             verify=verify,
         )
         work = _load(trace, requests, length_scale, seed)
-        _check_writable(svg)
+        check_writable("--svg", svg)
         print(f"replay: {len(work)} requests on the {chosen} backend ({reason})", file=sys.stderr)
-        with _signals() as received, show_progress(len(work)) as on_step:
+        with signals() as received, show_progress(len(work)) as on_step:
             report = replay(work, settings, on_step=on_step, stop=lambda: bool(received), keep_layout=svg is not None)
         _print(report, as_json=as_json)
         if svg is not None:
             _draw(report, svg)
-    except (SettingsError, TraceError, pagedattn.PagedAttnError, OSError) as error:
-        _fail(str(error))
+    except (SettingsError, TraceError, BackendError, UsageError, pagedattn.PagedAttnError, OSError) as error:
+        fail("replay", str(error))
     except KeyboardInterrupt:
         print("replay: stopped", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
@@ -133,7 +102,7 @@ def replay_command(
     if received:
         raise typer.Exit(128 + received[0])
     if not report.completed:
-        _fail("no request was completed")
+        fail("replay", "no request was completed")
 
 
 def _load(trace: Path | None, requests: int | None, length_scale: float, seed: int) -> list[Request]:
@@ -144,28 +113,6 @@ def _load(trace: Path | None, requests: int | None, length_scale: float, seed: i
     if trace is None:
         return synthetic_trace(requests or DEFAULT_REQUESTS, length_scale=length_scale, seed=seed)
     return read_trace(trace, requests=requests, length_scale=length_scale, seed=seed)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM end the replay after the current step; a second one ends the process at once."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        restore()
-
-    def restore() -> None:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        previous[each] = signal.signal(each, note)
-    try:
-        yield received
-    finally:
-        restore()
 
 
 def _print(report: Report, *, as_json: bool) -> None:
@@ -185,13 +132,3 @@ def _draw(report: Report, path: Path) -> None:
         return
     title = f"The paged cache at its fullest: {report.peak_blocks} of {report.num_blocks} blocks in use"
     path.write_text(render(report.layout, title=title), encoding="utf-8")
-
-
-def _check_writable(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise SettingsError(f"--svg must name a file in a directory that exists; got {path}")
-
-
-def _fail(message: str) -> None:
-    print(f"replay: {message}", file=sys.stderr)
-    raise typer.Exit(USAGE)
