@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: shapes of attention calls, the work each of them is, and the named ones that peers are known by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pagedattn._device import DTYPES, FP8_DTYPES, ITEM_SIZE
+
+from .lengths import parse_lengths
+
+MAX_HEAD_DIM = 256
+
+
+class CaseError(ValueError):
+    """A case cannot be; the message names the option."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One attention call.
+
+    Attributes
+    ----------
+    name : str
+        What tables and plots call it.
+    kv_lens : tuple of int
+        Tokens of each sequence in the cache, its query tokens included.
+    q_lens : tuple of int
+        Query tokens of each sequence: 1 is decode, a few are speculative decode, all of them prefill.
+    heads, kv_heads, head_dim, block_size : int
+        Query heads, KV heads, head dimension, tokens a block.
+    dtype : str
+        Type of q and out.
+    kv_dtype : str
+        Type of the cache: `dtype`, float8_e4m3 or float8_e5m2.
+    causal : bool
+        Whether a query token sees only the tokens up to its own.
+    """
+
+    name: str
+    kv_lens: tuple[int, ...]
+    q_lens: tuple[int, ...]
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    block_size: int = 16
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.kv_lens or len(self.kv_lens) != len(self.q_lens):
+            raise CaseError(f"{self.name}: {len(self.kv_lens)} sequences, but {len(self.q_lens)} query lengths")
+        for q_len, kv_len in zip(self.q_lens, self.kv_lens, strict=True):
+            if not 1 <= q_len <= kv_len:
+                raise CaseError(f"{self.name}: query lengths must be 1 to the sequence's {kv_len} tokens; got {q_len}")
+        for field in ("heads", "kv_heads", "block_size"):
+            if getattr(self, field) < 1:
+                raise CaseError(f"--{field.replace('_', '-')} must be at least 1; got {getattr(self, field)}")
+        if self.heads % self.kv_heads:
+            raise CaseError(f"--heads must be a multiple of --kv-heads; got {self.heads} and {self.kv_heads}")
+        if self.head_dim < 8 or self.head_dim % 8 or self.head_dim > MAX_HEAD_DIM:
+            raise CaseError(f"--head-dim must be a multiple of 8 up to {MAX_HEAD_DIM}; got {self.head_dim}")
+        if self.dtype not in DTYPES:
+            raise CaseError(f"--dtype must be one of {', '.join(DTYPES)}; got {self.dtype}")
+        if self.kv_dtype != self.dtype and (self.kv_dtype not in FP8_DTYPES or self.dtype == "float32"):
+            allowed = self.dtype if self.dtype == "float32" else ", ".join((self.dtype, *FP8_DTYPES))
+            raise CaseError(f"--kv-dtype must be one of {allowed} with --dtype {self.dtype}; got {self.kv_dtype}")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that the sequences take."""
+        return sum(-(-length // self.block_size) for length in self.kv_lens)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of K and V, unused slots included."""
+        return 2 * self.num_blocks * self.block_size * self.kv_heads * self.head_dim * ITEM_SIZE[self.kv_dtype]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V that the call must read: each used slot once."""
+        return 2 * sum(self.kv_lens) * self.kv_heads * self.head_dim * ITEM_SIZE[self.kv_dtype]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes the call must move: K, V and q read once, out written once."""
+        return self.kv_bytes + 2 * sum(self.q_lens) * self.heads * self.head_dim * ITEM_SIZE[self.dtype]
+
+    @property
+    def flops(self) -> int:
+        """Operations of both matrix products over the visible keys; a multiply and an add count two."""
+        seen = 0
+        for q_len, kv_len in zip(self.q_lens, self.kv_lens, strict=True):
+            seen += q_len * kv_len - (q_len * (q_len - 1) // 2 if self.causal else 0)
+        return 4 * self.heads * self.head_dim * seen
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether reading the cache bounds it (a few query tokens a sequence), not arithmetic."""
+        return max(self.q_lens) <= 8
+
+    @property
+    def shape(self) -> str:
+        """The case in one line: lengths, heads, head dimension, block size and types."""
+        q_lens = "" if max(self.q_lens) == 1 else f"{_brief(self.q_lens)} new of "
+        dtype = self.dtype if self.kv_dtype == self.dtype else f"{self.dtype} with {self.kv_dtype} cache"
+        return (
+            f"{q_lens}{_brief(self.kv_lens)} tokens, {self.heads}/{self.kv_heads} heads of {self.head_dim}, "
+            f"blocks of {self.block_size}, {dtype}"
+        )
+
+
+def _brief(lengths: tuple[int, ...]) -> str:
+    low, high = min(lengths), max(lengths)
+    return f"{len(lengths)} x {low}" if low == high else f"{len(lengths)} x {low} to {high}"
+
+
+def decode(name: str, lengths: str, **fields: int | str) -> Case:
+    """A case with one query token a sequence."""
+    kv_lens = parse_lengths(lengths)
+    return Case(name, kv_lens, (1,) * len(kv_lens), **fields)  # type: ignore[arg-type]
+
+
+def prefill(name: str, q_lengths: str, lengths: str, **fields: int | str) -> Case:
+    """A case with many query tokens a sequence."""
+    return Case(name, parse_lengths(lengths), parse_lengths(q_lengths), **fields)  # type: ignore[arg-type]
+
+
+DECODE = (
+    decode("dec_b1_128", "128"),
+    decode("dec_b1_1k", "1024"),
+    decode("dec_b1_8k", "8192"),
+    decode("dec_b1_64k", "65536"),
+    decode("dec_b8_4k", "8x4096"),
+    decode("dec_b64_4k", "64x4096"),
+    decode("dec_b128_1k", "128x1024"),
+    decode("dec_b256_512", "256x512"),
+    decode("dec_logn64", "logn:64:2048:32768"),
+    decode("dec_skew32", "skew:32:65536:256"),
+    decode("dec_mha_b32_2k", "32x2048", kv_heads=32),
+    decode("dec_g8_b64_8k", "64x8192", heads=64),
+    decode("dec_b64_4k_fp8", "64x4096", kv_dtype="float8_e4m3"),
+    prefill("spec_64x4@4k", "64x4", "64x4096"),
+)
+PREFILL = (
+    prefill("pre_1x8k", "8192", "8192"),
+    prefill("pre_4x4k", "4x4096", "4x4096"),
+    prefill("pre_16x1k", "16x1024", "16x1024"),
+    prefill("pre_8x512@8k", "8x512", "8x8192"),
+    prefill("pre_1x16k", "16384", "16384"),
+    prefill("pre_1x8k_p64", "8192", "8192", block_size=64),
+    prefill("pre_1x8k_p128", "8192", "8192", block_size=128),
+)
+CPU_DECODE = (
+    decode("cpu_dec_b1_1k", "1024"),
+    decode("cpu_dec_b1_4k", "4096"),
+    decode("cpu_dec_b1_16k", "16384"),
+    decode("cpu_dec_b8_4k", "8x4096"),
+    decode("cpu_dec_b8_16k", "8x16384"),
+    decode("cpu_dec_b32_4k", "32x4096"),
+    decode("cpu_dec_skew16", "skew:16:16384:64"),
+    decode("cpu_dec_b1_1k_fp32", "1024", dtype="float32", kv_dtype="float32"),
+    decode("cpu_dec_b8_4k_fp32", "8x4096", dtype="float32", kv_dtype="float32"),
+    decode("cpu_dec_b8_4k_fp8", "8x4096", kv_dtype="float8_e4m3"),
+)
+CPU_PREFILL = (
+    prefill("cpu_pre_512", "512", "512"),
+    prefill("cpu_pre_2048", "2048", "2048"),
+    prefill("cpu_pre_512_fp32", "512", "512", dtype="float32", kv_dtype="float32"),
+    prefill("cpu_pre_2048_fp32", "2048", "2048", dtype="float32", kv_dtype="float32"),
+    prefill("cpu_mixed", "128+8x1", "2048+8x512"),
+)
+GROUPS = {"decode": DECODE, "prefill": PREFILL, "cpu-decode": CPU_DECODE, "cpu-prefill": CPU_PREFILL}
+
+
+def find_cases(names: list[str]) -> list[Case]:
+    """Named cases and groups of them, in the order asked for."""
+    known = {case.name: (case,) for group in GROUPS.values() for case in group} | GROUPS
+    found: dict[str, Case] = {}
+    for name in names:
+        if name not in known:
+            raise CaseError(f"--case must be one of {', '.join(known)}; got {name}")
+        found |= {case.name: case for case in known[name]}
+    return list(found.values())

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lengths of the sequences of a batch, from the short form in which people write them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+MAX_SEQUENCES = 1 << 20
+MAX_TOKENS = 1 << 40  # of a whole batch; more is a slip of the pen
+
+FORMS = (
+    "LENGTH, COUNTxLENGTH, uniform:COUNT:LOW:HIGH, logn:COUNT:MEDIAN:MAX (lognormal, sigma 1) or "
+    "skew:COUNT:LONG:SHORT (one long, the rest short), joined by +"
+)
+
+
+class LengthsError(ValueError):
+    """Lengths cannot be read; the message says what was expected."""
+
+
+def parse_lengths(spec: str, *, seed: int = 0) -> tuple[int, ...]:
+    """Lengths from ``64x4096``, ``logn:64:2048:32768``, ``skew:32:65536:256`` and the like.
+
+    Parameters
+    ----------
+    spec : str
+        Parts joined by ``+``, each a length, ``COUNTxLENGTH``, ``uniform:COUNT:LOW:HIGH``,
+        ``logn:COUNT:MEDIAN:MAX`` or ``skew:COUNT:LONG:SHORT``.
+    seed : int
+        Of the distributions; the same text and seed give the same lengths.
+
+    Returns
+    -------
+    tuple of int
+        One length a sequence, each at least 1.
+
+    Raises
+    ------
+    LengthsError
+        The text has none of these forms, or asks for more than 2**20 sequences or 2**40 tokens.
+    """
+    rng = np.random.default_rng(seed)
+    parts = [_part(part.strip(), spec, rng) for part in spec.split("+")]
+    lengths = tuple(int(length) for part in parts for length in part)
+    if len(lengths) > MAX_SEQUENCES or sum(lengths) > MAX_TOKENS:
+        raise LengthsError(f"lengths {spec!r}: at most {MAX_SEQUENCES} sequences and {MAX_TOKENS} tokens")
+    return lengths
+
+
+def _part(part: str, spec: str, rng: np.random.Generator) -> np.ndarray:
+    kind, *fields = part.split(":")
+    if kind in ("uniform", "logn", "skew"):
+        if len(fields) != 3:
+            raise LengthsError(f"lengths {spec!r}: {kind} takes three numbers; expected {FORMS}")
+        count, first, second = (_number(field, spec) for field in fields)
+        _check_count(count, spec)
+        if kind == "uniform":
+            if first > second:
+                raise LengthsError(f"lengths {spec!r}: the low end {first} is above the high end {second}")
+            return rng.integers(first, second + 1, count)
+        if kind == "logn":
+            return np.clip(np.rint(rng.lognormal(np.log(first), 1.0, count)), 1, second).astype(np.int64)
+        return np.array([first] + [second] * (count - 1))
+    count_text, times, length = part.rpartition("x")
+    count = _number(count_text, spec) if times else 1
+    _check_count(count, spec)
+    return np.full(count, _number(length, spec))
+
+
+def _check_count(count: int, spec: str) -> None:
+    # Before anything of this size is allocated.
+    if count > MAX_SEQUENCES:
+        raise LengthsError(f"lengths {spec!r}: at most {MAX_SEQUENCES} sequences; got {count}")
+
+
+def _number(text: str, spec: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 13 or int(text) < 1:
+        raise LengthsError(f"lengths {spec!r}: expected {FORMS}, with numbers of at least 1; got {text!r}")
+    return int(text)
