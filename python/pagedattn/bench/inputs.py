@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pagedattn
 from numpy.typing import NDArray
+
+import pagedattn
 from pagedattn._device import ELEMENT, FP8_DTYPES, STORAGE, Device, show_bytes
 
 from .cases import Case, CaseError
