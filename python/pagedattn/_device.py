@@ -64,6 +64,16 @@ class Device:
         if self.backend == "cuda":
             self.xp.cuda.get_current_stream().synchronize()
 
+    def synchronize_all(self) -> None:
+        """Wait for all streams of the device, so that one that waits for none sees what was written on another."""
+        if self.backend == "cuda":
+            self.xp.cuda.runtime.deviceSynchronize()
+
+    def release(self) -> None:
+        """Give memory that CuPy keeps for reuse back, so that other libraries can have it."""
+        if self.backend == "cuda":
+            self.xp.get_default_memory_pool().free_all_blocks()
+
     def put(self, array: np.ndarray) -> Any:
         """A host array on the device."""
         return self.xp.asarray(array)

@@ -67,18 +67,25 @@ class Inputs:
         """Fill `out` with NaN, so that an element that is not written shows."""
         poison(self.out)
 
-    def attend(self, *, out: Any = None, workspace: Any = None) -> Callable[[], None]:
-        """The call of pagedattn, ready to be timed."""
-        out = self.out if out is None else out
-        options: dict[str, Any] = {"query_start_loc": self.query_start_loc, "causal": self.case.causal, "out": out}
-        if workspace is not None:
-            options["workspace"] = workspace
+    def attend(self, *, seq_lens: Any = None) -> Callable[[], None]:
+        """The call of pagedattn, ready to be timed: with `out` and `workspace` given, it allocates nothing.
+
+        Parameters
+        ----------
+        seq_lens : array [B] int32, optional
+            Other lengths than the case's: of zeros, only the cost of calling is left.
+        """
+        lens = self.seq_lens if seq_lens is None else seq_lens
+        arrays = (self.q, self.k_cache, self.v_cache, self.block_tables, lens)
+        options: dict[str, Any] = {"query_start_loc": self.query_start_loc}
         if self.case.kv_dtype in FP8_DTYPES:
             options["kv_dtype"] = self.case.kv_dtype
-        q, k, v, tables, lens = self.q, self.k_cache, self.v_cache, self.block_tables, self.seq_lens
+        size = pagedattn.paged_attention_workspace_size(*arrays, **options)
+        workspace = self.device.xp.zeros(size, np.uint8) if size else None
+        options |= {"causal": self.case.causal, "out": self.out, "workspace": workspace}
 
         def call() -> None:
-            pagedattn.paged_attention(q, k, v, tables, lens, **options)
+            pagedattn.paged_attention(*arrays, **options)
 
         return call
 
