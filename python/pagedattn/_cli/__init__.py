@@ -10,6 +10,7 @@ import typer
 
 import pagedattn
 
+from .bench import bench_command
 from .replay import replay_command
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
 app.command("replay")(replay_command)
+app.command("bench")(bench_command)
 
 
 def run() -> None:
