@@ -180,9 +180,9 @@ def spread(places: list[float], gap: float, low: float, high: float) -> list[flo
 
     Examples
     --------
-    >>> spread([10.0, 50.0, 10.0], gap=4, low=0, high=60)
+    >>> spread([10.0, 50.0, 10.0], gap=4.0, low=0.0, high=60.0)
     [8.0, 50.0, 12.0]
-    >>> spread([1.0, 1.0], gap=4, low=0, high=60)
+    >>> spread([1.0, 1.0], gap=4.0, low=0.0, high=60.0)
     [0.0, 4.0]
     """
     gap = min(gap, (high - low) / max(1, len(places) - 1))
