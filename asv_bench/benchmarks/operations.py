@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations that move KV, on either backend: inputs made, answer checked, ready to be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pagedattn
+from pagedattn._device import ELEMENT, ITEM_SIZE, STORAGE, Device
+from pagedattn_bench.cases import prefill
+from pagedattn_bench.inputs import Inputs
+
+DTYPE = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call whose answer is right, and the bytes that it reads and writes (swapping: that cross the bus)."""
+
+    call: Callable[[], None]
+    num_bytes: int
+
+
+class PagedTokens:
+    """Tokens of eight sequences, contiguous and in the shuffled blocks of a cache of 8 heads of 128."""
+
+    def __init__(self, device: Device, num_tokens: int, kv_dtype: str = DTYPE) -> None:
+        lengths = f"8x{num_tokens // 8}"
+        self.inputs = inputs = Inputs(prefill("tokens", lengths, lengths, kv_dtype=kv_dtype), device)
+        self.device, self.kv_dtype, self.num_tokens = device, kv_dtype, num_tokens
+        self.case = case = inputs.case
+        self.k_cache, self.v_cache = inputs.k_cache, inputs.v_cache
+        self.token_shape = (case.kv_heads, case.head_dim)
+        self.elements = 2 * num_tokens * case.kv_heads * case.head_dim
+        slots = inputs.host_block_tables[:, :, None].astype(np.int64) * case.block_size + np.arange(case.block_size)
+        self.slots = slots.reshape(len(case.kv_lens), -1)[:, : case.kv_lens[0]].reshape(-1)
+        half = case.num_blocks // 2
+        order = np.random.default_rng(2).permutation(case.num_blocks)
+        self.mapping = np.stack([order[:half], order[half : 2 * half]], axis=1)
+        # CuPy has no 8-bit float: the type of such a cache is told by name.
+        self.options: dict[str, Any] = {} if kv_dtype == DTYPE else {"kv_dtype": kv_dtype}
+
+    def tokens(self) -> list[np.ndarray]:
+        """Random keys and values ``[T, Hkv, D]`` in host memory."""
+        normal = np.random.default_rng(1).standard_normal((2, self.num_tokens, *self.token_shape), np.float32)
+        return list(normal.astype(ELEMENT[DTYPE]))
+
+    def put(self, array: np.ndarray) -> Any:
+        """A host array of 16-bit floats on the device."""
+        return self.device.put(array.view(STORAGE[DTYPE])).view(ELEMENT[DTYPE])
+
+    def cached_tokens(self, cache: Any) -> np.ndarray:
+        """What a cache holds, token by token, in host memory, in the cache's type."""
+        bits = self.device.get(cache.view(STORAGE[self.kv_dtype])).reshape(-1, *self.token_shape)
+        return bits[self.slots].view(ELEMENT[self.kv_dtype])
+
+    def blocks(self, cache: Any) -> np.ndarray:
+        """The bits of a cache, which may be in host memory, in host memory."""
+        return self.device.get(cache.view(STORAGE[self.kv_dtype]))
+
+
+def ensure(right: bool) -> None:
+    """A wrong answer has no time."""
+    if not right:
+        raise AssertionError("wrong result")
+
+
+def same_bits(actual: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether arrays agree, NaNs included."""
+    return np.array_equal(np.ascontiguousarray(actual).view(np.uint8), np.ascontiguousarray(expected).view(np.uint8))
+
+
+def reshape_and_cache(device: Device, num_tokens: int, kv_dtype: str = DTYPE) -> Operation:
+    """New tokens into their slots, as they are or rounded to 8 bits."""
+    t = PagedTokens(device, num_tokens, kv_dtype)
+    host = t.tokens()
+    key, value = (t.put(array) for array in host)
+    slots = device.put(t.slots)
+    for cache in (t.k_cache, t.v_cache):
+        cache.view(np.uint8)[...] = 0  # what is not written shows
+
+    def call() -> None:
+        pagedattn.reshape_and_cache(key, value, t.k_cache, t.v_cache, slots, **t.options)
+
+    call()
+    device.synchronize()
+    for source, target in zip(host, (t.k_cache, t.v_cache), strict=True):
+        ensure(same_bits(t.cached_tokens(target), source.astype(ELEMENT[kv_dtype])))
+    return Operation(call, t.elements * (ITEM_SIZE[DTYPE] + ITEM_SIZE[kv_dtype]))
+
+
+def gather_kv(device: Device, num_tokens: int, kv_dtype: str = DTYPE) -> Operation:
+    """Pages back to contiguous bfloat16, as they are or widened from 8 bits."""
+    t = PagedTokens(device, num_tokens, kv_dtype)
+    i = t.inputs
+    out = tuple(t.put(np.full((num_tokens, *t.token_shape), np.nan, ELEMENT[DTYPE])) for _ in range(2))
+
+    def call() -> None:
+        pagedattn.gather_kv(t.k_cache, t.v_cache, i.block_tables, i.seq_lens, out=out, **t.options)
+
+    call()
+    device.synchronize()
+    for target, cache in zip(out, (t.k_cache, t.v_cache), strict=True):
+        actual = device.get(target.view(STORAGE[DTYPE]))
+        ensure(same_bits(actual, t.cached_tokens(cache).astype(ELEMENT[DTYPE])))
+    return Operation(call, t.elements * (ITEM_SIZE[DTYPE] + ITEM_SIZE[kv_dtype]))
+
+
+def copy_blocks(device: Device, num_tokens: int) -> Operation:
+    """Half the blocks of K and V onto the other half: copy-on-write.  `num_tokens` tokens are copied."""
+    t = PagedTokens(device, 2 * num_tokens)
+    caches, mapping = [t.k_cache, t.v_cache], device.put(t.mapping)
+    expected = [t.blocks(cache)[t.mapping[:, 0]] for cache in caches]
+
+    def call() -> None:
+        pagedattn.copy_blocks(caches, mapping)
+
+    call()
+    device.synchronize()
+    for cache, blocks in zip(caches, expected, strict=True):
+        ensure(same_bits(t.blocks(cache)[t.mapping[:, 1]], blocks))
+    return Operation(call, t.elements * ITEM_SIZE[DTYPE])
+
+
+def swap_blocks(device: Device, num_tokens: int, *, back: bool = False) -> Operation:
+    """Half the blocks of K and V to (or from) a cache in host memory, pinned where there is a device."""
+    t = PagedTokens(device, 2 * num_tokens)
+    caches = [t.k_cache, t.v_cache]
+    others = [_host_like(device, t.blocks(cache)) for cache in caches]
+    rng = np.random.default_rng(3)
+    for other in others:
+        bits = other.view(np.uint16)
+        bits[...] = rng.integers(0, 1 << 15, bits.shape, np.uint16)
+    sources, targets = (others, caches) if back else (caches, others)
+    expected = [t.blocks(source)[t.mapping[:, 0]] for source in sources]
+
+    def call() -> None:
+        pagedattn.swap_blocks(sources, targets, t.mapping)
+
+    call()
+    device.synchronize()
+    for target, blocks in zip(targets, expected, strict=True):
+        ensure(same_bits(t.blocks(target)[t.mapping[:, 1]], blocks))
+    return Operation(call, t.elements * ITEM_SIZE[DTYPE] // 2)  # a bus is crossed once
+
+
+def merge_states(device: Device, num_tokens: int) -> Operation:
+    """Two partial results of 32 heads joined."""
+    rng = np.random.default_rng(0)
+    host_outs = rng.standard_normal((2, num_tokens, 32, 128), np.float32)
+    host_lses = rng.standard_normal((2, num_tokens, 32), np.float32)
+    outs, lses = device.put(host_outs), device.put(host_lses)
+    out, lse = device.xp.full_like(outs[0], np.nan), device.xp.full_like(lses[0], np.nan)
+
+    def call() -> None:
+        pagedattn.merge_states(outs, lses, out=out, lse=lse)
+
+    call()
+    device.synchronize()
+    weights = np.exp(host_lses.astype(np.float64))
+    expected = (weights[..., None] * host_outs).sum(axis=0) / weights.sum(axis=0)[..., None]
+    ensure(bool(np.linalg.norm(device.get(out) - expected) <= 1e-5 * np.linalg.norm(expected)))
+    ensure(np.allclose(device.get(lse), np.log(weights.sum(axis=0)), atol=1e-5))
+    return Operation(call, host_outs.nbytes + host_outs.nbytes // 2 + host_lses.nbytes + host_lses.nbytes // 2)
+
+
+def _host_like(device: Device, array: np.ndarray) -> np.ndarray:
+    if device.backend == "cpu":
+        return np.empty_like(array).view(ELEMENT[DTYPE])
+    import cupyx
+
+    pinned: np.ndarray = cupyx.empty_pinned(array.shape, array.dtype)
+    return pinned.view(ELEMENT[DTYPE])
