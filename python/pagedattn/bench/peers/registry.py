@@ -5,8 +5,24 @@ from __future__ import annotations
 
 from ..cases import CaseError
 from .base import Peer
+from .fa3 import FlashAttention3
+from .flashinfer import FlashInfer, FlashInferTensorCores
+from .llama_cpp import LlamaCpp
+from .torch_sdpa import Contiguous, Gathered
+from .vllm_cpu import VllmCpu
 
-PEERS: dict[str, Peer] = {}
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Contiguous(),
+        Gathered(),
+        FlashAttention3(),
+        FlashInfer(),
+        FlashInferTensorCores(),
+        VllmCpu(),
+        LlamaCpp(),
+    )
+}
 
 
 def find_peers(names: list[str]) -> list[Peer]:
