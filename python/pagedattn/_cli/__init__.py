@@ -12,6 +12,7 @@ import pagedattn
 
 from .bench import bench_command
 from .replay import replay_command
+from .tune import tune_command
 
 app = typer.Typer(
     name="pagedattn",
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command("replay")(replay_command)
 app.command("bench")(bench_command)
+app.command("tune")(tune_command)
 
 
 def run() -> None:

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rule: of the block sizes that are as fast as the fastest, the one that holds the least cache.
+
+*As fast* is within the noise of the measurement, and never finer than 3 %: differences below that come and go with the
+lengths of the next batch.  *Least* is within 1 %: for less than that nobody should carry tables twice as long, so the
+largest block of those wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LEAST_NOISE = 0.03
+MOST_NOISE = 0.10  # a measurement that scatters more says nothing about the difference, so it excuses no more
+SAME_FOOTPRINT = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What one block size costs.
+
+    Attributes
+    ----------
+    block_size : int
+        Tokens a block.
+    seconds, low, high : float
+        Time of attention: median and quartiles.
+    held_bytes : float
+        Cache that a running sequence holds on average, unused slots included, blocks shared with an earlier one not.
+    """
+
+    block_size: int
+    seconds: float
+    low: float
+    high: float
+    held_bytes: float
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles, as part of the median."""
+        return (self.high - self.low) / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The recommended block size, why, and the noise within which times were taken for equal (as part of 1)."""
+
+    block_size: int
+    reason: str
+    noise: float
+
+
+def choose(candidates: Sequence[Candidate], *, unit: str = "a request") -> Choice:
+    """Recommend a block size.
+
+    Parameters
+    ----------
+    candidates : sequence of Candidate
+        At least one, each with a block size of its own.
+    unit : str
+        What `Candidate.seconds` is the time of, for the reason.
+
+    Returns
+    -------
+    Choice
+
+    Raises
+    ------
+    ValueError
+        There is no candidate.
+
+    Examples
+    --------
+    >>> rows = [Candidate(16, 0.95, 0.94, 0.96, 101e6), Candidate(64, 0.94, 0.93, 0.95, 108e6)]
+    >>> choose(rows).block_size
+    16
+    """
+    if not candidates:
+        raise ValueError("choose: `candidates` must hold at least one block size; got none")
+    ordered = sorted(candidates, key=lambda c: c.block_size)
+    fastest = min(ordered, key=lambda c: c.seconds)
+    fast = [c for c in ordered if c.seconds <= fastest.seconds * (1 + _noise(c, fastest))]
+    least = min(c.held_bytes for c in fast)
+    best = [c for c in fast if c.held_bytes <= least * (1 + SAME_FOOTPRINT)][-1]
+    sentences = [_merit(best, fastest, unit)]
+    place = ordered.index(best)
+    rejected = [_fault(c, best, fast) for c in (*ordered[max(0, place - 1) : place], *ordered[place + 1 : place + 2])]
+    if rejected:
+        sentences.append("; ".join(rejected) + ".")
+    return Choice(best.block_size, " ".join(sentences), _noise(best, fastest))
+
+
+def show_seconds(seconds: float) -> str:
+    """A time for people: three digits and a unit."""
+    for factor, name in ((1.0, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{_three_digits(seconds * factor)} {name}"
+    return f"{_three_digits(seconds * 1e6)} µs"
+
+
+def show_size(size: float) -> str:
+    """A size for people: four digits, so that near ones can be told apart, and a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def _noise(one: Candidate, fastest: Candidate) -> float:
+    return min(MOST_NOISE, max(LEAST_NOISE, one.spread, fastest.spread))
+
+
+def _merit(best: Candidate, fastest: Candidate, unit: str) -> str:
+    time = f"Blocks of {best.block_size} take {show_seconds(best.seconds)} of attention {unit}"
+    held = f"a sequence holds {show_size(best.held_bytes)} of cache."
+    if best is fastest:
+        return f"{time}, the shortest time, and {held}"
+    more = best.seconds / fastest.seconds - 1
+    return (
+        f"{time}, {_percent(more)} more than the fastest ({fastest.block_size}) and within the noise of "
+        f"{100 * _noise(best, fastest):.0f} %, and {held}"
+    )
+
+
+def _fault(other: Candidate, best: Candidate, fast: Sequence[Candidate]) -> str:
+    name = f"blocks of {other.block_size}"
+    name = name.capitalize() if other.block_size < best.block_size else name
+    slower = f"take {_percent(other.seconds / best.seconds - 1)} longer"
+    held = other.held_bytes / best.held_bytes - 1
+    more = f"hold {_percent(abs(held))} {'more' if held >= 0 else 'less'}"
+    if other not in fast:
+        return f"{name} {slower}" + (f" and {more}" if held > 0 else "")
+    if other.block_size < best.block_size and abs(held) <= SAME_FOOTPRINT:
+        return f"{name} {more}, with tables {best.block_size / other.block_size:.3g} times as long"
+    return f"{name} {more}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
