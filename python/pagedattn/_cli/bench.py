@@ -20,11 +20,13 @@ from pagedattn.bench.cases import GROUPS, Case, CaseError, find_cases
 from pagedattn.bench.lengths import FORMS, LengthsError, parse_lengths
 from pagedattn.bench.measure import measure
 from pagedattn.bench.peers import PEERS, find_peers
+from pagedattn.bench.plot_page import PlotError, check_plot
 from pagedattn.bench.report import print_report
 
 from .shared import WRONG_RESULT, UsageError, check_writable, fail
 
 _DEFAULT_LENGTHS = {"cpu": "8x4096", "cuda": "64x4096"}
+_REFUSED = (BackendError, CaseError, LengthsError, PlotError, UsageError, pagedattn.PagedAttnError, OSError)
 
 
 def bench_command(
@@ -92,6 +94,8 @@ def bench_command(
             cases = [make(*batch) for batch in _batches(lengths or [_DEFAULT_LENGTHS[chosen]], q_lens or ["1"], seed)]
         peers = find_peers(against or [])
         check_writable("--plot", plot)
+        if plot is not None:
+            check_plot(plot)
         print(f"bench: {len(cases)} cases on the {chosen} backend ({reason})", file=sys.stderr)
         with show_progress("bench", "cases", len(cases), seconds_between_lines=0) as on_case:
             document = measure(cases, Device(chosen), peers, quick=quick, seed=seed, on_case=on_case)
@@ -103,7 +107,7 @@ def bench_command(
             from pagedattn.bench.plot import plot_roofline
 
             plot_roofline(document, plot)
-    except (BackendError, CaseError, LengthsError, UsageError, pagedattn.PagedAttnError, OSError) as error:
+    except _REFUSED as error:
         fail("bench", str(error))
     except WrongResultError as error:
         print(f"bench: wrong result: {error}", file=sys.stderr)

@@ -44,7 +44,7 @@ class Inputs:
     def __init__(self, case: Case, device: Device, seed: int = 0) -> None:
         self.case = case
         self.device = device
-        _check_memory(case, device)
+        check_memory(case, device)
         rng = np.random.default_rng(seed)
         xp = device.xp
         self.k_cache = _random_cache(case, device, rng)
@@ -114,7 +114,8 @@ def to_host(device: Device, array: Any, dtype: str) -> NDArray[np.float32]:
     return result
 
 
-def _check_memory(case: Case, device: Device) -> None:
+def check_memory(case: Case, device: Device) -> None:
+    """Refuse a case that does not fit, before anything is allocated: CaseError."""
     free = device.free_memory()
     # The cache, its like for a peer that wants it contiguous, and what filling it takes.
     needed = case.cache_bytes + 2 * _FILL_BYTES

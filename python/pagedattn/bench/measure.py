@@ -15,7 +15,7 @@ from pagedattn._device import Device
 from .accuracy import Reference, WrongResultError, check, reference_rows
 from .cases import Case
 from .ceilings import Ceilings, machine_facts, measure_ceilings
-from .inputs import Inputs
+from .inputs import Inputs, check_memory
 from .peers import Peer, Prepared, UnsupportedError
 from .timing import Timer, Timing, make_timer
 
@@ -61,6 +61,8 @@ def measure(
         A case does not fit into memory.
     """
     report = on_case or (lambda _done, _what: None)
+    for case in cases:
+        check_memory(case, device)
     report(0, "ceilings")
     ceilings = measure_ceilings(device, quick=quick)
     timer = make_timer(device, quick=quick)

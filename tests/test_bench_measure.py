@@ -1,0 +1,289 @@
+"""Measuring: inputs with poison, no time for a wrong answer, peers that may fail, and a document that says all of it.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import pagedattn
+import pytest
+from pagedattn._device import ELEMENT, STORAGE, Backend, Device
+from pagedattn.bench import measure as measure_module
+from pagedattn.bench.accuracy import WrongResultError, check, reference_rows
+from pagedattn.bench.cases import Case, CaseError
+from pagedattn.bench.ceilings import Ceilings, measure_ceilings
+from pagedattn.bench.inputs import Inputs
+from pagedattn.bench.measure import OURS, measure
+from pagedattn.bench.peers import Peer, Prepared, UnsupportedError
+from pagedattn.bench.report import microseconds, print_report, rate
+from pagedattn.bench.timing import Timer, Timing, WallTimer
+from rich.console import Console
+
+CPU = Device("cpu")
+SMALL: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 16, "block_size": 4}
+CEILINGS = Ceilings(1e10, 2e10, 1e12, None, None, 5e-6)
+
+
+def decode(dtype: str = "float32", kv_dtype: str | None = None) -> Case:
+    return Case("decode", (9, 4, 1), (1, 1, 1), dtype=dtype, kv_dtype=kv_dtype or dtype, **SMALL)
+
+
+def chunks(dtype: str = "float32") -> Case:
+    return Case("chunks", (9, 30), (9, 17), dtype=dtype, kv_dtype=dtype, **SMALL)
+
+
+# --- inputs and accuracy -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3"),
+     ("float16", "float8_e5m2")],
+)  # fmt: skip
+def test_inputs_are_shuffled_and_poisoned_and_our_answer_is_right(dtype: str, kv_dtype: str) -> None:
+    case = decode(dtype, kv_dtype)
+    inputs = Inputs(case, CPU)
+    used = inputs.host_block_tables[inputs.host_block_tables >= 0]
+    assert sorted(used) == list(range(case.num_blocks))
+    assert (inputs.host_block_tables[2, 1:] == -1).all()
+    last = inputs.host_block_tables[0, 2]
+    for cache in (inputs.k_cache, inputs.v_cache):
+        values = cache.astype(np.float32)
+        assert np.isfinite(values[last, :1]).all()
+        assert np.isnan(values[last, 1:]).all()
+        assert np.isnan(values).sum() == (3 + 3) * 2 * 16  # of the first and the last sequence
+    assert np.isnan(inputs.out.astype(np.float32)).all()
+    error = check(inputs, inputs.attend(), inputs.out, reference_rows(inputs))
+    assert 0 <= error < {"float32": 1e-6, "float16": 1e-3, "bfloat16": 4e-3}[dtype]
+
+
+def test_the_same_seed_gives_the_same_inputs() -> None:
+    first, second, other = Inputs(chunks(), CPU, 1), Inputs(chunks(), CPU, 1), Inputs(chunks(), CPU, 2)
+    assert np.array_equal(first.k_cache, second.k_cache, equal_nan=True)
+    assert np.array_equal(first.q, second.q)
+    assert not np.array_equal(first.q, other.q)
+
+
+@pytest.mark.parametrize("spoil", ["scaled", "row", "unwritten", "wrong block"])
+def test_a_wrong_answer_is_seen(spoil: str) -> None:
+    inputs = Inputs(chunks(), CPU)
+    ours, reference = inputs.attend(), reference_rows(inputs)
+
+    def wrong() -> None:
+        if spoil == "wrong block":
+            inputs.block_tables[1, 0] = inputs.block_tables[0, 0]
+        ours()
+        if spoil == "scaled":
+            inputs.out *= np.float32(1.001)
+        elif spoil == "row":
+            inputs.out[0] = 0
+        elif spoil == "unwritten":
+            inputs.out[-1, -1, -1] = np.nan
+
+    with pytest.raises(WrongResultError, match="chunks: "):
+        check(inputs, wrong, inputs.out, reference)
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated() -> None:
+    with pytest.raises(CaseError, match=r"huge: .* TiB, while .* are free"):
+        Inputs(Case("huge", (1 << 32,), (1,)), CPU)
+
+
+# --- clocks ------------------------------------------------------------------------------------------------------
+
+
+def test_quartiles_and_median() -> None:
+    timing = Timing((4.0, 1.0, 3.0, 2.0, 5.0), "wall clock")
+    assert (timing.low, timing.median, timing.high) == (2.0, 3.0, 4.0)
+    assert (Timing((7.0,), "wall clock").low, Timing((7.0,), "wall clock").high) == (7.0, 7.0)
+
+
+def test_calls_are_timed_in_turns() -> None:
+    order: list[str] = []
+
+    def spend(name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            import time
+
+            order.append(name)
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                pass
+
+        return call
+
+    calls = {"slow": Prepared(spend("slow", 6e-3), None), "fast": Prepared(spend("fast", 3e-3), None)}
+    timings = WallTimer(quick=True).time(calls)
+    assert timings["slow"].median == pytest.approx(6e-3, rel=0.5)
+    assert timings["fast"].median == pytest.approx(3e-3, rel=0.5)
+    assert {len(timing.samples) for timing in timings.values()} == {5}
+    assert order[-4:] == ["slow", "fast"] * 2
+
+
+# --- ceilings ----------------------------------------------------------------------------------------------------
+
+
+def test_the_larger_of_two_times_bounds_a_case() -> None:
+    case = decode()
+    seconds, bound = CEILINGS.bound(case)
+    assert (seconds, bound) == (case.bytes / 1e10, "memory")
+    assert Ceilings(1e15, 1.0, 1e6, None, None, 0.0).bound(case) == (case.flops / 1e6, "compute")
+
+
+def test_a_small_footprint_is_held_against_the_cache_it_fits() -> None:
+    ceilings = Ceilings(1e10, 1.0, 1.0, None, None, 0.0, {1 << 20: 9e10, 1 << 30: 1e10})
+    assert ceilings.read_rate(1 << 19) == 9e10
+    assert ceilings.read_rate(1 << 29) == 1e10
+    assert CEILINGS.read_rate(1 << 19) == 1e10
+
+
+def test_the_ceilings_of_this_machine_are_plausible() -> None:
+    ceilings = measure_ceilings(CPU, quick=True)
+    assert 1e8 < ceilings.read < 1e13
+    assert 1e8 < ceilings.copy < 1e13
+    assert 1e8 < ceilings.matmul < 1e14
+    assert 1e-7 < ceilings.launch < 1e-2
+    assert ceilings.host_to_device is None
+    assert json.loads(json.dumps(ceilings.to_dict()))["read"] == ceilings.read
+
+
+# --- the whole ---------------------------------------------------------------------------------------------------
+
+
+class FakeTimer(Timer):
+    """Gives ours 2 ms, and others 1 ms."""
+
+    def time(self, calls: Mapping[str, Prepared]) -> dict[str, Timing]:
+        return {name: Timing((2e-3 if name == OURS else 1e-3,) * 3, "fake") for name in calls}
+
+    def host_seconds(self, prepared: Prepared) -> float:
+        prepared.call()
+        return 7e-6
+
+
+class FakePeer(Peer):
+    name: ClassVar[str] = "fake"
+    title: ClassVar[str] = "A fake"
+
+    def __init__(self, behaviour: str) -> None:
+        self.behaviour = behaviour
+
+    def missing(self, backend: Backend) -> str:
+        return "not installed: pip install fake" if self.behaviour == "missing" else ""
+
+    def version(self) -> str:
+        return "fake 1.0"
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        assert self.behaviour != "missing"
+        if self.behaviour == "unsupported":
+            raise UnsupportedError("lengths differ")
+        if self.behaviour == "crashes":
+            raise RuntimeError("out of luck\nand more")
+        out = np.empty_like(inputs.out.view(STORAGE[inputs.case.dtype])).view(ELEMENT[inputs.case.dtype])
+        ours = inputs.attend()
+
+        def call() -> None:
+            ours()
+            out[...] = inputs.out if self.behaviour == "right" else 0
+
+        return Prepared(call, out)
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_module, "measure_ceilings", lambda _device, quick: CEILINGS)
+    monkeypatch.setattr(measure_module, "make_timer", lambda _device, quick: FakeTimer())
+
+
+@pytest.mark.usefixtures("fast")
+def test_ours_and_a_peer_in_one_document() -> None:
+    seen: list[tuple[int, str]] = []
+    document = measure([decode(), chunks()], CPU, [FakePeer("right")], on_case=lambda *what: seen.append(what))
+    assert seen == [(0, "ceilings"), (0, "decode"), (1, "chunks")]
+    assert json.loads(json.dumps(document)) == document
+    assert document["peers"] == [{"name": "fake", "title": "A fake", "version": "fake 1.0", "missing": None}]
+    assert document["pagedattn"] == pagedattn.__version__
+    first, second = document["cases"]
+    assert (first["kind"], second["kind"]) == ("decode", "prefill")
+    ours, peer = first["results"]
+    assert (ours["peer"], ours["seconds"], peer["peer"], peer["seconds"]) == ("pagedattn", 2e-3, "fake", 1e-3)
+    assert ours["bytes_per_second"] == decode().bytes / 2e-3
+    assert ours["share"] == pytest.approx(decode().bytes / 1e10 / 2e-3)
+    assert 0 < ours["error"] < 1e-6
+    assert peer["error"] == ours["error"]
+    # A call on the CPU is all host: what it costs is measured without work, and not where filling `out` is work.
+    assert (ours["host_seconds"], peer["host_seconds"]) == (7e-6, None)
+    assert second["results"][0]["host_seconds"] is None
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ("unsupported", "lengths differ"),
+        ("crashes", "failed: RuntimeError: out of luck"),
+        ("wrong", "relative error 1"),
+    ],
+)
+def test_a_peer_without_an_answer_has_a_reason_and_no_time(behaviour: str, reason: str) -> None:
+    document = measure([decode()], CPU, [FakePeer(behaviour)])
+    ours, peer = document["cases"][0]["results"]
+    assert ours["seconds"] == 2e-3
+    assert set(peer) == {"peer", "reason"}
+    assert reason in peer["reason"]
+    assert "\n" not in peer["reason"]
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_missing_peer_is_named() -> None:
+    document = measure([decode()], CPU, [FakePeer("missing")])
+    assert document["peers"][0]["missing"] == "not installed: pip install fake"
+    assert document["peers"][0]["version"] is None
+    assert len(document["cases"][0]["results"]) == 1
+    text = report(document)
+    assert "A fake is not here: not installed: pip install fake" in text
+
+
+@pytest.mark.usefixtures("fast")
+def test_ours_wrong_stops_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pagedattn, "paged_attention", lambda *_arrays, out, **_options: out.fill(0))
+    with pytest.raises(WrongResultError):
+        measure([decode()], CPU)
+
+
+def report(document: dict[str, Any]) -> str:
+    file = io.StringIO()
+    print_report(document, Console(file=file))
+    return file.getvalue()
+
+
+@pytest.mark.usefixtures("fast")
+def test_the_report_is_plain_text_without_a_terminal() -> None:
+    text = report(measure([decode(), chunks()], CPU, [FakePeer("right")]))
+    lines = text.splitlines()
+    assert "\x1b" not in text
+    assert all(line == line.rstrip() for line in lines)
+    assert "read 10 GB/s, copy 20 GB/s (both ways counted), matmul 1 TFLOP/s, an empty call 5.00 µs" in lines[1]
+    ours = next(line for line in lines if line.strip().startswith("decode"))
+    assert ours.split()[:3] == ["decode", "pagedattn", "2000"]
+    assert "1.00" in ours.split()
+    peer = next(line for line in lines if "A fake  " in line)
+    assert "1000" in peer.split()
+    assert "0.50" in peer.split()
+
+
+def test_numbers_are_for_people() -> None:
+    assert [microseconds(s) for s in (4.612e-6, 12.44e-6, 99.96e-6, 2860.4e-6)] == ["4.61", "12.4", "100", "2860"]
+    assert [rate(v, "B") for v in (12.0, 3.114e12, 89.46e9, 2.5e15)] == [
+        "12 B/s",
+        "3.11 TB/s",
+        "89.5 GB/s",
+        "2500 TB/s",
+    ]
