@@ -25,6 +25,8 @@ foreach(module _core _block_manager)
   set_target_properties(
     ${module}
     PROPERTIES LINK_DEPENDS ${PAGEDATTN_MODULE_EXPORTS}
+               # A new library behind the same C API needs no new module: linking _core takes longer than the library.
+               LINK_DEPENDS_NO_SHARED ON
                # The library lies in pagedattn/lib, beside the extension modules.
                INSTALL_RPATH "$ORIGIN/${CMAKE_INSTALL_LIBDIR}")
   install(TARGETS ${module} LIBRARY DESTINATION .)
