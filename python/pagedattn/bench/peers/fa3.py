@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlashAttention-3: its compiled operations, from a file that is named or from a package that ships them.
 
-Builds differ in the namespace they register and in arguments that came and went.  The schedule is computed beforehand, as a server does it once for all layers.
+The schedule is computed beforehand, as a server does it once for all layers.
 """
 
 from __future__ import annotations
