@@ -177,7 +177,7 @@ def _draw_roofline(axes: Axes, ceilings: dict[str, Any], cases: list[dict[str, A
     x = LogScale(lowest, max(*intensities, 1.6 * matmul / read), ROOFLINE_WIDTH, room)
     every = [rate for of_peers in rates for rate in of_peers.values()]
     # What lies in a processor's cache is read faster than memory, and may be above the roof.
-    y = LogScale(min(min(every) / 1.6, matmul / 100), max(2.2 * matmul, 1.3 * max(every)), ROOFLINE_HEIGHT)
+    y = LogScale(min(min(every) / 1.6, matmul / 30), max(2.2 * matmul, 1.3 * max(every)), ROOFLINE_HEIGHT)
 
     axes.set_xscale("log")
     axes.set_yscale("log")
