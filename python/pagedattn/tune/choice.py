@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rule: of the block sizes that are as fast as the fastest, the one that holds the least cache.
 
-*As fast* is within the noise of the measurement, and never finer than 3 %: differences below that come and go with the
-lengths of the next batch.  *Least* is within 1 %: for less than that nobody should carry tables twice as long, so the
-largest block of those wins.
+*As fast* is within the noise of the measurement (the middle one of the quartile spreads), and never finer than 3 %:
+differences below that come and go with the lengths of the next batch.  *Least* is within 1 %: for less than that nobody
+should carry tables twice as long, so the largest block of those wins, unless it was measured slower than another of
+them by those 3 %: shorter tables are worth less than the benefit of the doubt.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from .units import show_seconds, show_size
 
 LEAST_NOISE = 0.03
 MOST_NOISE = 0.10  # a measurement that scatters more says nothing about the difference, so it excuses no more
@@ -80,39 +84,21 @@ def choose(candidates: Sequence[Candidate], *, unit: str = "a request") -> Choic
         raise ValueError("choose: `candidates` must hold at least one block size; got none")
     ordered = sorted(candidates, key=lambda c: c.block_size)
     fastest = min(ordered, key=lambda c: c.seconds)
-    fast = [c for c in ordered if c.seconds <= fastest.seconds * (1 + _noise(c, fastest))]
+    noise = min(MOST_NOISE, max(LEAST_NOISE, statistics.median(c.spread for c in ordered)))
+    fast = [c for c in ordered if c.seconds <= fastest.seconds * (1 + noise)]
     least = min(c.held_bytes for c in fast)
-    best = [c for c in fast if c.held_bytes <= least * (1 + SAME_FOOTPRINT)][-1]
-    sentences = [_merit(best, fastest, unit)]
+    light = [c for c in fast if c.held_bytes <= least * (1 + SAME_FOOTPRINT)]
+    quickest = min(c.seconds for c in light)
+    best = [c for c in light if c.seconds <= quickest * (1 + LEAST_NOISE)][-1]
+    sentences = [_merit(best, fastest, noise, unit)]
     place = ordered.index(best)
     rejected = [_fault(c, best, fast) for c in (*ordered[max(0, place - 1) : place], *ordered[place + 1 : place + 2])]
     if rejected:
         sentences.append("; ".join(rejected) + ".")
-    return Choice(best.block_size, " ".join(sentences), _noise(best, fastest))
+    return Choice(best.block_size, " ".join(sentences), noise)
 
 
-def show_seconds(seconds: float) -> str:
-    """A time for people: three digits and a unit."""
-    for factor, name in ((1.0, "s"), (1e3, "ms")):
-        if seconds * factor >= 1:
-            return f"{_three_digits(seconds * factor)} {name}"
-    return f"{_three_digits(seconds * 1e6)} µs"
-
-
-def show_size(size: float) -> str:
-    """A size for people: four digits, so that near ones can be told apart, and a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
-
-
-def _noise(one: Candidate, fastest: Candidate) -> float:
-    return min(MOST_NOISE, max(LEAST_NOISE, one.spread, fastest.spread))
-
-
-def _merit(best: Candidate, fastest: Candidate, unit: str) -> str:
+def _merit(best: Candidate, fastest: Candidate, noise: float, unit: str) -> str:
     time = f"Blocks of {best.block_size} take {show_seconds(best.seconds)} of attention {unit}"
     held = f"a sequence holds {show_size(best.held_bytes)} of cache."
     if best is fastest:
@@ -120,20 +106,20 @@ def _merit(best: Candidate, fastest: Candidate, unit: str) -> str:
     more = best.seconds / fastest.seconds - 1
     return (
         f"{time}, {_percent(more)} more than the fastest ({fastest.block_size}) and within the noise of "
-        f"{100 * _noise(best, fastest):.0f} %, and {held}"
+        f"{100 * noise:.0f} %, and {held}"
     )
 
 
 def _fault(other: Candidate, best: Candidate, fast: Sequence[Candidate]) -> str:
-    name = f"blocks of {other.block_size}"
-    name = name.capitalize() if other.block_size < best.block_size else name
-    slower = f"take {_percent(other.seconds / best.seconds - 1)} longer"
+    smaller = other.block_size < best.block_size
+    name = f"{'Blocks' if smaller else 'blocks'} of {other.block_size}"
     held = other.held_bytes / best.held_bytes - 1
     more = f"hold {_percent(abs(held))} {'more' if held >= 0 else 'less'}"
-    if other not in fast:
-        return f"{name} {slower}" + (f" and {more}" if held > 0 else "")
-    if other.block_size < best.block_size and abs(held) <= SAME_FOOTPRINT:
-        return f"{name} {more}, with tables {best.block_size / other.block_size:.3g} times as long"
+    if other not in fast or (abs(held) <= SAME_FOOTPRINT and not smaller):
+        longer = f"take {_percent(other.seconds / best.seconds - 1)} longer"
+        return f"{name} {longer}" + (f" and {more}" if held > 0 else "")
+    if abs(held) <= SAME_FOOTPRINT:
+        return f"{name} {more}, with tables {_times(best.block_size / other.block_size)} as long"
     return f"{name} {more}"
 
 
@@ -141,5 +127,5 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def _three_digits(value: float) -> str:
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+def _times(factor: float) -> str:
+    return "twice" if factor == 2 else f"{factor:.3g} times"

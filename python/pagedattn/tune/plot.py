@@ -10,12 +10,12 @@ from pagedattn.bench.plot_page import FAINT, FONT, GRID, INK, OUR_COLOUR, check_
 
 from .choice import Candidate
 from .report import Report
+from .units import size_unit, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _INCHES = (7.0, 5.2)
-_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B"))
 
 
 def plot_trade(report: Report, path: Path) -> None:
@@ -61,7 +61,7 @@ def plot_trade(report: Report, path: Path) -> None:
 
 
 def _draw_times(axes: Axes, candidates: list[Candidate], report: Report) -> None:
-    factor, unit = _time_unit(min(candidate.seconds for candidate in candidates))
+    factor, unit = time_unit(min(candidate.seconds for candidate in candidates))
     sizes = [candidate.block_size for candidate in candidates]
     times = [factor * candidate.seconds for candidate in candidates]
     ends = [
@@ -81,8 +81,8 @@ def _draw_times(axes: Axes, candidates: list[Candidate], report: Report) -> None
 
 def _draw_footprints(axes: Axes, candidates: list[Candidate], report: Report) -> None:
     sizes = [candidate.block_size for candidate in candidates]
-    factor, unit = next((f, u) for f, u in _UNITS if max(c.held_bytes for c in candidates) >= f or f == 1)
-    held = [candidate.held_bytes / factor for candidate in candidates]
+    size_of_unit, unit = size_unit(max(candidate.held_bytes for candidate in candidates))
+    held = [candidate.held_bytes / size_of_unit for candidate in candidates]
     axes.plot(sizes, held, color=INK, linewidth=1.2, marker="o", markersize=4.5)
     axes.set_ylim(0, 1.18 * max(held))
     axes.set_title("cache that a running sequence holds", size=FONT, color=FAINT, loc="left")
@@ -99,9 +99,3 @@ def _mark(axes: Axes, report: Report, height: float, text: str) -> None:
     style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "size": FONT, "color": OUR_COLOUR}
     axes.plot(report.choice.block_size, height, marker="o", markersize=9, color=OUR_COLOUR, zorder=5)
     axes.annotate(text, (report.choice.block_size, height), xytext=(0, 10), weight="bold", **style)
-
-
-def _time_unit(seconds: float) -> tuple[float, str]:
-    if seconds >= 1:
-        return 1.0, "s"
-    return (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")

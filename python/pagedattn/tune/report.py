@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,10 @@ from rich.text import Text
 import pagedattn
 from pagedattn.bench.timing import Timing
 
-from .choice import Candidate, Choice, show_seconds, show_size
+from .choice import Candidate, Choice
 from .footprint import Footprint
 from .model import Model
+from .units import size_unit, three_digits, time_unit
 from .workload import Workload
 
 TABLE_ITEM_SIZE = 4  # block tables are int32
@@ -175,44 +177,40 @@ class Report:
             f"{batch}; prefill of {new} tokens of {_count(len(self.chunks), 'prompt')}",
         ]
 
-    def columns(self) -> list[tuple[str, list[str]]]:
-        """Titles, in two lines, with their cells."""
+    def lines(self) -> list[tuple[str, list[str]]]:
+        """What the table says of the block sizes: a name with its unit, and a cell for each."""
         rows = self.rows
-        columns = [
-            ("block\nsize", [str(row.block_size) for row in rows]),
-            ("decode\na call", [show_seconds(row.decode.median) for row in rows]),
+        taken = [row.footprint for row in rows]
+        lines = [_times("decode call", [row.decode.median for row in rows])]
+        if self.work.shared is not None:
+            lines.append(_times("prefill call", [row.prefill.median for row in rows if row.prefill is not None]))
+        lines += [
+            _times(f"attention {self.unit}", [self.attention(row)[0] for row in rows]),
+            ("waste, %", [f"{100 * each.waste:.2f}" for each in taken]),
+            _sizes("waste a sequence", [self.bytes(each.unused_slots) for each in taken]),
         ]
         if self.work.shared is not None:
-            prefills = [row.prefill for row in rows if row.prefill is not None]
-            columns.append(("prefill\na call", [show_seconds(timing.median) for timing in prefills]))
-        columns += [
-            (f"attention\n{self.unit}", [show_seconds(self.attention(row)[0]) for row in rows]),
-            ("waste\n", [_percent(row.footprint.waste) for row in rows]),
-            ("waste\na sequence", [show_size(self.bytes(row.footprint.unused_slots)) for row in rows]),
+            lines.append(("prompts found, %", [f"{100 * (each.found or 0.0):.2f}" for each in taken]))
+        return [
+            *lines,
+            _sizes("held a sequence", [self.bytes(each.held_slots) for each in taken]),
+            ("entries a sequence", [f"{each.blocks:.1f}" for each in taken]),
+            _sizes("tables a batch", [row.table_bytes for row in rows]),
+            _times("manager a step", [row.manager_seconds for row in rows]),
         ]
-        if self.work.shared is not None:
-            columns.append(("prompts\nfound", [_percent(row.footprint.found or 0.0) for row in rows]))
-        columns += [
-            ("held\na sequence", [show_size(self.bytes(row.footprint.held_slots)) for row in rows]),
-            ("entries\na sequence", [f"{row.footprint.blocks:.1f}" for row in rows]),
-            ("tables\na batch", [show_size(row.table_bytes) for row in rows]),
-            ("manager\na step", [show_seconds(row.manager_seconds) for row in rows]),
-        ]
-        return columns
 
     def rich(self) -> Group:
         """The report as a rich renderable."""
-        columns = self.columns()
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for title, _ in columns:
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        for index, row in enumerate(self.rows):
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.add_column("block size", no_wrap=True)
+        for row in self.rows:
             best = row.block_size == self.choice.block_size
-            cells = [column[index] for _, column in columns]
-            table.add_row(*cells, "recommended" if best else "", style="bold" if best else None)
+            title = f"*{row.block_size}" if best else str(row.block_size)
+            table.add_column(title, justify="right", no_wrap=True, style="bold" if best else "")
+        for name, cells in self.lines():
+            table.add_row(name, *cells)
         first, *others = self.heading()
-        parts: list[Text | Table] = [Text(first, style="bold"), *(Text(line) for line in others), table]
+        parts: list[Text | Table] = [Text(first, style="bold"), *(Text(line) for line in others), Text(), table, Text()]
         parts += [Text(f"Recommended: blocks of {self.choice.block_size}.", style="bold"), Text(self.choice.reason)]
         return Group(*parts, *(Text(f"note: {remark}", style="yellow") for remark in self.remarks))
 
@@ -229,8 +227,14 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _percent(part: float) -> str:
-    return f"{100 * part:.2f} %"
+def _times(name: str, seconds: Sequence[float]) -> tuple[str, list[str]]:
+    factor, unit = time_unit(min(seconds))
+    return f"{name}, {unit}", [three_digits(factor * value) for value in seconds]
+
+
+def _sizes(name: str, sizes: Sequence[float]) -> tuple[str, list[str]]:
+    size, unit = size_unit(max(sizes))
+    return f"{name}, {unit}", [f"{value / size:.4g}" for value in sizes]
 
 
 def _timing(timing: Timing) -> dict[str, Any]:
