@@ -78,9 +78,8 @@ def make(records: Path, out: Path, *options: str) -> int:
 
 def rows(page: str, first: str) -> list[list[str]]:
     """The cells of the table rows that begin with this cell."""
-    split = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")
-    ]
+    lines = [line.replace("\u00a0", " ") for line in page.splitlines() if line.startswith("|")]
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [cells for cells in split if cells[0] == first]
 
 

@@ -87,7 +87,9 @@ def tables(record: Record) -> list[str]:
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> list[str]:
     """Lines of a table: the first columns are text, the rest are figures."""
     rule = ["---" if column < text_columns else "---:" for column in range(len(header))]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, rule, *rows)]
+    # A figure and its unit stay on one line.
+    kept = [[*row[:text_columns], *(cell.replace(" ", "\u00a0") for cell in row[text_columns:])] for row in rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, rule, *kept)]
 
 
 def show_seconds(seconds: float) -> str:

@@ -78,7 +78,7 @@ def summary_page(documents: dict[str, dict[str, Any]], records: dict[str, Record
                 device = str(document["machine"]["device"])
                 spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
                 rows.append([device, document["date"][:10], kind, fastest, f"{mean:.2f}", spread])
-    header = ["machine", "measured", "cases", "faster than every peer in", "time over the best peer's", "from … to"]
+    header = ["machine", "measured", "cases", "faster than every peer in", "time over the best peer's", "least to most"]
     lines = [*markdown_table(header, rows, text_columns=3), ""] if rows else []
     # The page that includes this one lies a folder above it.
     entries = [f"generated/{machine}" for machine in machines]
@@ -131,7 +131,7 @@ def _bench_sections(machine: str, document: dict[str, Any]) -> list[str]:
 
 
 def _times(document: dict[str, Any], cases: list[dict[str, Any]], rate: str) -> list[str]:
-    """Microseconds of everyone, the least in bold, then what ours reaches."""
+    """Microseconds of everyone, the least of several in bold, then what ours reaches."""
 
     def row(case: dict[str, Any]) -> list[str]:
         results = _results(case)
@@ -139,7 +139,7 @@ def _times(document: dict[str, Any], cases: list[dict[str, Any]], rate: str) -> 
         least = min(seconds.values(), default=0.0)
         cells = [
             "–" if name not in seconds
-            else f"**{_microseconds(seconds[name])}**" if seconds[name] == least
+            else f"**{_microseconds(seconds[name])}**" if seconds[name] == least and len(seconds) > 1
             else _microseconds(seconds[name])
             for name in names
         ]  # fmt: skip
@@ -184,7 +184,7 @@ def _ceilings(document: dict[str, Any]) -> list[str]:
     rows = [
         ["reading memory", f"{ceilings['read'] / 1e9:.4g} GB/s"],
         ["copying memory, both ways counted", f"{ceilings['copy'] / 1e9:.4g} GB/s"],
-        ["matrix product", f"{ceilings['matmul'] / 1e12:.4g} TFLOP/s"],
+        ["matrix product", _flops(ceilings["matmul"])],
     ]
     for key, text in (("host_to_device", "host to device, pinned"), ("device_to_host", "device to host, pinned")):
         if ceilings.get(key):
@@ -194,6 +194,10 @@ def _ceilings(document: dict[str, Any]) -> list[str]:
     for size, speed in sorted((int(size), speed) for size, speed in (ceilings.get("read_at") or {}).items()):
         rows.append([f"reading {size / (1 << 20):g} MiB again and again", f"{speed / 1e9:.4g} GB/s"])
     return markdown_table(["ceiling", "measured in the same run"], rows)
+
+
+def _flops(rate: float) -> str:
+    return f"{rate / 1e12:.4g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.4g} GFLOP/s"
 
 
 def _facts(document: dict[str, Any]) -> list[str]:

@@ -229,7 +229,7 @@ def _name_slope(axes: Axes, x: LogScale, y: LogScale, speed: float, matmul: floa
 
 
 def _cache_rate(ceilings: dict[str, Any]) -> float:
-    """Bytes a second at which the smallest buffers are read: a processor's caches, where they were measured."""
+    """Bytes a second of the buffer that is read fastest: a processor's caches, where they were measured."""
     return float(max((ceilings.get("read_at") or {}).values(), default=ceilings["read"]))
 
 
