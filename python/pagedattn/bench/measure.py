@@ -12,7 +12,7 @@ import numpy as np
 import pagedattn
 from pagedattn._device import Device
 
-from .accuracy import Reference, WrongResultError, check, reference_rows
+from .accuracy import PEER_ALLOWANCE, Reference, WrongResultError, check, reference_rows
 from .cases import Case
 from .ceilings import Ceilings, machine_facts, measure_ceilings
 from .inputs import Inputs, check_memory
@@ -131,7 +131,7 @@ def _measure_case(
 
 def _prepare(peer: Peer, inputs: Inputs, reference: Reference) -> tuple[Prepared, float]:
     prepared = peer.prepare(inputs)
-    return prepared, check(inputs, prepared.call, prepared.out, reference)
+    return prepared, check(inputs, prepared.call, prepared.out, reference, allowance=PEER_ALLOWANCE)
 
 
 def _result(case: Case, ceilings: Ceilings, timing: Timing) -> dict[str, Any]:
