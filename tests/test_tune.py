@@ -511,6 +511,14 @@ def test_the_plot_marks_the_recommended_size(tmp_path: Path) -> None:
         assert part in text
 
 
+def test_a_name_that_looks_like_a_formula_is_a_name(tmp_path: Path, azure: Path) -> None:
+    pytest.importorskip("matplotlib")
+    trace = azure.rename(tmp_path / r"$\frac$.csv")
+    picture = tmp_path / "trade.svg"
+    assert run(trace, *TINY_OPTIONS, "--block-sizes", "16", "--plot", picture)[0] == 0
+    assert r"$\frac$.csv on cpu" in "".join(ET.parse(picture).getroot().itertext())
+
+
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF")])
 def test_the_plot_can_be_a_bitmap_or_a_page(tmp_path: Path, suffix: str, start: bytes) -> None:
     pytest.importorskip("matplotlib")

@@ -17,7 +17,7 @@ from pagedattn.bench.inputs import Inputs
 from pagedattn.bench.peers.base import Prepared
 from pagedattn.bench.timing import Timer, Timing
 
-from .choice import MOST_NOISE, choose
+from .choice import MOST_NOISE
 from .footprint import footprint, table_shape
 from .model import Model, TuneError
 from .report import Report, Row
@@ -115,14 +115,12 @@ def tune(
         rows=rows,
         remarks=remarks,
     )
-    candidates = report.candidates()
-    noisiest = max(candidates, key=lambda c: c.spread)
+    noisiest = max(report.candidates(), key=lambda c: c.spread)
     if noisiest.spread > MOST_NOISE:
         remarks.append(
             f"the times of blocks of {noisiest.block_size} scatter by {100 * noisiest.spread:.0f} %: "
             "repeat this when the machine is quieter"
         )
-    report.choice = choose(candidates, unit=report.unit)
     return report
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -17,7 +17,7 @@ from rich.text import Text
 import pagedattn
 from pagedattn.bench.timing import Timing
 
-from .choice import Candidate, Choice
+from .choice import Candidate, Choice, choose
 from .footprint import Footprint
 from .model import Model
 from .units import size_unit, three_digits, time_unit
@@ -59,9 +59,9 @@ class Row:
         return self.table_shape[0] * self.table_shape[1] * TABLE_ITEM_SIZE
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that tuning found; `choice` is the answer."""
+    """Everything that was measured; `choice` is the answer."""
 
     device: str
     backend: str
@@ -72,7 +72,6 @@ class Report:
     seed: int
     rows: list[Row]
     remarks: list[str]
-    choice: Choice = field(default_factory=lambda: Choice(0, "", 0.0))
 
     @property
     def unit(self) -> str:
@@ -107,12 +106,18 @@ class Report:
             Candidate(row.block_size, *self.attention(row), self.bytes(row.footprint.held_slots)) for row in self.rows
         ]
 
+    @property
+    def choice(self) -> Choice:
+        """What the rule says to it."""
+        return choose(self.candidates(), unit=self.unit)
+
     def bytes(self, slots: float) -> float:
         """Bytes of that many slots in all layers."""
         return slots * self.model.slot_bytes * self.model.layers
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON knows it."""
+        choice = self.choice
         return {
             "schema": 1,
             "pagedattn": pagedattn.__version__,
@@ -131,9 +136,9 @@ class Report:
             "seed": self.seed,
             "block_sizes": [self._row_dict(row) for row in self.rows],
             "unit": self.unit,
-            "recommended": self.choice.block_size,
-            "reason": self.choice.reason,
-            "noise": self.choice.noise,
+            "recommended": choice.block_size,
+            "reason": choice.reason,
+            "noise": choice.noise,
             "remarks": self.remarks,
         }
 
@@ -201,17 +206,18 @@ class Report:
 
     def rich(self) -> Group:
         """The report as a rich renderable."""
+        choice = self.choice
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         table.add_column("block size", no_wrap=True)
         for row in self.rows:
-            best = row.block_size == self.choice.block_size
+            best = row.block_size == choice.block_size
             title = f"*{row.block_size}" if best else str(row.block_size)
             table.add_column(title, justify="right", no_wrap=True, style="bold" if best else "")
         for name, cells in self.lines():
             table.add_row(name, *cells)
         first, *others = self.heading()
         parts: list[Text | Table] = [Text(first, style="bold"), *(Text(line) for line in others), Text(), table, Text()]
-        parts += [Text(f"Recommended: blocks of {self.choice.block_size}.", style="bold"), Text(self.choice.reason)]
+        parts += [Text(f"Recommended: blocks of {choice.block_size}.", style="bold"), Text(choice.reason)]
         return Group(*parts, *(Text(f"note: {remark}", style="yellow") for remark in self.remarks))
 
 
