@@ -40,7 +40,7 @@ def timed(samples: Sequence[float]) -> dict[str, Any]:
 
 def unjudged(value: float) -> dict[str, Any]:
     """A value that asv shows and never judges."""
-    value = float(f"{value:.4g}")
+    value = float(f"{value:.6g}")
     return {"samples": [0.0, value, value, value, 2.0 * value], "number": 1}
 
 
