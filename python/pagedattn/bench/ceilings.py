@@ -82,7 +82,7 @@ def machine_facts(device: Device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": pagedattn.get_num_threads(),
         "isa": pagedattn.config()["cpu"]["isa"],
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
