@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,22 @@ def test_a_short_call_is_a_difference_of_graphs(timer: Any, ceilings: Any) -> No
     # Cold: out of memory, not out of L2, which would be several times as fast.
     assert timings["8 MiB"].median > (8 << 20) / ceilings.read
     assert timings["8 MiB"].median < 50e-6
+
+
+def test_the_time_of_enqueueing_is_not_the_devices(timer: Any) -> None:
+    import cupy
+
+    nothing = cupy.RawKernel('extern "C" __global__ void nothing() {}', "nothing")
+
+    def slowly() -> None:
+        end = time.perf_counter() + 100e-6
+        while time.perf_counter() < end:
+            pass
+        nothing((1,), (1,), ())
+
+    with timer.stream:
+        nothing((1,), (1,), ())
+        assert min(timer.elapsed(slowly) for _ in range(5)) < 30e-6
 
 
 def test_a_call_that_cannot_be_captured_is_timed_eagerly(timer: Any) -> None:

@@ -23,6 +23,8 @@ _SAMPLES, _QUICK_SAMPLES = 15, 5
 _BUDGET_SECONDS = 3.0  # of device time a call, for calls of many milliseconds
 _FEWEST_SAMPLES = 5
 _WAKE_SECONDS = 0.4
+_HOST_TURNS = 5
+_HEAD_START = 4  # readings of the buffer, some 60 µs each, during which the host enqueues what is timed
 _LEAST_COLD_BYTES = 192 << 20
 
 _READ = r"""
@@ -111,17 +113,17 @@ class CudaTimer(Timer):
             prepared.call()
             number = max(10, min(200, int(0.2 / max(self.elapsed(prepared.call), 1e-6))))
             times = []
-            for _ in range(3):
+            for _ in range(_HOST_TURNS):
                 self.stream.synchronize()
                 begin = time.perf_counter()
                 for _ in range(number):
                     prepared.call()
                 times.append((time.perf_counter() - begin) / number)
             self.stream.synchronize()
-        return sorted(times)[1]
+        return min(times)
 
     def graph_seconds(self, body: Callable[[], None], number: int = 1) -> float:
-        """Least time of `body` as a graph, divided by `number`, as a ceiling wants it; L2 as the call before left it."""
+        """Least time of `body` as a graph, divided by `number`, as a ceiling wants it."""
         with self.stream:
             body()
             replay = self._capture(body, uses_torch=False)
@@ -141,13 +143,11 @@ class CudaTimer(Timer):
         call = prepared.call
         for _ in range(3):
             call()
-        self.make_cold()
         estimate = self.elapsed(call)
         samples = max(_FEWEST_SAMPLES, min(self._samples, int(_BUDGET_SECONDS / estimate)))
         try:
             once = self._capture(call, uses_torch=prepared.uses_torch)
             once()
-            self.make_cold()
             if self.elapsed(once) >= _SHORT_SECONDS:
                 return _Plan(once, 1, "graph", samples)
             if self._only_cold is None:
@@ -162,7 +162,6 @@ class CudaTimer(Timer):
 
     def _sample(self, plan: _Plan) -> float:
         if plan.calls == 1:
-            self.make_cold()
             return self.elapsed(plan.replay)
         assert self._only_cold is not None
         cold = self.elapsed(self._only_cold)
@@ -175,8 +174,14 @@ class CudaTimer(Timer):
                 call()
 
     def elapsed(self, work: Callable[[], None]) -> float:
-        """Seconds of the device between the start and the end of what `work` enqueues on the timer's stream."""
+        """Seconds of the device between the start and the end of what `work` enqueues on the timer's stream.
+
+        The device is kept busy meanwhile: the host's time for enqueueing, which differs from library to library, would
+        else count as the device's.
+        """
         begin, end = self._cuda.Event(), self._cuda.Event()
+        for _ in range(_HEAD_START):
+            self.make_cold()
         begin.record(self.stream)
         work()
         end.record(self.stream)
