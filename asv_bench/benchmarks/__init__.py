@@ -7,6 +7,7 @@ call is the pagedattn that is installed.  So every commit is measured in the sam
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
 from pathlib import Path
@@ -23,4 +24,15 @@ def _load_bench() -> None:
     spec.loader.exec_module(module)
 
 
+def _keep_freed_memory() -> None:
+    # As in a process that has run for a while.  By default, what the last sample freed goes back to the system or not
+    # as the heap happens to lie, and getting it again takes as long as a short call.
+    trim_threshold, mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(trim_threshold, 1 << 30)
+        libc.mallopt(mmap_threshold, 4 << 20)
+
+
 _load_bench()
+_keep_freed_memory()

@@ -47,15 +47,15 @@ class Allocate(OneCall):
 
 
 class Free(OneCall):
-    """512 sequences of 1024 tokens give 32768 blocks back, to the cache of prefixes or not."""
+    """128 sequences of 1024 tokens give 8192 blocks back, to the cache of prefixes or not."""
 
     params: ClassVar = [[True, False]]
     param_names: ClassVar = ["prefix_caching"]
 
     def setup(self, prefix_caching: bool) -> None:
-        self.manager = pagedattn.BlockManager(32768, BLOCK_SIZE, prefix_caching=prefix_caching)
-        self.seqs = [self.manager.add(row) for row in prompts(512, 1024)]
-        self.manager.step(self.seqs, [1024] * 512)
+        self.manager = pagedattn.BlockManager(8192, BLOCK_SIZE, prefix_caching=prefix_caching)
+        self.seqs = [self.manager.add(row) for row in prompts(128, 1024)]
+        self.manager.step(self.seqs, [1024] * 128)
 
     def time_free(self, prefix_caching: bool) -> None:
         self.manager.free(self.seqs)
