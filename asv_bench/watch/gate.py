@@ -53,13 +53,19 @@ def has_cpu_kernels(file: Path) -> bool:
     return any(name.startswith("cpu_kernels.") for name in json.loads(file.read_text())["results"])
 
 
+def resolve(name: str) -> str | None:
+    """The commit of a name in the checkout."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--verify", "-q", f"{name}^{{commit}}"]
+    found = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=False)
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
 def find_base(scratch: Scratch) -> str | None:
     """The first candidate that today's benchmarks can measure."""
     seen = set()
     for name, why in candidates(scratch):
-        try:
-            commit = scratch.git("rev-parse", "--verify", "-q", f"{name}^{{commit}}")
-        except subprocess.CalledProcessError:
+        commit = resolve(name)
+        if commit is None:
             print(f"note: {name} ({why}) is not in this clone")
             continue
         if commit in seen:
