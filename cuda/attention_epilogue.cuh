@@ -67,6 +67,7 @@ class Epilogue {
   // Eight extra floats put the rows that a quad of lanes writes together on different banks.
   static constexpr int kPitch = kHeadDim + 8;
   static constexpr int kStateFloats = kParts * kRows * kPitch;
+  static constexpr int kListed = kStateFloats / (kRows + 1);  // segments that a list where the states were can hold
 
   // Small arrays beside the states themselves, which overlay the tiles.
   struct Shared {
@@ -94,7 +95,7 @@ class Epilogue {
     const int rows_left = num_rows(params_.batch, item.seq) - item.query_tile * kRows;
     const int rows = rows_left < kRows ? rows_left : kRows;
     const int thread = static_cast<int>(threadIdx.x);
-    float *place = params_.partials + cut.place(item, segment) * kPlaceFloats<kRows, kHeadDim>;
+    float *place = params_.partials + cut.places(item).of(segment) * kPlaceFloats<kRows, kHeadDim>;
 
     for (int row = thread; row < rows; row += kThreads) {
       float m = shared_.m[0][row], l = 0.0f;
@@ -186,56 +187,72 @@ class Epilogue {
     store_output<kOutputType>(params_, token * params_.out.token_stride + head * params_.out.head_stride + column, x);
   }
 
-  // Publishes the block's partial result; true in the block that does so last.  The barrier orders the block's stores
-  // before the one thread's fence, and the fence orders them, cumulatively, before its arrival.
+  // Publishes the block's partial result; true in the block that does so last.  The barriers order the block's stores
+  // before one thread's arrival, and what the arrival acquires before the block's loads.
   __device__ bool arrive_last(const WorkItem &item, const WorkCut<Shape> &cut, int segment, int num_segments) const {
     if (!cut.is_shared(item)) {
       __syncthreads();
       return segment == num_segments - 1;
     }
     const int counter = cut.first_owner(item);
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      __threadfence();
-      const uint32_t arrived = atomicAdd(params_.arrivals + counter, 1u) + 1;
+      const uint32_t arrived = arrive_and_count(params_.arrivals + counter);
       shared_.last_to_arrive = arrived == static_cast<uint32_t>(num_segments);
       if (shared_.last_to_arrive) params_.arrivals[counter] = 0;  // nobody else will come; ready for the next launch
-      __threadfence();
     }
     __syncthreads();
     return shared_.last_to_arrive;
   }
 
   __device__ void join_segments(const WorkItem &item, const WorkCut<Shape> &cut, int rows, int num_segments) const {
+    const auto places = cut.places(item);
     const auto place = [&](int segment) {
-      return params_.partials + cut.place(item, segment) * kPlaceFloats<kRows, kHeadDim>;
+      return params_.partials + places.of(segment) * kPlaceFloats<kRows, kHeadDim>;
     };
-    // A warp a row and a lane a segment: one after the other, the loads from L2 would take longer than all the rest.
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    for (int row = static_cast<int>(threadIdx.x) / 32; row < rows; row += kThreads / 32) {
+    // Everything is waited for together: one after the other, the loads from L2 would take longer than all the rest.
+    // First a warp a row and a lane a segment: what each segment weighs, and where it lies.
+    float *const weights = states_;  // [kListed][kRows]; the states have been used
+    int *const listed = reinterpret_cast<int *>(states_ + kListed * kRows);
+    const int num_listed = min(num_segments, kListed);
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    for (int s = thread; s < num_listed; s += kThreads) listed[s] = static_cast<int>(places.of(s));
+    for (int row = thread / 32; row < rows; row += kThreads / 32) {
       float m = negative_infinity(), l = 0.0f;
-      for (int s = lane; s < num_segments; s += 32) m = fmaxf(m, load_from_l2(place(s) + kRows * kHeadDim + row));
-      m = warp_max(m);
+#pragma unroll 1
       for (int s = lane; s < num_segments; s += 32) {
         const float *state = place(s) + kRows * kHeadDim + row;
-        l += rescale_factor(load_from_l2(state), m) * load_from_l2(state + kRows);
+        const float segment_m = load_from_l2(state), segment_l = load_from_l2(state + kRows);
+        const float largest = fmaxf(m, segment_m);
+        l = l * rescale_factor(m, largest) + segment_l * rescale_factor(segment_m, largest);
+        m = largest;
+        if (s < kListed) weights[s * kRows + row] = segment_m;
       }
-      l = warp_sum(l);
+      const float largest = warp_max(m);
+      l = warp_sum(l * rescale_factor(m, largest));
+      for (int s = lane; s < num_listed; s += 32) {
+        weights[s * kRows + row] = rescale_factor(weights[s * kRows + row], largest);
+      }
       if (lane == 0) {
-        shared_.largest[row] = m;
-        shared_.factor[0][row] = finish_row(item, row, m, l);
+        shared_.largest[row] = largest;
+        shared_.factor[0][row] = finish_row(item, row, largest, l);
       }
     }
     __syncthreads();
+    // Then a thread four columns, several segments at a time.
     for_each_quad(rows, [&](int row, int column) {
+      const float *const first = params_.partials + row * kHeadDim + column;
       float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 8
-      for (int s = 0; s < num_segments; ++s) {
-        const float *state = place(s);
-        const float m = load_from_l2(state + kRows * kHeadDim + row);
-        const float4 x = load_from_l2(reinterpret_cast<const float4 *>(state + row * kHeadDim + column));
-        add_scaled(sum, rescale_factor(m, shared_.largest[row]), x);
+      for (int s = 0; s < num_listed; ++s) {
+        const float *x = first + static_cast<int64_t>(listed[s]) * kPlaceFloats<kRows, kHeadDim>;
+        add_scaled(sum, weights[s * kRows + row], load_from_l2(reinterpret_cast<const float4 *>(x)));
+      }
+#pragma unroll 1
+      for (int s = num_listed; s < num_segments; ++s) {
+        const float *x = place(s);
+        const float weight = rescale_factor(load_from_l2(x + kRows * kHeadDim + row), shared_.largest[row]);
+        add_scaled(sum, weight, load_from_l2(reinterpret_cast<const float4 *>(x + row * kHeadDim + column)));
       }
       const float factor = shared_.factor[0][row];
       store(item, row, column, {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor});

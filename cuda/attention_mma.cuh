@@ -38,6 +38,9 @@ __device__ void attend_few_rows(const AttentionKernelParams &params, typename Tr
   typename Traits::TileLoader loader(params);
   loader.begin(item);
   loader.look_up(first_token(tiles.begin));
+  QueryRows<Traits> queries;
+  queries.fetch(params, item);
+#pragma unroll 1
   for (int stage = 0; stage < kStages; ++stage) {
     loader.locate();
     if (tiles.begin + stage < tiles.end) loader.copy_k(k_tile(stage));
@@ -47,7 +50,7 @@ __device__ void attend_few_rows(const AttentionKernelParams &params, typename Tr
     loader.look_up(first_token(tiles.begin + stage + 1));
   }
 
-  load_q<Traits>(params, item, shared);
+  queries.store(params, shared);
   fill_row_table<Traits::kThreads>(params, item, shared.rows);
   __syncthreads();
   WarpRows<Traits> rows(params);
@@ -101,9 +104,11 @@ __device__ void attend_many_rows(const AttentionKernelParams &params, typename T
   };
   loader.begin(item);
   loader.look_up(copied_token(tiles.begin));
+  QueryRows<Traits> queries;
+  queries.fetch(params, item);
   copy(tiles.begin, 0);
 
-  load_q<Traits>(params, item, shared);
+  queries.store(params, shared);
   fill_row_table<Traits::kThreads>(params, item, shared.rows);
   __syncthreads();
   WarpRows<Traits> rows(params);

@@ -52,37 +52,57 @@ __device__ float normalise_bfloat16_row(QChunk &x) {
   return __uint_as_float(exponent << 23);
 }
 
-// The item's query rows to shared memory, zeros where there is no row or dimension.
+// The item's query rows on their way to shared memory, zeros where there is no row or dimension.  Fetching them before
+// the keys and values are asked for, they need not queue behind those.
 template <class Traits>
-__device__ void load_q(const AttentionKernelParams &params, const WorkItem &item, typename Traits::Shared &shared) {
-  constexpr int kChunks = Traits::QTile::kChunks;
-  const int rows = num_rows(params.batch, item.seq), group = static_cast<int>(params.batch.group.divisor);
-#pragma unroll 2
-  for (int index = static_cast<int>(threadIdx.x); index < Traits::kRows * kChunks; index += Traits::kThreads) {
-    const int row = index / kChunks, chunk = index % kChunks;
-    const int packed_row = item.query_tile * Traits::kRows + row;
-    QChunk x{};
-    if (packed_row < rows && chunk * 8 < params.head_dim) {
-      const int query = params.batch.group.divide(packed_row);
-      const int64_t token = item.seq.first_token + query;
-      const int64_t head = item.kv_head * group + packed_row - query * group;
-      const auto *q = static_cast<const uint16_t *>(params.q.data);
-      x = load_q_chunk(params, q + token * params.q.token_stride + head * params.q.head_stride, chunk);
-    }
-    if constexpr (Traits::kFloat8) {
-      const float scale = params.q_is_bfloat16 ? normalise_bfloat16_row<kChunks>(x) : 1.0f;
-      if (chunk == 0) shared.rows.q_scale[row] = scale;
+class QueryRows {
+  static constexpr int kChunks = Traits::QTile::kChunks;
+  static constexpr int kChunksPerThread = Traits::kRows * kChunks / Traits::kThreads;
+  static_assert(kChunksPerThread * Traits::kThreads == Traits::kRows * kChunks);
+
+ public:
+  __device__ void fetch(const AttentionKernelParams &params, const WorkItem &item) {
+    const int rows = num_rows(params.batch, item.seq), group = static_cast<int>(params.batch.group.divisor);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int pair = float8_pair_place(chunk * 4 + i);
-        *reinterpret_cast<uint32_t *>(shared.tiles.q + Traits::QTile::offset(row, pair / 4) + pair % 4 * 4) =
-            x.pairs[i];
+    for (int i = 0; i < kChunksPerThread; ++i) {
+      const int packed_row = item.query_tile * Traits::kRows + row(i);
+      chunks_[i] = {};
+      if (packed_row < rows && chunk(i) * 8 < params.head_dim) {
+        const int query = params.batch.group.divide(packed_row);
+        const int64_t token = item.seq.first_token + query;
+        const int64_t head = item.kv_head * group + packed_row - query * group;
+        const auto *q = static_cast<const uint16_t *>(params.q.data);
+        chunks_[i] = load_q_chunk(params, q + token * params.q.token_stride + head * params.q.head_stride, chunk(i));
       }
-    } else {
-      *reinterpret_cast<uint4 *>(shared.tiles.q + Traits::QTile::offset(row, chunk)) = {x.pairs[0], x.pairs[1],
-                                                                                        x.pairs[2], x.pairs[3]};
     }
   }
-}
+
+  __device__ void store(const AttentionKernelParams &params, typename Traits::Shared &shared) {
+#pragma unroll
+    for (int i = 0; i < kChunksPerThread; ++i) {
+      QChunk &x = chunks_[i];
+      if constexpr (Traits::kFloat8) {
+        const float scale = params.q_is_bfloat16 ? normalise_bfloat16_row<kChunks>(x) : 1.0f;
+        if (chunk(i) == 0) shared.rows.q_scale[row(i)] = scale;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int pair = float8_pair_place(chunk(i) * 4 + k);
+          *reinterpret_cast<uint32_t *>(shared.tiles.q + Traits::QTile::offset(row(i), pair / 4) + pair % 4 * 4) =
+              x.pairs[k];
+        }
+      } else {
+        *reinterpret_cast<uint4 *>(shared.tiles.q + Traits::QTile::offset(row(i), chunk(i))) = {x.pairs[0], x.pairs[1],
+                                                                                                x.pairs[2], x.pairs[3]};
+      }
+    }
+  }
+
+ private:
+  __device__ static int index(int i) { return i * Traits::kThreads + static_cast<int>(threadIdx.x); }
+  __device__ static int row(int i) { return index(i) / kChunks; }
+  __device__ static int chunk(int i) { return index(i) % kChunks; }
+
+  QChunk chunks_[kChunksPerThread];
+};
 
 }  // namespace pagedattn::cuda

@@ -109,6 +109,14 @@ __device__ inline float exp2_fast(float x) {
 // The bytes of x and of a zero (numbers 4 to 7) that the four selectors name, lowest first.
 __device__ inline uint32_t pick_bytes(uint32_t x, uint32_t selectors) { return __byte_perm(x, 0, selectors); }
 
+// Counts an arrival and returns how many there are now.  What the thread has stored, or has seen stored, is visible to
+// whoever counts later, and what those who counted before had stored is visible to the thread.
+__device__ inline uint32_t arrive_and_count(uint32_t *counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before + 1;
+}
+
 // Reads what another block wrote during this launch: from the L2 cache, never from a stale L1 line.
 __device__ inline float load_from_l2(const float *pointer) { return __ldcg(pointer); }
 __device__ inline float4 load_from_l2(const float4 *pointer) { return __ldcg(pointer); }

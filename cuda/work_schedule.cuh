@@ -39,10 +39,25 @@ struct TileShape {
 
 constexpr int kItemOverhead = 1;
 
-__host__ __device__ inline int ceil_divide(int a, int b) { return a / b + (a % b != 0); }
+// Of numbers that are not negative.
+__host__ __device__ inline int ceil_divide(int a, int b) {
+  return static_cast<int>((static_cast<uint32_t>(a) + static_cast<uint32_t>(b) - 1) / static_cast<uint32_t>(b));
+}
 __host__ __device__ inline int clamp_to(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 __host__ __device__ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 __host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Of numbers that are not negative; in 32 bits where they suffice, as nearly always.  A 64-bit division takes five
+// times as long, and its many instructions, in place, would have to be fetched by every kernel.
+#ifdef __CUDA_ARCH__
+static __device__ __noinline__ int64_t divide_in_64_bits(int64_t a, int64_t b) { return a / b; }
+#else
+inline int64_t divide_in_64_bits(int64_t a, int64_t b) { return a / b; }
+#endif
+__host__ __device__ inline int64_t divide(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return divide_in_64_bits(a, b);
+}
 
 struct Range {
   int begin;
@@ -134,19 +149,23 @@ struct WorkCut {
   bool deterministic;
 
   __host__ __device__ static WorkCut of(int64_t total, int num_blocks, bool deterministic) {
-    return {larger((total + num_blocks - 1) / num_blocks, 1), deterministic};
+    return {larger(divide(total + num_blocks - 1, num_blocks), 1), deterministic};
   }
 
-  __host__ __device__ int owner(int64_t position) const { return static_cast<int>(position / quantum); }
+  __host__ __device__ int owner(int64_t position) const { return static_cast<int>(divide(position, quantum)); }
   __host__ __device__ int first_owner(const WorkItem &item) const { return owner(item.start); }
 
+  // Tiles.  A constant for all items but in deterministic mode.
   __host__ __device__ int granule(const WorkItem &item) const {
     if (!deterministic) return Shape::kMinSegmentTiles;
     const int shortest = ceil_divide(item.num_kv_tiles(), Shape::kMaxPieces);
     return shortest > Shape::kMinPieceTiles ? shortest : Shape::kMinPieceTiles;
   }
+  __host__ __device__ int granules_in(const WorkItem &item, int tiles) const {
+    return deterministic ? ceil_divide(tiles, granule(item)) : ceil_divide(tiles, Shape::kMinSegmentTiles);
+  }
   __host__ __device__ int num_granules(const WorkItem &item) const {
-    return item.num_kv_tiles() == 0 ? 1 : ceil_divide(item.num_kv_tiles(), granule(item));
+    return item.num_kv_tiles() == 0 ? 1 : granules_in(item, item.num_kv_tiles());
   }
   __host__ __device__ bool granules_are_segments(const WorkItem &item) const {
     return deterministic || quantum < granule(item);
@@ -156,8 +175,9 @@ struct WorkCut {
   }
   // The item's first granule that begins at a position or behind it.
   __host__ __device__ int first_granule_from(const WorkItem &item, int64_t position) const {
-    const int64_t offset = larger(position - item.start, 0);
-    return static_cast<int>(smaller((offset + granule(item) - 1) / granule(item), num_granules(item)));
+    const int64_t offset = position - item.start;
+    if (offset > item.num_kv_tiles()) return num_granules(item);
+    return offset <= 0 ? 0 : granules_in(item, static_cast<int>(offset));
   }
 
   __host__ __device__ int num_segments(const WorkItem &item) const {
@@ -197,13 +217,24 @@ struct WorkCut {
   __host__ __device__ static int places_per_block(bool deterministic) {
     return deterministic ? Shape::kDeterministicPlaces : 2;
   }
-  __host__ __device__ int64_t place(const WorkItem &item, int segment) const {
+  struct Places {
+    int64_t first;
+    int64_t item_start;
+    int64_t quantum;
+    int stride;  // places from one segment to the next; 0: the segments are granules of several blocks
+
+    __host__ __device__ int64_t of(int segment) const {
+      if (stride == 1) return first + segment;
+      const int64_t granule = item_start + static_cast<int64_t>(segment) * Shape::kMinSegmentTiles;
+      return (stride == 2 ? first + 2 * segment : 2 * divide(granule, quantum)) + (segment == 0 ? 1 : 0);
+    }
+  };
+  __host__ __device__ Places places(const WorkItem &item) const {
     const int64_t first = first_owner(item);
     if (deterministic) {
-      return first * Shape::kDeterministicPlaces + (is_shared(item) ? 0 : Shape::kMaxPieces) + segment;
+      return {first * Shape::kDeterministicPlaces + (is_shared(item) ? 0 : Shape::kMaxPieces), 0, quantum, 1};
     }
-    const int64_t block = granules_are_segments(item) ? owner(granule_start(item, segment)) : first + segment;
-    return 2 * block + (segment == 0 ? 1 : 0);
+    return {2 * first, item.start, quantum, granules_are_segments(item) ? 0 : 2};
   }
 };
 
@@ -348,7 +379,7 @@ class WorkCursor {
     const Sequence seq = load_sequence(batch_, sequence);
     const int tiles = num_query_tiles<Shape>(batch_, seq);
     const int64_t cost = warp_head_cost(seq);
-    const int kv_head = static_cast<int>((target - sequence_start) / cost);
+    const int kv_head = static_cast<int>(divide(target - sequence_start, cost));
     int64_t start = sequence_start + kv_head * cost;
     for (int base = 0; base < tiles; base += 32) {
       const int tile = base + lane;

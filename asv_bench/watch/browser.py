@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A page of asv's site in headless Chromium.
 
-The site takes jQuery, Flot and others from the net.  Here they come from npm, in the same versions: a page says what it
-shows, not whether the net is up.
+The site takes jQuery, Flot and others from the net.  Here they come from npm, in the same versions but for one plugin
+that sorts tables: a page says what it shows, not whether the net is up.
 """
 
 from __future__ import annotations
