@@ -38,7 +38,7 @@ __device__ void attend_few_rows(const AttentionKernelParams &params, typename Tr
   typename Traits::TileLoader loader(params);
   loader.begin(item);
   loader.look_up(first_token(tiles.begin));
-  QueryRows<Traits> queries;
+  AllQueryChunks<Traits> queries(0);
   queries.fetch(params, item);
 #pragma unroll 1
   for (int stage = 0; stage < kStages; ++stage) {
@@ -104,11 +104,9 @@ __device__ void attend_many_rows(const AttentionKernelParams &params, typename T
   };
   loader.begin(item);
   loader.look_up(copied_token(tiles.begin));
-  QueryRows<Traits> queries;
-  queries.fetch(params, item);
   copy(tiles.begin, 0);
 
-  queries.store(params, shared);
+  load_queries<Traits>(params, item, shared);
   fill_row_table<Traits::kThreads>(params, item, shared.rows);
   __syncthreads();
   WarpRows<Traits> rows(params);

@@ -52,19 +52,22 @@ __device__ float normalise_bfloat16_row(QChunk &x) {
   return __uint_as_float(exponent << 23);
 }
 
-// The item's query rows on their way to shared memory, zeros where there is no row or dimension.  Fetching them before
-// the keys and values are asked for, they need not queue behind those.
-template <class Traits>
-class QueryRows {
+// Chunks of the item's query rows on their way to shared memory, zeros where there is no row or dimension: a thread's
+// kCount from the `first` on.  Fetched before the keys and values are asked for, they need not queue behind those.
+template <class Traits, int kCount>
+class QueryChunks {
   static constexpr int kChunks = Traits::QTile::kChunks;
-  static constexpr int kChunksPerThread = Traits::kRows * kChunks / Traits::kThreads;
-  static_assert(kChunksPerThread * Traits::kThreads == Traits::kRows * kChunks);
 
  public:
+  static constexpr int kPerThread = Traits::kRows * kChunks / Traits::kThreads;
+  static_assert(kPerThread * Traits::kThreads == Traits::kRows * kChunks && kPerThread % kCount == 0);
+
+  __device__ explicit QueryChunks(int first) : first_(first) {}
+
   __device__ void fetch(const AttentionKernelParams &params, const WorkItem &item) {
     const int rows = num_rows(params.batch, item.seq), group = static_cast<int>(params.batch.group.divisor);
 #pragma unroll
-    for (int i = 0; i < kChunksPerThread; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const int packed_row = item.query_tile * Traits::kRows + row(i);
       chunks_[i] = {};
       if (packed_row < rows && chunk(i) * 8 < params.head_dim) {
@@ -79,7 +82,7 @@ class QueryRows {
 
   __device__ void store(const AttentionKernelParams &params, typename Traits::Shared &shared) {
 #pragma unroll
-    for (int i = 0; i < kChunksPerThread; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       QChunk &x = chunks_[i];
       if constexpr (Traits::kFloat8) {
         const float scale = params.q_is_bfloat16 ? normalise_bfloat16_row<kChunks>(x) : 1.0f;
@@ -98,11 +101,28 @@ class QueryRows {
   }
 
  private:
-  __device__ static int index(int i) { return i * Traits::kThreads + static_cast<int>(threadIdx.x); }
-  __device__ static int row(int i) { return index(i) / kChunks; }
-  __device__ static int chunk(int i) { return index(i) % kChunks; }
+  __device__ int index(int i) const { return (first_ + i) * Traits::kThreads + static_cast<int>(threadIdx.x); }
+  __device__ int row(int i) const { return index(i) / kChunks; }
+  __device__ int chunk(int i) const { return index(i) % kChunks; }
 
-  QChunk chunks_[kChunksPerThread];
+  int first_;
+  QChunk chunks_[kCount];
 };
+
+template <class Traits>
+using AllQueryChunks = QueryChunks<Traits, Traits::kRows * Traits::QTile::kChunks / Traits::kThreads>;
+
+// All of them, a few at a time: tall tiles have too many for the registers.
+template <class Traits>
+__device__ void load_queries(const AttentionKernelParams &params, const WorkItem &item,
+                             typename Traits::Shared &shared) {
+  using Pair = QueryChunks<Traits, 2>;
+#pragma unroll 1
+  for (int first = 0; first < Pair::kPerThread; first += 2) {
+    Pair chunks(first);
+    chunks.fetch(params, item);
+    chunks.store(params, shared);
+  }
+}
 
 }  // namespace pagedattn::cuda

@@ -51,7 +51,7 @@ def check(inputs: Inputs, call: Callable[[], None], out: Any, reference: Referen
     Raises
     ------
     WrongResultError
-        The error is above `allowance` times the type's tolerance, or an element of `out` was not written or is not finite.
+        The error is above `allowance` times the type's tolerance, or an element of `out` is not finite, or unwritten.
     """
     case = inputs.case
     poison(out)
