@@ -16,6 +16,8 @@ from .peers.base import Prepared
 _SAMPLE_SECONDS = 2e-3  # a shorter call is repeated until a sample lasts this long
 _CALL_BUDGET_SECONDS = 2.0  # of measuring one call, unless it takes this long for the fewest samples
 _MOST_SAMPLES, _FEWEST_SAMPLES = 25, 5
+# Threads of OpenMP go on spinning after a call, and would take the next library's processor.
+_PAUSE_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,10 @@ class WallTimer(Timer):
         for turn in range(max(wanted.values())):
             for name, prepared in calls.items():
                 if turn < wanted[name]:
+                    if len(calls) > 1:
+                        time.sleep(_PAUSE_SECONDS)
+                        if numbers[name] > 1:
+                            prepared.call()
                     samples[name].append(_wall(prepared.call, numbers[name]))
         return {name: Timing(tuple(values), "wall clock") for name, values in samples.items()}
 
