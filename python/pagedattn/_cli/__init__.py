@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
 
 import typer
 
 import pagedattn
 
 from .bench import bench_command
+from .options import AsJson
 from .replay import replay_command
 from .tune import tune_command
 
@@ -39,7 +39,7 @@ def _main() -> None:
 
 @app.command()
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what was built, what this machine has, and which kernel serves which case."""
     pagedattn.show_config(as_json=as_json)

@@ -23,6 +23,7 @@ from pagedattn.bench.peers import PEERS, find_peers
 from pagedattn.bench.plot_page import PlotError, check_plot
 from pagedattn.bench.report import print_report
 
+from .options import AsJson, BackendName, BlockSize, DType, HeadDim, Heads, KvDType, KvHeads, Quick
 from .shared import WRONG_RESULT, UsageError, check_writable, fail
 
 _DEFAULT_LENGTHS = {"cpu": "8x4096", "cuda": "64x4096"}
@@ -46,14 +47,12 @@ def bench_command(
             show_default="1",
         ),
     ] = None,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
-    kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Head dimension, a multiple of 8.")] = 128,
-    block_size: Annotated[int, typer.Option(help="Tokens a block.")] = 16,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
-    kv_dtype: Annotated[
-        str | None, typer.Option(help="Cache type: float8_e4m3 or float8_e5m2.", show_default="as --dtype")
-    ] = None,
+    heads: Heads = 32,
+    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    block_size: BlockSize = 16,
+    dtype: DType = "bfloat16",
+    kv_dtype: KvDType = None,
     causal: Annotated[bool, typer.Option(help="A query token sees only what came before it.")] = True,
     case: Annotated[
         list[str] | None,
@@ -62,10 +61,10 @@ def bench_command(
     against: Annotated[
         list[str] | None, typer.Option(help=f"Measure a peer too: all, {', '.join(PEERS)}. May be given several times.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    quick: Annotated[bool, typer.Option(help="Few samples: to see that it works.")] = False,
+    backend: BackendName = "auto",
+    quick: Quick = False,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the data.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the roofline with the cases on it (svg, png or pdf).", show_default=False)
     ] = None,

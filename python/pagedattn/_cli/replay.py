@@ -19,6 +19,7 @@ from pagedattn.replay.progress import show_progress
 from pagedattn.replay.settings import parse_bytes
 from pagedattn.replay.synthetic import DEFAULT_REQUESTS
 
+from .options import BackendName, BlockSize, HeadDim, Heads, KvDType, KvHeads, Layers
 from .shared import WRONG_RESULT, UsageError, check_writable, fail, signals
 
 
@@ -27,19 +28,17 @@ def replay_command(
         Path | None,
         typer.Argument(help="Mooncake JSONL or Azure CSV file; a made-up trace if none is named.", show_default=False),
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    backend: BackendName = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, float16 or bfloat16.", show_default="float32 on cpu, float16 on cuda"),
     ] = None,
-    kv_dtype: Annotated[
-        str | None, typer.Option(help="Cache type: float8_e4m3 or float8_e5m2.", show_default="as --dtype")
-    ] = None,
-    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 2,
-    head_dim: Annotated[int, typer.Option(help="Head dimension, a multiple of 8.")] = 64,
-    block_size: Annotated[int, typer.Option(help="Tokens a block.")] = 16,
+    kv_dtype: KvDType = None,
+    layers: Layers = 2,
+    heads: Heads = 8,
+    kv_heads: KvHeads = 2,
+    head_dim: HeadDim = 64,
+    block_size: BlockSize = 16,
     num_blocks: Annotated[
         int | None, typer.Option(help="Blocks of the cache.", show_default="512, or room for the two longest")
     ] = None,

@@ -25,6 +25,7 @@ from pagedattn.tune.measure import DEFAULT_BATCH, DEFAULT_BLOCK_SIZES, DEFAULT_C
 from pagedattn.tune.plot import plot_trade
 from pagedattn.tune.report import print_report
 
+from .options import AsJson, BackendName, DType, HeadDim, Heads, KvDType, KvHeads, Layers, Quick
 from .shared import WRONG_RESULT, UsageError, check_writable, fail
 
 _BLOCK_SIZES = ",".join(str(size) for size in DEFAULT_BLOCK_SIZES)
@@ -38,14 +39,12 @@ def tune_command(
         str | None,
         typer.Option(help=f"Tokens of running sequences instead of a trace: {FORMS}.", show_default=False),
     ] = None,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
-    kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Head dimension, a multiple of 8.")] = 128,
-    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 32,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
-    kv_dtype: Annotated[
-        str | None, typer.Option(help="Cache type: float8_e4m3 or float8_e5m2.", show_default="as --dtype")
-    ] = None,
+    heads: Heads = 32,
+    kv_heads: KvHeads = 8,
+    head_dim: HeadDim = 128,
+    layers: Layers = 32,
+    dtype: DType = "bfloat16",
+    kv_dtype: KvDType = None,
     block_sizes: Annotated[str, typer.Option(help="Block sizes to compare, joined by commas.")] = _BLOCK_SIZES,
     batch: Annotated[
         int | None,
@@ -67,10 +66,10 @@ def tune_command(
     length_scale: Annotated[
         float | None, typer.Option(help="Multiplies every length of the trace.", show_default="1")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    quick: Annotated[bool, typer.Option(help="Few samples: to see that it works.")] = False,
+    backend: BackendName = "auto",
+    quick: Quick = False,
     seed: Annotated[int, typer.Option(min=0, help="Draws the batch and the data.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the trade into this file (svg, png or pdf).", show_default=False)
     ] = None,

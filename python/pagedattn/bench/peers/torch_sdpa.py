@@ -25,17 +25,21 @@ from .torch_arrays import (
 )
 
 
-class Contiguous(Peer):
-    """Keys and values in one piece, laid out head by head beforehand: the yardstick for the cost of paging."""
-
-    name = "contiguous"
-    title = "torch SDPA, contiguous KV"
+class _Sdpa(Peer):
+    """torch's scaled_dot_product_attention, which knows no pages."""
 
     def missing(self, backend: Backend) -> str:
         return torch_missing(backend)
 
     def version(self) -> str:
         return torch_version()
+
+
+class Contiguous(_Sdpa):
+    """Keys and values in one piece, laid out head by head beforehand: the yardstick for the cost of paging."""
+
+    name = "contiguous"
+    title = "torch SDPA, contiguous KV"
 
     def prepare(self, inputs: Inputs) -> Prepared:
         _require_dense(inputs.case)
@@ -44,17 +48,11 @@ class Contiguous(Peer):
         return _prepare(inputs, lambda: (keys, values))
 
 
-class Gathered(Peer):
+class Gathered(_Sdpa):
     """The sequences' blocks copied together by indexing, in each call: what one does without a paged kernel."""
 
     name = "gathered"
     title = "torch SDPA, gathered pages"
-
-    def missing(self, backend: Backend) -> str:
-        return torch_missing(backend)
-
-    def version(self) -> str:
-        return torch_version()
 
     def prepare(self, inputs: Inputs) -> Prepared:
         _require_dense(inputs.case)
