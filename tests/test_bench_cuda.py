@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backends import CupyBackend
 from pagedattn._device import Device
 from pagedattn.bench.accuracy import check, reference_rows
 from pagedattn.bench.cases import Case, decode, prefill
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
-def device() -> Device:
+def device(cuda: CupyBackend) -> Device:
     return Device("cuda")
 
 

@@ -213,7 +213,14 @@ def test_a_signal_ends_the_replay_with_the_report_so_far(number):
 
 def test_ctrl_c_is_obeyed_from_outside():
     command = [sys.executable, "-m", "pagedattn", "replay", *SMALL, "--requests", "20000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+    def obey() -> None:
+        # Tests that run in the background of a script inherit that Ctrl-C is ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=obey
+    ) as process:
         # The line is printed when the trace is ready; the run takes minutes from there.
         assert process.stderr is not None
         assert "20000 requests" in process.stderr.readline()
