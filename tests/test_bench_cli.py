@@ -64,12 +64,13 @@ def test_one_query_length_is_for_all() -> None:
         (["--lengths", "8", "--q-lens", "9"], "query lengths must be 1 to the sequence's 8 tokens; got 9"),
         (["--lengths", "8", "--q-lens", "1", "--q-lens", "1"], "--q-lens must be given once, or once for each of 1"),
         (["--lengths", "3x8", "--q-lens", "2x1"], "--q-lens 2x1 names 2 sequences, --lengths 3x8 names 3"),
-        (["--case", "nonsense"], "--case must be one of"),
         (["--case", "decode", "--lengths", "8"], "give it or --lengths and --q-lens, not both"),
+        (["--case", "decode"], "--case names whole cases: --heads is for a shape of your own"),
         (["--against", "nobody"], "--against must be all or one of contiguous"),
         (["--heads", "7"], "--heads must be a multiple of --kv-heads; got 7 and 2"),
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--lengths", "1000000x1000000"], "TiB"),
+        (["--heads", "1000000000"], "TiB"),
         (["--plot", "/nonexistent/x.svg"], "--plot must name a file in a directory that exists"),
         (["--plot", "x.doc"], "x.doc"),
         (["--backend", "tpu"], "--backend must be auto, cpu or cuda; got tpu"),
@@ -83,6 +84,22 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_case_that_nobody_knows_is_refused() -> None:
+    result = bench("--backend", "cpu", "--case", "nonsense")
+    assert result.exit_code == 2
+    assert "--case must be one of dec_b1_128, " in result.stderr
+
+
+def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError("no room for 3 TiB")
+
+    monkeypatch.setattr("pagedattn.bench.measure.Inputs", full)
+    result = bench(*SMALL, "--lengths", "20")
+    assert result.exit_code == 2
+    assert "bench: out of memory: no room for 3 TiB" in result.stderr
 
 
 def test_a_wrong_result_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_calls_are_timed_in_turns() -> None:
     assert timings["slow"].median == pytest.approx(6e-3, rel=0.5)
     assert timings["fast"].median == pytest.approx(3e-3, rel=0.5)
     assert {len(timing.samples) for timing in timings.values()} == {5}
-    assert order[-4:] == ["slow", "fast"] * 2
+    assert order[-8:] == ["slow", "slow", "fast", "fast"] * 2  # the first of two is not timed
 
 
 # --- ceilings ----------------------------------------------------------------------------------------------------
@@ -160,6 +160,8 @@ class FakeTimer(Timer):
     """Gives ours 2 ms, and others 1 ms."""
 
     def time(self, calls: Mapping[str, Prepared]) -> dict[str, Timing]:
+        for prepared in calls.values():
+            prepared.call()
         return {name: Timing((2e-3 if name == OURS else 1e-3,) * 3, "fake") for name in calls}
 
     def host_seconds(self, prepared: Prepared) -> float:
@@ -188,10 +190,16 @@ class FakePeer(Peer):
             raise RuntimeError("out of luck\nand more")
         out = np.empty_like(inputs.out.view(STORAGE[inputs.case.dtype])).view(ELEMENT[inputs.case.dtype])
         ours = inputs.attend()
+        calls = 0
 
         def call() -> None:
+            nonlocal calls
+            calls += 1
+            if self.behaviour == "dies" and calls > 1:
+                raise RuntimeError("the second call")
             ours()
-            out[...] = inputs.out if self.behaviour == "right" else 0
+            right = self.behaviour != "wrong" and not (self.behaviour == "once" and calls > 1)
+            out[...] = inputs.out if right else 0
 
         return Prepared(call, out)
 
@@ -230,6 +238,8 @@ def test_ours_and_a_peer_in_one_document() -> None:
         ("unsupported", "lengths differ"),
         ("crashes", "failed: RuntimeError: out of luck"),
         ("wrong", "relative error 1"),
+        ("dies", "failed: RuntimeError: the second call"),
+        ("once", "after timing: decode: relative error 1"),
     ],
 )
 def test_a_peer_without_an_answer_has_a_reason_and_no_time(behaviour: str, reason: str) -> None:

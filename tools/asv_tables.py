@@ -149,7 +149,7 @@ def _cell(value: Value | None, unit: str) -> str:
     if unit == "bytes":
         return f"{value.value / 1e6:.2f} MB"
     if unit != "seconds":
-        return f"{value.value:.4g}"
+        return f"{value.value:.{6 if unit == 'as named' else 4}g}"
     spread = max(value.high - value.value, value.value - value.low) / value.value if value.value else 0.0
     return show_seconds(value.value) + (f" ± {100 * spread:.0f} %" if spread >= 0.005 else "")
 

@@ -105,7 +105,7 @@ def machine_page(machine: str, document: dict[str, Any] | None, record: Record |
 
 def _on(machine: dict[str, Any]) -> str:
     """What asv knows of a machine, where it was told."""
-    return f" on {machine['cpu']} with {machine.get('num_cpu', '?')} cores" if machine.get("cpu") else ""
+    return f" on {machine['cpu']}" if machine.get("cpu") else ""
 
 
 def _bench_sections(machine: str, document: dict[str, Any]) -> list[str]:

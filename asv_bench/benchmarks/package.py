@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 
 
@@ -14,12 +16,22 @@ class Import:
 
 
 class Size:
-    """Files of the installed package, bytecode not counted."""
+    """Files of the installed package, bytecode not counted: as they lie there, and packed as a wheel packs them."""
 
     unit = "bytes"
 
-    def track_installed_bytes(self) -> int:
+    def setup(self) -> None:
         import pagedattn
 
         root = Path(pagedattn.__file__).parent
-        return sum(file.stat().st_size for file in root.rglob("*") if file.is_file() and file.suffix != ".pyc")
+        self.files = [file for file in root.rglob("*") if file.is_file() and file.suffix != ".pyc"]
+
+    def track_installed_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+    def track_wheel_bytes(self) -> int:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as wheel:
+            for file in self.files:
+                wheel.write(file)
+        return packed.tell()

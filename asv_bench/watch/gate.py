@@ -88,7 +88,10 @@ def slower(scratch: Scratch, base: str, head: str, benchmarks: list[str]) -> lis
         # Something failed on either commit, and asv judged nothing: it does when it compares what it kept.
         options = ["--machine", MACHINE, "--factor", str(FACTOR), "--only-changed"]
         compared = scratch.asv("compare", base, head, *options)
-    return re.findall(r"^\| [+!] .*\| (\S.*?) +\|$", compared.stdout, flags=re.MULTILINE)
+    found = re.findall(r"^\| [+!] .*\| (\S.*?) +\|$", compared.stdout, flags=re.MULTILINE)
+    if compared.returncode and not found:
+        raise RuntimeError(f"asv failed and named no benchmark:\n{compared.stdout}")
+    return found
 
 
 def gate(folder: Path) -> int:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from typing import Any, Literal
 
 import ml_dtypes
@@ -70,9 +72,12 @@ class Device:
             self.xp.cuda.runtime.deviceSynchronize()
 
     def release(self) -> None:
-        """Give memory that CuPy keeps for reuse back, so that other libraries can have it."""
+        """Give memory that CuPy and torch keep for reuse back, so that others can have it."""
         if self.backend == "cuda":
+            gc.collect()
             self.xp.get_default_memory_pool().free_all_blocks()
+            if "torch" in sys.modules:
+                sys.modules["torch"].cuda.empty_cache()
 
     def put(self, array: np.ndarray) -> Any:
         """A host array on the device."""

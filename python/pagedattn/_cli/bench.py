@@ -27,10 +27,12 @@ from .options import AsJson, BackendName, BlockSize, DType, HeadDim, Heads, KvDT
 from .shared import WRONG_RESULT, UsageError, check_writable, fail
 
 _DEFAULT_LENGTHS = {"cpu": "8x4096", "cuda": "64x4096"}
+_SHAPE = ("heads", "kv_heads", "head_dim", "block_size", "dtype", "kv_dtype", "causal")
 _REFUSED = (BackendError, CaseError, LengthsError, PlotError, UsageError, pagedattn.PagedAttnError, OSError)
 
 
 def bench_command(
+    ctx: typer.Context,
     lengths: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,6 +79,10 @@ def bench_command(
         chosen, reason = choose_backend(backend)
         if case and (lengths or q_lens):
             raise UsageError("--case names whole cases: give it or --lengths and --q-lens, not both")
+        shape = [name for name in _SHAPE if str(getattr(ctx.get_parameter_source(name), "name", "")) == "COMMANDLINE"]
+        if case and shape:
+            option = shape[0].replace("_", "-")
+            raise UsageError(f"--case names whole cases: --{option} is for a shape of your own")
         if case:
             cases = find_cases(case)
         else:
@@ -108,6 +114,8 @@ def bench_command(
             plot_roofline(document, plot)
     except _REFUSED as error:
         fail("bench", str(error))
+    except MemoryError as error:
+        fail("bench", f"out of memory: {error}")
     except WrongResultError as error:
         print(f"bench: wrong result: {error}", file=sys.stderr)
         raise typer.Exit(WRONG_RESULT) from None

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pagedattn
-from pagedattn._device import ELEMENT, FP8_DTYPES, STORAGE, Device, show_bytes
+from pagedattn._device import ELEMENT, FP8_DTYPES, ITEM_SIZE, STORAGE, Device, show_bytes
 
 from .cases import Case, CaseError
 
@@ -117,12 +117,14 @@ def to_host(device: Device, array: Any, dtype: str) -> NDArray[np.float32]:
 def check_memory(case: Case, device: Device) -> None:
     """Refuse a case that does not fit, before anything is allocated: CaseError."""
     free = device.free_memory()
-    # The cache, its like for a peer that wants it contiguous, and what filling it takes.
-    needed = case.cache_bytes + 2 * _FILL_BYTES
+    # The cache and what filling it takes; q as float32 and in its type, out, and the rows that are compared.
+    rows = sum(case.q_lens) * case.heads * case.head_dim
+    tables = 4 * len(case.kv_lens) * -(-max(case.kv_lens) // case.block_size)
+    needed = case.cache_bytes + 2 * _FILL_BYTES + rows * (2 * 4 + 2 * ITEM_SIZE[case.dtype]) + 2 * tables
     if free is not None and needed > free:
         raise CaseError(
-            f"{case.name}: the cache and what filling it takes are {show_bytes(needed)}, while {show_bytes(free)} are "
-            "free: take fewer or shorter sequences"
+            f"{case.name}: the call's arrays take {show_bytes(needed)}, while {show_bytes(free)} are "
+            "free: take fewer or shorter sequences, or fewer heads"
         )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -81,7 +82,7 @@ class WallTimer(Timer):
     def time(self, calls: Mapping[str, Prepared]) -> dict[str, Timing]:
         first = {name: _wall(prepared.call, 1) for name, prepared in calls.items()}  # warms up
         first = {name: _wall(prepared.call, 1) for name, prepared in calls.items()}
-        numbers = {name: max(1, min(100_000, round(_SAMPLE_SECONDS / max(first[name], 1e-9)))) for name in calls}
+        numbers = {name: max(1, min(100_000, math.ceil(_SAMPLE_SECONDS / max(first[name], 1e-9)))) for name in calls}
         samples: dict[str, list[float]] = {name: [] for name in calls}
         wanted = {name: self._sample_count(first[name] * numbers[name]) for name in calls}
         for turn in range(max(wanted.values())):
@@ -89,8 +90,7 @@ class WallTimer(Timer):
                 if turn < wanted[name]:
                     if len(calls) > 1:
                         time.sleep(_PAUSE_SECONDS)
-                        if numbers[name] > 1:
-                            prepared.call()
+                        prepared.call()  # whose data the caches hold is its own
                     samples[name].append(_wall(prepared.call, numbers[name]))
         return {name: Timing(tuple(values), "wall clock") for name, values in samples.items()}
 
