@@ -155,6 +155,12 @@ def test_one_long_sequence_matches_the_reference(
     check_batch(backend, batch)
 
 
+def test_a_sequence_in_hundreds_of_parts_matches_the_reference(backend: NumpyBackend, rng: np.random.Generator) -> None:
+    # A single KV head: each of the GPU's blocks has a part, more of them than the block that joins them can list.
+    batch = make_batch(rng, [60_011], [1], num_q_heads=4, num_kv_heads=1, head_dim=64, dtype=np.float16)
+    check_batch(backend, batch)
+
+
 def test_many_short_sequences_beside_a_long_one_match_the_reference(
     backend: NumpyBackend, rng: np.random.Generator
 ) -> None:
