@@ -120,8 +120,9 @@ def test_calls_are_timed_in_turns() -> None:
 
     calls = {"slow": Prepared(spend("slow", 6e-3), None), "fast": Prepared(spend("fast", 3e-3), None)}
     timings = WallTimer(quick=True).time(calls)
-    assert timings["slow"].median == pytest.approx(6e-3, rel=0.5)
-    assert timings["fast"].median == pytest.approx(3e-3, rel=0.5)
+    # At least what they take; a loaded machine may add to it.
+    assert 6e-3 <= timings["slow"].median < 0.1
+    assert 3e-3 <= timings["fast"].median < 0.1
     assert {len(timing.samples) for timing in timings.values()} == {5}
     assert order[-8:] == ["slow", "slow", "fast", "fast"] * 2  # the first of two is not timed
 
