@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pagedattn._device import DTYPES, FP8_DTYPES, ITEM_SIZE
 
 from .lengths import parse_lengths
-
-MAX_HEAD_DIM = 256
+from .model_shape import check_heads
 
 
 class CaseError(ValueError):
@@ -58,10 +57,7 @@ class Case:
         for field in ("heads", "kv_heads", "block_size"):
             if getattr(self, field) < 1:
                 raise CaseError(f"--{field.replace('_', '-')} must be at least 1; got {getattr(self, field)}")
-        if self.heads % self.kv_heads:
-            raise CaseError(f"--heads must be a multiple of --kv-heads; got {self.heads} and {self.kv_heads}")
-        if self.head_dim < 8 or self.head_dim % 8 or self.head_dim > MAX_HEAD_DIM:
-            raise CaseError(f"--head-dim must be a multiple of 8 up to {MAX_HEAD_DIM}; got {self.head_dim}")
+        check_heads(self.heads, self.kv_heads, self.head_dim, CaseError)
         if self.dtype not in DTYPES:
             raise CaseError(f"--dtype must be one of {', '.join(DTYPES)}; got {self.dtype}")
         if self.kv_dtype != self.dtype and (self.kv_dtype not in FP8_DTYPES or self.dtype == "float32"):

@@ -8,11 +8,11 @@ import re
 from dataclasses import dataclass
 
 from pagedattn._device import DTYPES, FP8_DTYPES, ITEM_SIZE, Backend, show_bytes
+from pagedattn.bench.model_shape import check_heads
 
 LARGEST = {"float8_e4m3": 448.0, "float8_e5m2": 57344.0}  # finite values of the 8-bit floats
 
 DEFAULT_NUM_BLOCKS = 512
-MAX_HEAD_DIM = 256
 MAX_BLOCKS = 2**31 - 1  # block tables are int32
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -75,10 +75,7 @@ class Settings:
         if self.dtype not in DTYPES:
             raise SettingsError(f"--dtype must be one of {', '.join(DTYPES)}; got {self.dtype}")
         self._check_kv_dtype()
-        if self.heads % self.kv_heads:
-            raise SettingsError(f"--heads must be a multiple of --kv-heads; got {self.heads} and {self.kv_heads}")
-        if self.head_dim % 8 or self.head_dim > MAX_HEAD_DIM:
-            raise SettingsError(f"--head-dim must be a multiple of 8 up to {MAX_HEAD_DIM}; got {self.head_dim}")
+        check_heads(self.heads, self.kv_heads, self.head_dim, SettingsError)
         self._check_cache_size()
 
     def _check_kv_dtype(self) -> None:
