@@ -18,6 +18,8 @@ import reference
 from backends import Array, NumpyBackend, allocation, is_float8, offset_in
 
 LAYOUTS = ("NHD", "HND", "interleaved NHD", "interleaved HND", "packed heads", "padded", "K NHD, V HND")
+# Slices of larger arrays: rows that vector loads and tensor maps can take, and rows that they cannot.
+SLICES = ("one layer of many", "8 bytes off", "odd rows", "K whole, V in odd rows")
 GARBAGE = np.array([-1, -(2**31), 2**31 - 1, 10**6, -7], np.int32)
 POISON_BYTE = 0xFF  # NaN in every element type here
 
@@ -49,6 +51,16 @@ def cache_views(
             return poisoned(n, s + 1, h + 1, d + 16)[:, :s, :h, :d], poisoned(n, s, h + 2, d + 32)[:, :, :h, :d]
         case "K NHD, V HND":
             return poisoned(n, s, h, d), poisoned(n, h, s, d).transpose(0, 2, 1, 3)
+        case "one layer of many":
+            layers = poisoned(n, 3, 2, s, h, d)
+            return layers[:, 1, 0], layers[:, 1, 1]
+        case "8 bytes off":
+            margin = 8 // np.dtype(dtype).itemsize
+            return tuple(poisoned(n, s, h, d + 2 * margin)[..., margin : margin + d] for _ in range(2))
+        case "odd rows":
+            return poisoned(n, s, h, d + 1)[..., :d], poisoned(n, s, h, d + 3)[..., 1 : d + 1]
+        case "K whole, V in odd rows":
+            return poisoned(n, s, h, d), poisoned(n, s, h, d + 1)[..., 1:]
     raise ValueError(layout)
 
 

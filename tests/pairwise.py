@@ -28,8 +28,9 @@ def pairwise(options: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dict[s
     while uncovered:
         best: list[int] = []
         best_gain: set[tuple[tuple[int, int], tuple[int, int]]] = set()
+        first = min(uncovered)
         for _ in range(30):
-            case = _grow(min(uncovered), [len(options[name]) for name in names], uncovered, choose)
+            case = _grow(first, [len(options[name]) for name in names], uncovered, choose)
             gain = {pair for pair in combinations(enumerate(case), 2) if pair in uncovered}
             if len(gain) > len(best_gain):
                 best, best_gain = case, gain
@@ -53,9 +54,13 @@ def _grow(
         choose.shuffle(values)
         chosen[option] = max(
             values,
-            key=lambda value: sum(tuple(sorted(((option, value), other))) in uncovered for other in chosen.items()),
+            key=lambda value: sum(_in_order((option, value), other) in uncovered for other in chosen.items()),
         )
     return [chosen[i] for i in range(len(sizes))]
+
+
+def _in_order(a: tuple[int, int], b: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (a, b) if a < b else (b, a)
 
 
 def case_id(case: Mapping[str, Any]) -> str:

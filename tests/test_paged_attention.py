@@ -12,29 +12,14 @@ import pagedattn
 import pytest
 import reference
 from accuracy import assert_close, assert_lse_close, assert_same_bytes
+from attention_check import check_batch
 from backends import BFLOAT16, DTYPES, Array, NumpyBackend, is_float8
-from batches import LAYOUTS, Batch, make_batch, normal, output, poison, scale_for
+from batches import LAYOUTS, Batch, make_batch, normal, poison, scale_for
 from pairwise import case_id, pairwise
 
 # Decode, speculative decode, chunk, full prefill, a sequence without new tokens and an empty one.
 MIXED_SEQ_LENS = [37, 130, 70, 33, 20, 0, 1]
 MIXED_QUERY_LENS = [1, 4, 40, 33, 0, 0, 1]
-
-
-def check_batch(backend: NumpyBackend, batch: Batch, *, strided_out: bool = False, **more: Any) -> None:
-    """Run a batch into poisoned outputs; check outputs, log-sum-exps, gaps, and that no input has changed."""
-    expected, expected_lse = batch.reference()
-    args, options = batch.on(backend)
-    before = [backend.allocation(array) for array in args]
-    poisoned = output(batch.q.shape, batch.q.dtype, strided=strided_out)  # type: ignore[arg-type]
-    out, lse = backend.arrays(poisoned.view, poison(batch.q.shape[:2], np.float32))
-    result = pagedattn.paged_attention(*args, out=out, lse=lse, **options, **more)
-    assert_close(backend.host(out), expected, batch.q.dtype)
-    assert_lse_close(backend.host(lse), expected_lse)
-    assert poisoned.gaps_untouched(backend.allocation(out))
-    for array, bytes_before in zip(args, before, strict=True):
-        np.testing.assert_array_equal(backend.allocation(array), bytes_before)
-    assert result is out or (result[0] is out and result[1] is lse)
 
 
 PAIRWISE = pairwise(
