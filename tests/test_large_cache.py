@@ -73,8 +73,18 @@ def test_the_cache_is_as_large_as_it_says(large: LargeCache) -> None:
     assert large.both.size > (2**31 if large.small.dtype == np.float16 else 2**32)
 
 
+def caches_in(both: Array, layout: str) -> tuple[Array, Array]:
+    """Return K and V of interleaved blocks, whose numbers are taken as tokens of heads or as heads of tokens."""
+    if layout == "HND":
+        both = both.reshape(len(both), 2, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM).transpose(0, 1, 3, 2, 4)
+    return both[:, 0], both[:, 1]
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("query_len", [1, 20])
-def test_attention_reads_blocks_far_apart(large: LargeCache, rng: np.random.Generator, query_len: int) -> None:
+def test_attention_reads_blocks_far_apart(
+    large: LargeCache, rng: np.random.Generator, query_len: int, layout: str
+) -> None:
     backend = large.backend
     large.fill(rng)
     order = rng.permutation(len(large.used))
@@ -83,10 +93,10 @@ def test_attention_reads_blocks_far_apart(large: LargeCache, rng: np.random.Gene
     lens, starts = np.array([seq_len], np.int32), np.array([0, query_len], np.int32)
     q_, tables, lens_, starts_ = backend.arrays(q, np.array(large.used, np.int32)[order][None], lens, starts)
     kv_dtype = backend.kv_dtype(large.small.dtype)
-    out = pagedattn.paged_attention(q_, large.k, large.v, tables, lens_, query_start_loc=starts_, kv_dtype=kv_dtype)
-    expected, _ = reference.paged_attention(
-        q, large.small[:, 0], large.small[:, 1], order[None], lens, query_start_loc=starts
-    )
+    caches = caches_in(large.both, layout)
+    out = pagedattn.paged_attention(q_, *caches, tables, lens_, query_start_loc=starts_, kv_dtype=kv_dtype)
+    mirrors = caches_in(large.small, layout)
+    expected, _ = reference.paged_attention(q, *mirrors, order[None], lens, query_start_loc=starts)
     assert_close(backend.host(out), expected, np.float16)
 
 
