@@ -5,58 +5,18 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pagedattn
 import pytest
 import reference
-from accuracy import assert_close, assert_lse_close, assert_same_bytes
-from backends import DTYPES, Array, CupyBackend
+from accuracy import assert_close, assert_same_bytes
+from backends import DTYPES, CupyBackend
 from batches import Batch, cache_views, make_batch, normal, poison
+from cuda_graphs import CapturedAttention, capture, refill
 
 pytestmark = pytest.mark.gpu
-
-NUM_BLOCKS, BLOCK_SIZE, MAX_BLOCKS = 700, 16, 200
-
-
-def capture(cuda: CupyBackend, call: Callable[[Any], Any]) -> Callable[[], None]:
-    """Return what replays `call(stream)`, which has run once before it is captured, as engines do."""
-    stream = cuda.cupy.cuda.Stream(non_blocking=True)
-    cuda.synchronize()  # uploads ran on another stream
-    call(stream)
-    stream.synchronize()
-    with stream:
-        stream.begin_capture()
-        call(stream)
-        graph = stream.end_capture()
-
-    def replay() -> None:
-        cuda.synchronize()
-        graph.launch(stream)
-        stream.synchronize()
-
-    return replay
-
-
-def refill(target: Array, source: np.ndarray) -> None:
-    """Overwrite a device array in place."""
-    target.set(np.ascontiguousarray(source).view(target.dtype))
-
-
-def resized(batch: Batch) -> Batch:
-    """Return the batch in a cache and tables of the graph's sizes."""
-    tables = np.full((len(batch.seq_lens), MAX_BLOCKS), -1, np.int32)
-    tables[:, : batch.block_tables.shape[1]] = batch.block_tables
-    batch.block_tables = tables
-    for name in ("k_cache", "v_cache"):
-        small = getattr(batch, name)
-        large = poison((NUM_BLOCKS, *small.shape[1:]), small.dtype)
-        large[: len(small)] = small
-        setattr(batch, name, large)
-    return batch
-
 
 # Batches of 12 query tokens in 6 sequences: decode, speculation, a chunk, padding, one long sequence.
 SHAPES = [
@@ -77,29 +37,11 @@ def test_captured_attention_follows_new_lengths_and_tables(
 ) -> None:
     def batch_of(seq_lens: list[int], query_lens: list[int]) -> Batch:
         kinds = {"dtype": DTYPES[dtype], "kv_dtype": DTYPES[kv_dtype]}
-        return resized(make_batch(rng, seq_lens, query_lens, num_q_heads=8, num_kv_heads=2, head_dim=128, **kinds))
+        return make_batch(rng, seq_lens, query_lens, num_q_heads=8, num_kv_heads=2, head_dim=128, **kinds)
 
-    first = batch_of(*SHAPES[0])
-    args, options = first.on(cuda)
-    out, lse = cuda.arrays(poison(first.q.shape, first.q.dtype), poison(first.q.shape[:2], np.float32))
-    if with_workspace:
-        sizes = {name: options[name] for name in ("query_start_loc", "kv_dtype") if name in options}
-        num_bytes = pagedattn.paged_attention_workspace_size(*args, **sizes)
-        options["workspace"] = cuda.cupy.zeros(num_bytes, np.uint8)
-    replay = capture(cuda, lambda stream: pagedattn.paged_attention(*args, out=out, lse=lse, stream=stream, **options))
+    captured = CapturedAttention(cuda, batch_of(*SHAPES[0]), with_workspace=with_workspace)
     for seq_lens, query_lens in [*SHAPES, *reversed(SHAPES)]:
-        batch = batch_of(seq_lens, query_lens)
-        assert batch.query_start_loc is not None
-        fresh = (batch.q, batch.k_cache, batch.v_cache, batch.block_tables, batch.seq_lens)
-        for target, source in zip(args, fresh, strict=True):
-            refill(target, source)
-        refill(options["query_start_loc"], batch.query_start_loc)
-        refill(out, poison(batch.q.shape, batch.q.dtype))
-        refill(lse, poison(batch.q.shape[:2], np.float32))
-        replay()
-        expected, expected_lse = batch.reference()
-        assert_close(cuda.host(out), expected, batch.q.dtype)
-        assert_lse_close(cuda.host(lse), expected_lse)
+        captured.check(batch_of(seq_lens, query_lens))
 
 
 def test_a_captured_step_writes_the_cache_and_attends(cuda: CupyBackend, rng: np.random.Generator) -> None:
