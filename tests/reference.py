@@ -65,16 +65,17 @@ def paged_attention(
         visible = [visible_keys(seq_len - len(rows) + r, seq_len, causal, window) for r in range(len(rows))]
         first = min((start for start, stop in visible if start < stop), default=0)
         last = max((stop for start, stop in visible if start < stop), default=0)
-        k = np.repeat(gather_sequence(k_cache, block_tables[b], first, last, k_scale), group, axis=1)
-        v = np.repeat(gather_sequence(v_cache, block_tables[b], first, last, v_scale), group, axis=1)
+        k = gather_sequence(k_cache, block_tables[b], first, last, k_scale).transpose(1, 0, 2)  # [Hkv, tokens, D]
+        v = gather_sequence(v_cache, block_tables[b], first, last, v_scale).transpose(1, 0, 2)
         for r, row in enumerate(rows):
             start, stop = visible[r]
             if start == stop:
                 if sinks is not None:
                     lse[row] = sinks  # the denominator is exp(sink) alone
                 continue
-            keys, values = k[start - first : stop - first], v[start - first : stop - first]
-            scores = scale * np.einsum("hd,jhd->hj", q[row].astype(np.float64), keys)
+            keys, values = k[:, start - first : stop - first], v[:, start - first : stop - first]
+            queries = q[row].astype(np.float64).reshape(num_kv_heads, group, head_dim)
+            scores = scale * np.einsum("hgd,hjd->hgj", queries, keys).reshape(num_q_heads, -1)
             if softcap:
                 scores = softcap * np.tanh(scores / softcap)
             if alibi_slopes is not None:
@@ -87,7 +88,8 @@ def paged_attention(
             denominator = weights.sum(axis=1)
             if sinks is not None:
                 denominator = denominator + np.exp(sinks.astype(np.float64) - highest)
-            out[row] = np.einsum("hj,jhd->hd", weights, values) / denominator[:, None]
+            weighted = np.einsum("hgj,hjd->hgd", weights.reshape(num_kv_heads, group, -1), values)
+            out[row] = weighted.reshape(num_q_heads, head_dim) / denominator[:, None]
             lse[row] = highest + np.log(denominator)
     return out, lse
 
