@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from pagedattn._device import ELEMENT, STORAGE, Backend, Device
 from pagedattn.bench import measure as measure_module
 from pagedattn.bench.accuracy import WrongResultError, check, reference_rows
-from pagedattn.bench.cases import Case, CaseError
+from pagedattn.bench.cases import LAYOUTS, Case, CaseError
 from pagedattn.bench.ceilings import Ceilings, measure_ceilings
 from pagedattn.bench.inputs import Inputs
 from pagedattn.bench.measure import OURS, measure
@@ -68,6 +69,27 @@ def test_the_same_seed_gives_the_same_inputs() -> None:
     assert np.array_equal(first.k_cache, second.k_cache, equal_nan=True)
     assert np.array_equal(first.q, second.q)
     assert not np.array_equal(first.q, other.q)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3"])
+def test_blocks_laid_out_head_by_head_hold_the_same_tokens(kv_dtype: str) -> None:
+    inputs, heads_first = (Inputs(replace(decode("bfloat16", kv_dtype), layout=layout), CPU) for layout in LAYOUTS)
+    strides = heads_first.k_cache.strides
+    assert strides[2] == inputs.case.block_size * strides[1]  # a head's tokens are neighbours
+    for name in ("k_cache", "v_cache"):
+        bits = (getattr(made, name).view(STORAGE[kv_dtype]) for made in (inputs, heads_first))
+        np.testing.assert_array_equal(*bits)
+    check(heads_first, heads_first.attend(), heads_first.out, reference_rows(heads_first))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_is_asked_of_us_and_of_the_reference(causal: bool) -> None:
+    case = replace(chunks(), window=3, causal=causal)
+    inputs = Inputs(case, CPU)
+    assert check(inputs, inputs.attend(), inputs.out, reference_rows(inputs)) < 1e-6
+    without = Inputs(replace(case, window=None), CPU)
+    with pytest.raises(WrongResultError):
+        check(without, without.attend(), without.out, reference_rows(inputs))
 
 
 @pytest.mark.parametrize("spoil", ["scaled", "row", "unwritten", "wrong block"])

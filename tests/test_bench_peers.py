@@ -16,6 +16,7 @@ from pagedattn.bench import accuracy
 from pagedattn.bench.cases import Case, CaseError, decode, prefill
 from pagedattn.bench.inputs import Inputs
 from pagedattn.bench.peers import PEERS, Peer, Prepared, UnsupportedError, fa3, find_peers, torch_arrays, vllm_cpu
+from pagedattn.bench.peers.base import window_left
 
 PACKAGES = ("torch", "vllm", "flashinfer", "flash_attn_3", "llama_cpp")
 NAMES = ["contiguous", "gathered", "fa3", "flashinfer", "flashinfer-tc", "vllm-cpu", "llama.cpp"]
@@ -166,6 +167,29 @@ def test_a_peer_on_the_cpu_gives_the_right_result(peer: Peer, dtype: str, case: 
 def test_a_peer_on_the_cpu_sees_all_keys_where_nothing_is_causal(peer: Peer) -> None:
     case = small_prefill("2x5", "2x77", dtype="float32", kv_dtype="float32", causal=False)
     assert error_of(peer, case) <= 1e-5
+
+
+@pytest.mark.parametrize("peer", ["contiguous", "gathered", "vllm-cpu", "llama.cpp"], indirect=True)
+def test_a_peer_on_the_cpu_takes_blocks_laid_out_head_by_head(peer: Peer) -> None:
+    assert error_of(peer, small_decode(dtype="float32", kv_dtype="float32", layout="HND")) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["contiguous", "gathered", "vllm-cpu", "llama.cpp"])
+def test_a_peer_says_that_it_has_no_window(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="no window"):
+        PEERS[name].prepare(Inputs(decode("window", "2x30", window=7), Device("cpu")))
+
+
+@pytest.mark.parametrize(("window", "causal", "tokens_before"), [(None, True, -1), (None, False, -1), (7, True, 6)])
+def test_a_window_in_the_terms_of_others_leaves_out_the_query_token(
+    window: int | None, causal: bool, tokens_before: int
+) -> None:
+    assert window_left(Case("window", (30,), (1,), window=window, causal=causal)) == tokens_before
+
+
+def test_a_window_without_the_causal_mask_is_ours_alone() -> None:
+    with pytest.raises(UnsupportedError, match="around each query token"):
+        window_left(Case("window", (30,), (4,), window=7, causal=False))
 
 
 @pytest.mark.parametrize("peer", ["vllm-cpu", "llama.cpp"], indirect=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pagedattn.bench.cases import CPU_DECODE, DECODE, GROUPS, PREFILL, Case, CaseError, find_cases
+from pagedattn.bench.cases import CPU_DECODE, DECODE, GROUPS, PREFILL, SHAPES, Case, CaseError, find_cases
 from pagedattn.bench.lengths import MAX_SEQUENCES, LengthsError, parse_lengths
 
 
@@ -59,28 +59,47 @@ def test_other_lengths_are_refused_by_name(spec: str) -> None:
         parse_lengths(spec)
 
 
-@pytest.mark.parametrize("case", [*DECODE, *PREFILL, *CPU_DECODE], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*DECODE, *PREFILL, *SHAPES, *CPU_DECODE], ids=lambda case: case.name)
 def test_the_work_of_a_case_is_counted_token_by_token(case: Case) -> None:
-    visible = 0
+    window = case.window or max(case.kv_lens)
+    visible = slots = 0
     for q_len, kv_len in zip(case.q_lens, case.kv_lens, strict=True):
-        visible += int(np.arange(kv_len - q_len + 1, kv_len + 1).sum())  # keys of each query token
+        seen = np.minimum(np.arange(kv_len - q_len + 1, kv_len + 1), window)  # keys of each query token
+        visible += int(seen.sum())
+        slots += q_len - 1 + int(seen[0])  # the last ones up to the first token, and the tokens after it
     assert case.flops == 4 * case.heads * case.head_dim * visible
-    width = {"bfloat16": 2, "float32": 4, "float8_e4m3": 1}
-    kv = sum(case.kv_lens) * case.kv_heads * case.head_dim * width[case.kv_dtype]
+    width = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3": 1, "float8_e5m2": 1}
+    kv = slots * case.kv_heads * case.head_dim * width[case.kv_dtype]
     q = sum(case.q_lens) * case.heads * case.head_dim * width[case.dtype]
     assert case.kv_bytes == 2 * kv
     assert case.bytes == 2 * kv + 2 * q
     assert case.num_blocks == sum(-(-length // case.block_size) for length in case.kv_lens)
 
 
-def test_without_a_mask_every_key_counts() -> None:
-    case = Case("full", (7,), (3,), heads=2, kv_heads=1, head_dim=8, causal=False)
-    assert case.flops == 4 * 2 * 8 * 21
+@pytest.mark.parametrize(("window", "seen"), [(None, 21), (9, 21), (4, 12)])
+def test_without_a_mask_every_key_counts(window: int | None, seen: int) -> None:
+    case = Case("full", (7,), (3,), heads=2, kv_heads=1, head_dim=8, causal=False, window=window)
+    assert case.flops == 4 * 2 * 8 * seen
+    assert case.kv_bytes == 2 * (seen // 3) * 8 * 2
+
+
+@pytest.mark.parametrize(("window", "seen", "slots"), [(1, 3, 3), (5, 15, 7), (6, 5 + 6 + 6, 7), (100, 5 + 6 + 7, 7)])
+def test_a_window_counts_the_last_keys_of_each_query_token(window: int, seen: int, slots: int) -> None:
+    case = Case("window", (7,), (3,), heads=2, kv_heads=1, head_dim=8, window=window)
+    assert case.flops == 4 * 2 * 8 * seen
+    assert case.kv_bytes == 2 * slots * 8 * 2
+    assert case.shape.endswith(f", bfloat16, window of {window}")
 
 
 def test_decode_is_what_reading_the_cache_bounds() -> None:
-    assert all(case.is_decode for case in DECODE)
+    assert all(case.is_decode for case in (*DECODE, *SHAPES))
     assert not any(case.is_decode for case in PREFILL)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_other_shapes_read_more_than_a_cache_holds(case: Case) -> None:
+    assert case.kv_bytes > 200e6
+    assert case.cache_bytes < 8e9
 
 
 @pytest.mark.parametrize(
@@ -98,6 +117,8 @@ def test_decode_is_what_reading_the_cache_bounds() -> None:
         ({"q_lens": (0,)}, "query lengths must be 1"),
         ({"q_lens": (1, 1)}, "1 sequences, but 2 query lengths"),
         ({"kv_lens": (), "q_lens": ()}, "0 sequences"),
+        ({"window": 0}, "c: the window must be at least 1; got 0"),
+        ({"layout": "NDH"}, "c: the layout must be one of NHD, HND; got NDH"),
     ],
 )
 def test_a_case_that_cannot_be_is_refused(fields: dict[str, object], message: str) -> None:

@@ -32,13 +32,13 @@ def reference_rows(inputs: Inputs) -> Reference:
     rows, outs = [], []
     for index in sorted({0, len(case.kv_lens) // 2, len(case.kv_lens) - 1}):
         keys, values = inputs.sequence(index)
-        q_len, kv_len = case.q_lens[index], case.kv_lens[index]
+        q_len = case.q_lens[index]
         for token in sorted({0, q_len // 2, q_len - 1}):
             row = int(starts[index]) + token
-            visible = kv_len - q_len + token + 1 if case.causal else kv_len
+            visible = slice(*case.visible_keys(index, token))
             q = to_host(inputs.device, inputs.q[row], case.dtype)
             rows.append(row)
-            outs.append(_dense_row(q, keys[:visible], values[:visible]))
+            outs.append(_dense_row(q, keys[visible], values[visible]))
     return rows, np.stack(outs)
 
 

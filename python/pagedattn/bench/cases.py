@@ -10,6 +10,8 @@ from pagedattn._device import DTYPES, FP8_DTYPES, ITEM_SIZE
 from .lengths import parse_lengths
 from .model_shape import check_heads
 
+LAYOUTS = ("NHD", "HND")
+
 
 class CaseError(ValueError):
     """A case cannot be; the message names the option."""
@@ -35,6 +37,10 @@ class Case:
         Type of the cache: `dtype`, float8_e4m3 or float8_e5m2.
     causal : bool
         Whether a query token sees only the tokens up to its own.
+    window : int, optional
+        How many of them it sees, the last ones; None is all.
+    layout : str
+        How a block lies in memory: NHD, token by token, or HND, head by head.
     """
 
     name: str
@@ -47,6 +53,8 @@ class Case:
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
     causal: bool = True
+    window: int | None = None
+    layout: str = "NHD"
 
     def __post_init__(self) -> None:
         if not self.kv_lens or len(self.kv_lens) != len(self.q_lens):
@@ -63,6 +71,10 @@ class Case:
         if self.kv_dtype != self.dtype and (self.kv_dtype not in FP8_DTYPES or self.dtype == "float32"):
             allowed = self.dtype if self.dtype == "float32" else ", ".join((self.dtype, *FP8_DTYPES))
             raise CaseError(f"--kv-dtype must be one of {allowed} with --dtype {self.dtype}; got {self.kv_dtype}")
+        if self.window is not None and self.window < 1:
+            raise CaseError(f"{self.name}: the window must be at least 1; got {self.window}")
+        if self.layout not in LAYOUTS:
+            raise CaseError(f"{self.name}: the layout must be one of {', '.join(LAYOUTS)}; got {self.layout}")
 
     @property
     def num_blocks(self) -> int:
@@ -76,8 +88,9 @@ class Case:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of K and V that the call must read: each used slot once."""
-        return 2 * sum(self.kv_lens) * self.kv_heads * self.head_dim * ITEM_SIZE[self.kv_dtype]
+        """Bytes of K and V that the call must read: each slot that a query token sees, once."""
+        slots = sum(kv_len - self.visible_keys(index, 0)[0] for index, kv_len in enumerate(self.kv_lens))
+        return 2 * slots * self.kv_heads * self.head_dim * ITEM_SIZE[self.kv_dtype]
 
     @property
     def bytes(self) -> int:
@@ -87,25 +100,43 @@ class Case:
     @property
     def flops(self) -> int:
         """Operations of both matrix products over the visible keys; a multiply and an add count two."""
-        seen = 0
-        for q_len, kv_len in zip(self.q_lens, self.kv_lens, strict=True):
-            seen += q_len * kv_len - (q_len * (q_len - 1) // 2 if self.causal else 0)
+        seen = sum(map(self._keys_seen, self.q_lens, self.kv_lens))
         return 4 * self.heads * self.head_dim * seen
 
     @property
     def is_decode(self) -> bool:
         """Whether reading the cache bounds it (a few query tokens a sequence), not arithmetic."""
-        return max(self.q_lens) <= 8
+        return max(self.q_lens) <= 16
 
     @property
     def shape(self) -> str:
-        """The case in one line: lengths, heads, head dimension, block size and types."""
+        """The case in one line: lengths, heads, head dimension, block size, types and what else is unusual."""
         q_lens = "" if max(self.q_lens) == 1 else f"{_brief(self.q_lens)} new of "
         dtype = self.dtype if self.kv_dtype == self.dtype else f"{self.dtype} with {self.kv_dtype} cache"
+        layout = "" if self.layout == "NHD" else f" in {self.layout}"
+        window = "" if self.window is None else f", window of {self.window}"
         return (
             f"{q_lens}{_brief(self.kv_lens)} tokens, {self.heads}/{self.kv_heads} heads of {self.head_dim}, "
-            f"blocks of {self.block_size}, {dtype}"
+            f"blocks of {self.block_size}{layout}, {dtype}{window}"
         )
+
+    def visible_keys(self, sequence: int, token: int) -> tuple[int, int]:
+        """The keys of a sequence that one of its query tokens sees: the first, and one past the last."""
+        kv_len = self.kv_lens[sequence]
+        end = kv_len - self.q_lens[sequence] + token + 1 if self.causal else kv_len
+        return 0 if self.window is None else max(0, end - self.window), end
+
+    def _keys_seen(self, q_len: int, kv_len: int) -> int:
+        """Keys that the query tokens of a sequence see, summed over the tokens."""
+        window = kv_len if self.window is None else min(self.window, kv_len)
+        if not self.causal:
+            return q_len * window
+
+        def by_first(tokens: int) -> int:
+            growing = min(tokens, window)
+            return growing * (growing + 1) // 2 + (tokens - growing) * window
+
+        return by_first(kv_len) - by_first(kv_len - q_len)
 
 
 def _brief(lengths: tuple[int, ...]) -> str:
@@ -149,6 +180,28 @@ PREFILL = (
     prefill("pre_1x8k_p64", "8192", "8192", block_size=64),
     prefill("pre_1x8k_p128", "8192", "8192", block_size=128),
 )
+# Decode of other shapes than those above, each past 200 MB of keys and values, which no L2 cache holds.
+SHAPES = (
+    *(decode(f"dec_block{size}", "64x4096", block_size=size) for size in (8, 32, 64, 128, 256)),
+    decode("dec_group1", "64x4096", heads=8),
+    decode("dec_group2", "64x4096", heads=16),
+    decode("dec_group5", "64x4096", heads=40),
+    decode("dec_group7", "64x4096", heads=28, kv_heads=4),
+    decode("dec_group16", "64x4096", heads=64, kv_heads=4),
+    # One KV head a GPU, as tensor parallelism leaves it.
+    decode("dec_group8_1kv", "256x4096", heads=8, kv_heads=1),
+    decode("dec_group32_1kv", "256x4096", heads=32, kv_heads=1),
+    decode("dec_group64_1kv", "256x4096", heads=64, kv_heads=1),
+    *(decode(f"dec_d{dim}", "64x4096", head_dim=dim) for dim in (64, 80, 96, 112, 192, 256)),
+    decode("dec_e5m2", "64x4096", kv_dtype="float8_e5m2"),
+    decode("dec_fp16", "64x4096", dtype="float16", kv_dtype="float16"),
+    decode("dec_window1k", "64x8192", window=1024),
+    decode("dec_hnd", "64x4096", layout="HND"),
+    prefill("spec_64x8@4k", "64x8", "64x4096"),
+    prefill("spec_64x16@4k", "64x16", "64x4096"),
+    decode("dec_logn128", "logn:128:1024:16384"),
+    decode("dec_uniform64", "uniform:64:128:8192"),
+)
 CPU_DECODE = (
     decode("cpu_dec_b1_1k", "1024"),
     decode("cpu_dec_b1_4k", "4096"),
@@ -168,7 +221,13 @@ CPU_PREFILL = (
     prefill("cpu_pre_2048_fp32", "2048", "2048", dtype="float32", kv_dtype="float32"),
     prefill("cpu_mixed", "128+8x1", "2048+8x512"),
 )
-GROUPS = {"decode": DECODE, "prefill": PREFILL, "cpu-decode": CPU_DECODE, "cpu-prefill": CPU_PREFILL}
+GROUPS = {
+    "decode": DECODE,
+    "prefill": PREFILL,
+    "shapes": SHAPES,
+    "cpu-decode": CPU_DECODE,
+    "cpu-prefill": CPU_PREFILL,
+}
 
 
 def find_cases(names: list[str]) -> list[Case]:

@@ -82,7 +82,7 @@ class Inputs:
             options["kv_dtype"] = self.case.kv_dtype
         size = pagedattn.paged_attention_workspace_size(*arrays, **options)
         workspace = self.device.xp.zeros(size, np.uint8) if size else None
-        options |= {"causal": self.case.causal, "out": self.out, "workspace": workspace}
+        options |= {"causal": self.case.causal, "window": self.case.window, "out": self.out, "workspace": workspace}
 
         def call() -> None:
             pagedattn.paged_attention(*arrays, **options)
@@ -135,12 +135,21 @@ def _random_cache(case: Case, device: Device, rng: np.random.Generator) -> Any:
     pool_size = min(case.num_blocks, max(2, _POOL_BYTES // block_bytes))
     normal = rng.standard_normal((pool_size, *block), np.float32)
     pool = device.put(normal.astype(ELEMENT[case.kv_dtype]).view(storage))
-    cache = device.xp.empty((case.num_blocks, *block), storage)
+    cache = _empty_cache(case, device)
     step = max(1, _FILL_BYTES // block_bytes)
     for start in range(0, case.num_blocks, step):
         stop = min(start + step, case.num_blocks)
         cache[start:stop] = pool[device.put(rng.integers(0, pool_size, stop - start))]
     return cache
+
+
+def _empty_cache(case: Case, device: Device) -> Any:
+    """Memory of a cache, as an array [N, S, Hkv, D] with the strides of the case's layout."""
+    n, s, h, d = case.num_blocks, case.block_size, case.kv_heads, case.head_dim
+    storage = STORAGE[case.kv_dtype]
+    if case.layout == "HND":
+        return device.xp.empty((n, h, s, d), storage).transpose(0, 2, 1, 3)
+    return device.xp.empty((n, s, h, d), storage)
 
 
 def _block_tables(case: Case, rng: np.random.Generator) -> NDArray[np.int32]:
@@ -158,4 +167,4 @@ def _poison_unused_slots(case: Case, tables: NDArray[np.int32], caches: tuple[An
         if used:
             last = int(tables[row, length // case.block_size])
             for cache in caches:
-                poison(cache[last, used:])
+                cache[last, used:] = np.iinfo(cache.dtype).max  # all bits set, as poison does

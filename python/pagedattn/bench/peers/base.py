@@ -10,11 +10,27 @@ from typing import Any, ClassVar
 
 from pagedattn._device import Backend
 
+from ..cases import Case
 from ..inputs import Inputs
 
 
 class UnsupportedError(Exception):
     """A peer cannot do this case; the message says why."""
+
+
+def require_no_window(case: Case) -> None:
+    """Raise UnsupportedError for a window."""
+    if case.window is not None:
+        raise UnsupportedError("no window")
+
+
+def window_left(case: Case) -> int:
+    """How many tokens a query token sees before its own, as FlashAttention and others count a window; -1 is all."""
+    if case.window is None:
+        return -1
+    if not case.causal:
+        raise UnsupportedError("its window lies around each query token, and ours at the end of the sequence")
+    return case.window - 1
 
 
 @dataclass(frozen=True, slots=True)

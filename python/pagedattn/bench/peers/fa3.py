@@ -15,7 +15,7 @@ from typing import Any
 from pagedattn._device import Backend
 
 from ..inputs import Inputs
-from .base import Peer, Prepared, UnsupportedError
+from .base import Peer, Prepared, UnsupportedError, window_left
 from .torch_arrays import (
     as_tensor,
     empty_out,
@@ -34,7 +34,6 @@ _NAMESPACES = ("_vllm_fa3_C", "flash_attn_3")
 
 # Arguments that have to be given and say "nothing of that kind".
 _NEUTRAL = {
-    "window_size_left": -1,
     "window_size_right": -1,
     "attention_chunk": 0,
     "softcap": 0.0,
@@ -89,6 +88,7 @@ class FlashAttention3(Peer):
             "seqused_k": as_tensor(inputs.seq_lens, "int32"),
             "is_causal": case.causal,
             "num_splits": 0,  # as many as it sees fit
+            "window_size_left": window_left(case),
         }
         shape = {
             "batch_size": len(case.kv_lens),

@@ -12,7 +12,7 @@ import numpy as np
 from pagedattn._device import Backend
 
 from ..inputs import Inputs
-from .base import Peer, Prepared, UnsupportedError
+from .base import Peer, Prepared, UnsupportedError, window_left
 from .torch_arrays import as_tensor, empty_out, prepare_torch, refusals, torch_dtype, torch_missing, torch_version
 
 _WORKSPACE_BYTES = 512 << 20  # more than any case of ours needs; plan says so if not
@@ -46,6 +46,8 @@ class FlashInfer(Peer):
             wrapper = self._plan_decode(inputs) if is_decode else _plan_prefill(inputs)
         q = as_tensor(inputs.q, case.dtype)
         caches = tuple(as_tensor(cache, case.kv_dtype) for cache in (inputs.k_cache, inputs.v_cache))
+        if case.layout == "HND":
+            caches = tuple(cache.transpose(1, 2) for cache in caches)
         out, result = empty_out(inputs)
         return prepare_torch(inputs, lambda: wrapper.run(q, caches, out=result), out)
 
@@ -54,9 +56,10 @@ class FlashInfer(Peer):
 
         backend = "fa2" if self.tensor_core_decode else "auto"
         wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            _workspace(), "NHD", use_tensor_cores=self.tensor_core_decode, backend=backend
+            _workspace(), inputs.case.layout, use_tensor_cores=self.tensor_core_decode, backend=backend
         )
-        wrapper.plan(*_blocks(inputs), *_shape(inputs), **_dtypes(inputs))
+        options = {"window_left": window_left(inputs.case), **_dtypes(inputs)}
+        wrapper.plan(*_blocks(inputs), *_shape(inputs), **options)
         return wrapper
 
 
@@ -74,9 +77,10 @@ def _plan_prefill(inputs: Inputs) -> Any:
     case = inputs.case
     is_hopper = inputs.device.xp.cuda.Device().compute_capability == "90"
     backend = "fa3" if is_hopper and case.kv_dtype == case.dtype else "fa2"
-    wrapper = BatchPrefillWithPagedKVCacheWrapper(_workspace(), "NHD", backend=backend)
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(_workspace(), case.layout, backend=backend)
     query_starts = as_tensor(inputs.query_starts, "int32")
-    wrapper.plan(query_starts, *_blocks(inputs), *_shape(inputs), causal=case.causal, **_dtypes(inputs))
+    options = {"causal": case.causal, "window_left": window_left(case), **_dtypes(inputs)}
+    wrapper.plan(query_starts, *_blocks(inputs), *_shape(inputs), **options)
     return wrapper
 
 

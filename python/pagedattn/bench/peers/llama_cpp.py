@@ -25,7 +25,7 @@ from pagedattn._device import ELEMENT, STORAGE, Backend
 
 from ..cases import Case
 from ..inputs import Inputs, to_host
-from .base import Peer, Prepared, UnsupportedError
+from .base import Peer, Prepared, UnsupportedError, require_no_window
 
 _TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}  # enum ggml_type
 _SUCCESS = 0  # enum ggml_status
@@ -53,6 +53,7 @@ class LlamaCpp(Peer):
 
     def prepare(self, inputs: Inputs) -> Prepared:
         case = inputs.case
+        require_no_window(case)
         if case.kv_dtype not in _TYPES:
             raise UnsupportedError(f"no {case.kv_dtype} cache")
         if len(set(case.kv_lens)) > 1 or len(set(case.q_lens)) > 1:

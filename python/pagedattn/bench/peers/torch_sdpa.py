@@ -11,7 +11,7 @@ from pagedattn._device import Backend
 
 from ..cases import Case
 from ..inputs import Inputs
-from .base import Peer, Prepared, UnsupportedError
+from .base import Peer, Prepared, UnsupportedError, require_no_window
 from .torch_arrays import (
     as_tensor,
     empty_out,
@@ -61,6 +61,7 @@ class Gathered(_Sdpa):
 
 def _require_dense(case: Case) -> None:
     require_unquantised(case)
+    require_no_window(case)
     if len(set(case.kv_lens)) > 1:
         raise UnsupportedError("lengths differ")
     if len(set(case.q_lens)) > 1:
@@ -77,7 +78,7 @@ def _gather(inputs: Inputs) -> Callable[[], tuple[Any, Any]]:
     shape = (len(case.kv_lens), -1, case.kv_heads, case.head_dim)
 
     def gather() -> tuple[Any, Any]:
-        keys, values = (cache[blocks].view(shape)[:, : case.kv_lens[0]] for cache in (k_cache, v_cache))
+        keys, values = (cache[blocks].reshape(shape)[:, : case.kv_lens[0]] for cache in (k_cache, v_cache))
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     return gather

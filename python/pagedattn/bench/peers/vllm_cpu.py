@@ -22,7 +22,7 @@ from pagedattn._device import Backend
 
 from ..cases import Case
 from ..inputs import Inputs
-from .base import Peer, Prepared, UnsupportedError
+from .base import Peer, Prepared, UnsupportedError, require_no_window
 from .torch_arrays import (
     as_tensor,
     empty_out,
@@ -75,6 +75,7 @@ class VllmCpu(Peer):
     def prepare(self, inputs: Inputs) -> Prepared:
         case = inputs.case
         require_unquantised(case)
+        require_no_window(case)
         block_size = case.block_size if case.block_size % _BLOCK_MULTIPLE == 0 else _BLOCK_MULTIPLE
         isa = _instruction_set(case)
         import torch
@@ -136,7 +137,7 @@ def _pack(inputs: Inputs, block_size: int, isa: str) -> tuple[Any, Any, Any]:
         slots = (mine[:, None] * block_size + np.arange(block_size)).reshape(-1)[:length]
         blocks = torch.from_numpy(inputs.host_block_tables[row, : -(-length // case.block_size)])
         keys, values = (
-            as_tensor(source, case.kv_dtype)[blocks].view(-1, case.kv_heads, case.head_dim)[:length]
+            as_tensor(source, case.kv_dtype)[blocks].reshape(-1, case.kv_heads, case.head_dim)[:length]
             for source in (inputs.k_cache, inputs.v_cache)
         )
         torch.ops._C.cpu_attn_reshape_and_cache(keys, values, k_cache, v_cache, torch.from_numpy(slots), isa)
