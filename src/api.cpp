@@ -62,7 +62,7 @@ Args complete(const char *operation, const Args *given, void (*init)(Args *)) {
                   std::to_string(sizeof(Args)) + "; got " + std::to_string(given->struct_size));
   }
   Args args;
-  init(&args);
+  if (given->struct_size < sizeof(Args)) init(&args);
   std::memcpy(static_cast<void *>(&args), given, given->struct_size);
   return args;
 }

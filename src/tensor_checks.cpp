@@ -48,20 +48,18 @@ bool is_empty(const pa_tensor &tensor) {
 
 // Bytes from the first to behind the last element, or -1 if that number does not fit.
 int64_t extent_bytes(const pa_tensor &tensor) {
-  if (is_empty(tensor)) return 0;
   int64_t last = 0;
+  bool overflows = false;
   for (int32_t i = 0; i < tensor.ndim; ++i) {
+    if (tensor.shape[i] == 0) return 0;
     int64_t step = 0;
-    if (__builtin_mul_overflow(tensor.shape[i] - 1, tensor.strides[i], &step) ||
-        __builtin_add_overflow(last, step, &last)) {
-      return -1;
-    }
+    overflows |= __builtin_mul_overflow(tensor.shape[i] - 1, tensor.strides[i], &step);
+    overflows |= __builtin_add_overflow(last, step, &last);
   }
   int64_t bytes = 0;
-  if (__builtin_add_overflow(last, 1, &last) || __builtin_mul_overflow(last, element_size(tensor.dtype), &bytes)) {
-    return -1;
-  }
-  return bytes;
+  overflows |= __builtin_add_overflow(last, 1, &last);
+  overflows |= __builtin_mul_overflow(last, element_size(tensor.dtype), &bytes);
+  return overflows ? -1 : bytes;
 }
 
 }  // namespace
@@ -108,13 +106,15 @@ void Checker::tensor(const char *argument, const pa_tensor *tensor) const {
       fail(argument, "without negative strides", "strides " + shape_text(tensor->ndim, tensor->strides));
     }
   }
-  if (element_size(tensor->dtype) == 0) fail(argument, "of a known type", dtype_name(tensor->dtype));
-  if (extent_bytes(*tensor) < 0) {
+  const int64_t size = element_size(tensor->dtype), bytes = extent_bytes(*tensor);
+  if (size == 0) fail(argument, "of a known type", dtype_name(tensor->dtype));
+  if (bytes < 0) {
     fail(argument, "addressable with 64 bits",
          "shape " + shape_text(tensor->ndim, tensor->shape) + ", strides " + shape_text(tensor->ndim, tensor->strides));
   }
-  if (tensor->data == nullptr && !is_empty(*tensor)) fail("`" + std::string(argument) + "` has no data");
-  if (reinterpret_cast<uintptr_t>(tensor->data) % static_cast<uintptr_t>(element_size(tensor->dtype)) != 0) {
+  if (tensor->data == nullptr && bytes > 0) fail("`" + std::string(argument) + "` has no data");
+  // Sizes are powers of two, which the compiler cannot know.
+  if ((reinterpret_cast<uintptr_t>(tensor->data) & static_cast<uintptr_t>(size - 1)) != 0) {
     fail(argument, "aligned to its element size", "an address that is not");
   }
 }
@@ -139,15 +139,18 @@ std::string Checker::shape_expected(const pa_tensor &tensor, std::initializer_li
 
 void Checker::shaped(const char *argument, const pa_tensor *tensor, std::initializer_list<Dim> dims) const {
   this->tensor(argument, tensor);
-  bool good = static_cast<size_t>(tensor->ndim) == dims.size();
+  shape(argument, *tensor, dims);
+}
+
+void Checker::shape(const char *argument, const pa_tensor &tensor, std::initializer_list<Dim> dims) const {
+  bool good = static_cast<size_t>(tensor.ndim) == dims.size();
   int32_t i = 0;
   for (const Dim &dim : dims) {
-    good = good && (dim.size == Dim::kAny || tensor->shape[i] == dim.size);
+    good = good && (dim.size == Dim::kAny || tensor.shape[i] == dim.size);
     ++i;
   }
   if (!good) {
-    fail("`" + std::string(argument) + "` must have " + shape_expected(*tensor, dims) + "; got " +
-         tensor_text(*tensor));
+    fail("`" + std::string(argument) + "` must have " + shape_expected(tensor, dims) + "; got " + tensor_text(tensor));
   }
 }
 
@@ -160,7 +163,7 @@ void Checker::dtype(const char *argument, const pa_tensor &tensor, int32_t expec
 void Checker::vector(const char *argument, const pa_tensor *tensor, int32_t expected, Dim dim) const {
   this->tensor(argument, tensor);
   dtype(argument, *tensor, expected, {dim});
-  shaped(argument, tensor, {dim});
+  shape(argument, *tensor, {dim});
   if (tensor->shape[0] > 1 && tensor->strides[0] != 1) {
     fail(argument, "contiguous", "a stride of " + std::to_string(tensor->strides[0]) + " elements");
   }
@@ -297,13 +300,26 @@ bool sets_meet(const StridedSet &a, int32_t i, const StridedSet &b, int32_t j, i
 
 }  // namespace
 
+Span::Span(const pa_tensor &tensor)
+    : start(reinterpret_cast<uintptr_t>(tensor.data)), end(start + static_cast<uintptr_t>(extent_bytes(tensor))) {}
+
 bool may_overlap(const pa_tensor &a, const pa_tensor &b) {
-  if (is_empty(a) || is_empty(b)) return false;
-  const auto start_a = reinterpret_cast<uintptr_t>(a.data), start_b = reinterpret_cast<uintptr_t>(b.data);
-  const auto end_a = start_a + static_cast<uintptr_t>(extent_bytes(a));
-  const auto end_b = start_b + static_cast<uintptr_t>(extent_bytes(b));
-  if (start_a >= end_b || start_b >= end_a) return false;
-  return sets_meet(StridedSet(a), 0, StridedSet(b), 0, static_cast<int64_t>(start_b - start_a));
+  const Span at_a(a), at_b(b);
+  if (!at_a.meets(at_b)) return false;
+  return sets_meet(StridedSet(a), 0, StridedSet(b), 0, static_cast<int64_t>(at_b.start - at_a.start));
+}
+
+void Neighbours::read(const char *argument, const pa_tensor *tensor) {
+  if (tensor != nullptr) listed_[count_++] = {argument, tensor, Span(*tensor)};
+}
+
+void Neighbours::written(const Checker &check, const char *argument, const pa_tensor *tensor) {
+  if (tensor == nullptr) return;
+  const Span span(*tensor);
+  for (size_t i = 0; i < count_; ++i) {
+    if (span.meets(listed_[i].span)) check.disjoint(argument, *tensor, listed_[i].argument, listed_[i].tensor);
+  }
+  listed_[count_++] = {argument, tensor, span};
 }
 
 }  // namespace pagedattn

@@ -7,6 +7,8 @@
 //   operation: `argument` must be <expected>; got <what was given>
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -36,7 +38,9 @@ class Checker {
 
   // A well-formed tensor on the operation's device: pointer, sizes, strides that fit in 64 bits, none negative.
   void tensor(const char *argument, const pa_tensor *tensor) const;
-  // The same with its shape.
+  // An extent for each dimension.
+  void shape(const char *argument, const pa_tensor &tensor, std::initializer_list<Dim> dims) const;
+  // Both.
   void shaped(const char *argument, const pa_tensor *tensor, std::initializer_list<Dim> dims) const;
   // A dense one-dimensional array of one type.
   void vector(const char *argument, const pa_tensor *tensor, int32_t dtype, Dim dim) const;
@@ -70,7 +74,34 @@ class Checker {
 // Bytes of an element, 0 for a type that is not a pa_dtype.
 int64_t element_size(int32_t dtype);
 
+// The addresses from a tensor's first byte to behind its last.
+struct Span {
+  Span() = default;
+  explicit Span(const pa_tensor &tensor);
+  bool meets(const Span &other) const { return std::max(start, other.start) < std::min(end, other.end); }
+
+  uintptr_t start, end;
+};
+
 // Whether two strided sets of addresses can share a byte.  Exact for slices of a common buffer; conservative otherwise.
 bool may_overlap(const pa_tensor &a, const pa_tensor &b);
+
+// The arrays of one call, each of whose span is computed once: what is written lies apart from all listed before it.
+class Neighbours {
+ public:
+  // Either tensor may be null.
+  void read(const char *argument, const pa_tensor *tensor);
+  void written(const Checker &check, const char *argument, const pa_tensor *tensor);
+
+ private:
+  struct Listed {
+    const char *argument;
+    const pa_tensor *tensor;
+    Span span;
+  };
+  static constexpr size_t kMost = 16;
+  Listed listed_[kMost];
+  size_t count_ = 0;
+};
 
 }  // namespace pagedattn

@@ -82,18 +82,21 @@ void validate_options(const Checker &check, const pa_attention_args &args, Atten
   }
 }
 
-void validate_written_apart(const Checker &check, const char *argument, const pa_tensor &written,
-                            const pa_attention_args &args) {
-  check.disjoint(argument, written, "q", args.q);
-  check.disjoint(argument, written, "k_cache", args.k_cache);
-  check.disjoint(argument, written, "v_cache", args.v_cache);
-  check.disjoint(argument, written, "block_tables", args.block_tables);
-  check.disjoint(argument, written, "seq_lens", args.seq_lens);
-  check.disjoint(argument, written, "query_start_loc", args.query_start_loc);
-  check.disjoint(argument, written, "alibi_slopes", args.alibi_slopes);
-  check.disjoint(argument, written, "sinks", args.sinks);
-  check.disjoint(argument, written, "k_scale", args.k_scale);
-  check.disjoint(argument, written, "v_scale", args.v_scale);
+void validate_written_apart(const Checker &check, const pa_attention_args &args) {
+  Neighbours neighbours;
+  neighbours.read("q", args.q);
+  neighbours.read("k_cache", args.k_cache);
+  neighbours.read("v_cache", args.v_cache);
+  neighbours.read("block_tables", args.block_tables);
+  neighbours.read("seq_lens", args.seq_lens);
+  neighbours.read("query_start_loc", args.query_start_loc);
+  neighbours.read("alibi_slopes", args.alibi_slopes);
+  neighbours.read("sinks", args.sinks);
+  neighbours.read("k_scale", args.k_scale);
+  neighbours.read("v_scale", args.v_scale);
+  neighbours.written(check, "out", args.out);
+  neighbours.written(check, "lse", args.lse);
+  neighbours.written(check, "workspace", args.workspace);
 }
 
 void validate_outputs(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
@@ -104,7 +107,6 @@ void validate_outputs(const Checker &check, const pa_attention_args &args, Atten
     check.fail("out", std::string("of the type of `q`, ") + dtype_name(q.dtype), tensor_text(*args.out));
   }
   check.output("out", *args.out);
-  validate_written_apart(check, "out", *args.out, args);
   p->out = tokens_view(*args.out);
 
   if (args.lse != nullptr) {
@@ -112,8 +114,6 @@ void validate_outputs(const Checker &check, const pa_attention_args &args, Atten
     check.shaped("lse", args.lse, dims);
     check.dtype("lse", *args.lse, PA_FLOAT32, dims);
     check.output("lse", *args.lse);
-    validate_written_apart(check, "lse", *args.lse, args);
-    check.disjoint("lse", *args.lse, "out", args.out);
     p->lse = static_cast<float *>(args.lse->data);
     p->lse_token_stride = args.lse->strides[0];
     p->lse_head_stride = args.lse->strides[1];
@@ -121,15 +121,13 @@ void validate_outputs(const Checker &check, const pa_attention_args &args, Atten
   if (args.workspace != nullptr) {
     check.vector("workspace", args.workspace, PA_UINT8, {"bytes"});
     check.output("workspace", *args.workspace);
-    validate_written_apart(check, "workspace", *args.workspace, args);
-    check.disjoint("workspace", *args.workspace, "out", args.out);
-    check.disjoint("workspace", *args.workspace, "lse", args.lse);
     if (reinterpret_cast<uintptr_t>(args.workspace->data) % 16 != 0) {
       check.fail("workspace", "aligned to 16 bytes", "an address that is not");
     }
     p->workspace = args.workspace->data;
     p->workspace_size = static_cast<size_t>(args.workspace->shape[0]);
   }
+  validate_written_apart(check, args);
 }
 
 }  // namespace
