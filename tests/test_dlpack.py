@@ -5,18 +5,20 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pagedattn
 import pytest
 from accuracy import assert_close, assert_lse_close, assert_same_bytes
-from backends import BFLOAT16, DTYPES, NumpyBackend
+from backends import BFLOAT16, DTYPES, CupyBackend, NumpyBackend
 from batches import Batch, make_batch, poison
 from dlpack_producer import CUDA, DLPackArray, OldDLPackArray
-from failing_calls import attention_call, reshape_call
+from failing_calls import Arguments, attention_call, reshape_call
 
 
 def disguise(batch: Batch, kind: type[DLPackArray] = DLPackArray, **options: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -117,16 +119,60 @@ def test_importing_and_calling_pagedattn_imports_no_array_library_but_numpy() ->
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
-# ---- CUDA arrays where there is no CUDA ----------------------------------------------------------------------------
-
-
-def cuda_is_usable() -> bool:
-    return bool(pagedattn.config()["cuda"]["devices"])
+# ---- the stream on which CUDA arrays must be ready ------------------------------------------------------------------
 
 
 def made_up_cuda_array(array: np.ndarray) -> DLPackArray:
     """Return an array that claims to lie on CUDA device 0, at an address that must never be touched."""
     return DLPackArray(array, device=(CUDA, 0), address=0x7F00_0000_0000)
+
+
+def refused_call(**options: Any) -> Arguments:
+    """Arrays on CUDA of which one is of a wrong type, so that all are read and nothing is launched."""
+    call = {name: made_up_cuda_array(array) for name, array in attention_call().items()}
+    return {**call, "lse": made_up_cuda_array(np.zeros((4, 4), np.int64)), **options}
+
+
+@pytest.mark.parametrize(
+    ("stream", "handle"),
+    [
+        (7, 7),
+        (np.int64(9), 9),
+        (0, 1),  # DLPack's name of the default stream
+        (SimpleNamespace(ptr=2**62 + 11), 2**62 + 11),
+        (SimpleNamespace(cuda_stream=13), 13),
+    ],
+)
+def test_producers_are_told_the_stream_that_is_given(stream: Any, handle: int) -> None:
+    call = refused_call(stream=stream)
+    with pytest.raises(pagedattn.PagedAttnError):
+        pagedattn.paged_attention(**call)
+    arrays = [array for array in call.values() if isinstance(array, DLPackArray)]
+    assert [array.streams for array in arrays] == [[handle]] * len(arrays)
+
+
+@pytest.mark.parametrize("stream", ["main", 1.5, 2**64, object(), SimpleNamespace(ptr="5")], ids=repr)
+def test_what_is_no_stream_is_refused(stream: Any) -> None:
+    expected = "paged_attention: `stream` must be a CuPy or torch stream or a cudaStream_t as int; got "
+    with pytest.raises(pagedattn.InvalidArgumentError, match=re.escape(expected + repr(stream))):
+        pagedattn.paged_attention(**refused_call(stream=stream))
+
+
+@pytest.mark.gpu
+def test_producers_are_told_cupys_current_stream(cuda: CupyBackend) -> None:
+    streams = cuda.cupy.cuda
+    for current in (streams.Stream(non_blocking=True), streams.Stream.ptds, streams.Stream.null):
+        call = refused_call()
+        with current, pytest.raises(pagedattn.InvalidArgumentError):
+            pagedattn.paged_attention(**call)
+        assert call["q"].streams == [current.ptr or 1]
+
+
+# ---- CUDA arrays where there is no CUDA ----------------------------------------------------------------------------
+
+
+def cuda_is_usable() -> bool:
+    return bool(pagedattn.config()["cuda"]["devices"])
 
 
 class CudaArrayInterfaceOnly:

@@ -6,7 +6,6 @@ Everything about arrays themselves is checked behind the C ABI.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -17,19 +16,6 @@ from pagedattn._arrays import is_on_cuda
 from pagedattn._errors import InvalidArgumentError, OutOfMemoryError
 
 _INT64_MAX = 2**63 - 1
-
-
-def number(operation: str, argument: str, value: Any) -> float:
-    """Return a finite host number; a CUDA scalar would have to be read back, and is refused."""
-    try:
-        if not isinstance(value, (float, int)) and (isinstance(value, (str, bytes)) or is_on_cuda(value)):
-            raise TypeError
-        result = float(value)
-    except (TypeError, ValueError, OverflowError):
-        result = math.nan
-    if not math.isfinite(result):
-        raise InvalidArgumentError(f"{operation}: `{argument}` must be a finite number on the host; got {value!r}")
-    return result
 
 
 def whole_number(operation: str, argument: str, value: Any, least: int) -> int:
@@ -45,18 +31,6 @@ def whole_number(operation: str, argument: str, value: Any, least: int) -> int:
             f"{operation}: `{argument}` must be a whole number on the host of at least {least}; got {value!r}"
         )
     return min(result, _INT64_MAX)
-
-
-def flag(operation: str, argument: str, value: Any) -> bool:
-    """Return a truth value that was meant as one."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise InvalidArgumentError(f"{operation}: `{argument}` must be True or False; got {value!r}")
-    return bool(value)
-
-
-def check_mode(operation: str, check: Any) -> int:
-    """Return the C ABI's `check`: -1 where the environment decides."""
-    return -1 if check is None else int(flag(operation, "check", check))
 
 
 def array_list(operation: str, argument: str, arrays: Any) -> list[Any]:

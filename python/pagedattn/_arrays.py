@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from pagedattn import _core
 from pagedattn._errors import InvalidArgumentError, UnsupportedError
 
 # The C header's pa_dtype values.
@@ -37,12 +37,7 @@ def library_of(array: Any) -> str:
 
 def is_on_cuda(array: Any) -> bool:
     """Whether an array lies in CUDA memory; False for what is no array."""
-    if isinstance(array, np.ndarray):
-        return False
-    if library_of(array) == "cupy":
-        return True
-    device = getattr(array, "__dlpack_device__", None)
-    return device is not None and int(device()[0]) == 2
+    return _core.cuda_device(array) is not None
 
 
 def dtype_name(operation: str, argument: str, dtype: Any) -> str:
@@ -61,8 +56,8 @@ def dtype_name(operation: str, argument: str, dtype: Any) -> str:
 
 
 def dtype_code(operation: str, argument: str, dtype: Any) -> int:
-    """The C ABI's number of a float type; 0 for None."""
-    return 0 if dtype is None else _DTYPE_CODES[dtype_name(operation, argument, dtype)]
+    """The C ABI's number of a float type."""
+    return _DTYPE_CODES[dtype_name(operation, argument, dtype)]
 
 
 def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
@@ -76,7 +71,8 @@ def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         name = {"float8_e4m3": "float8_e4m3fn"}.get(dtype, dtype) if isinstance(dtype, str) else np.dtype(dtype).name
         return torch.empty(shape, dtype=getattr(torch, name), device=like.device)
     numpy_dtype = np.dtype(_ML_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
-    if not is_on_cuda(like):
+    device = _core.cuda_device(like)
+    if device is None:
         return np.empty(shape, numpy_dtype)
     try:
         import cupy
@@ -85,7 +81,7 @@ def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
             f"results for CUDA arrays of {library} are CuPy arrays, and CuPy is not installed; install "
             "pagedattn[cu12] or pagedattn[cu13], or give the outputs"
         ) from None
-    with cupy.cuda.Device(device_id(like)):
+    with cupy.cuda.Device(device):
         return cupy.empty(shape, numpy_dtype)
 
 
@@ -102,37 +98,3 @@ def empty_like(operation: str, argument: str, array: Any, shape: tuple[int, ...]
 def is_foreign(array: Any) -> bool:
     """Whether an array is of a library other than NumPy, CuPy and torch."""
     return library_of(array) not in ("numpy", "cupy", "torch")
-
-
-def device_id(array: Any) -> int:
-    """CUDA device of an array in CUDA memory."""
-    if library_of(array) == "cupy":
-        return int(array.data.device_id)
-    return int(array.__dlpack_device__()[1])
-
-
-def stream_pointer(operation: str, stream: Any, array: Any) -> int:
-    """The cudaStream_t to enqueue on, as an int: the one given, else the current one of the array's library.
-
-    ``stream`` may be an int, or an object with ``ptr`` (CuPy) or ``cuda_stream`` (torch).  Host arrays take none.
-    """
-    on_cuda = is_on_cuda(array)
-    if stream is not None:
-        if not on_cuda:
-            raise InvalidArgumentError(f"{operation}: `stream` must be absent for host arrays; got {stream!r}")
-        for attribute in ("ptr", "cuda_stream"):
-            if hasattr(stream, attribute):
-                return int(getattr(stream, attribute))
-        try:
-            return operator.index(stream)
-        except TypeError:
-            raise InvalidArgumentError(
-                f"{operation}: `stream` must be a CuPy or torch stream or a cudaStream_t as int; got {stream!r}"
-            ) from None
-    if not on_cuda:
-        return 0
-    if library_of(array) == "torch":
-        return int(sys.modules["torch"].cuda.current_stream(device_id(array)).cuda_stream)
-    if "cupy" in sys.modules:
-        return int(sys.modules["cupy"].cuda.get_current_stream(device_id(array)).ptr)
-    return 0

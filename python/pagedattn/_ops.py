@@ -1,29 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations on NumPy, CuPy and DLPack arrays.
 
-Each function fills in defaults, allocates what the caller did not give, finds the stream, and calls the C ABI, which
-does all the checking.  Dimensions: T query tokens of the batch, B sequences, Hq query heads, Hkv KV heads, D head
-dimension, N blocks, S tokens a block.
+Each function fills in defaults, allocates what the caller did not give, and calls the C ABI, which does all the
+checking.  Dimensions: T query tokens of the batch, B sequences, Hq query heads, Hkv KV heads, D head dimension, N
+blocks, S tokens a block.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from pagedattn import _core
 from pagedattn._arguments import (
     array_list,
-    check_mode,
-    flag,
     gathered_shape,
-    number,
     parts,
     shape_of,
     too_large,
     whole_number,
 )
-from pagedattn._arrays import dtype_code, dtype_name, empty, empty_like, is_on_cuda, stream_pointer
+from pagedattn._arrays import dtype_code, dtype_name, empty, empty_like
 from pagedattn._errors import InvalidArgumentError
 
 
@@ -151,14 +147,14 @@ def paged_attention(
         out,
         lse,
         workspace,
-        math.nan if scale is None else number(operation, "scale", scale),
+        scale,
         0 if window is None else whole_number(operation, "window", window, 1),
-        number(operation, "softcap", softcap),
-        flag(operation, "causal", causal),
-        dtype_code(operation, "kv_dtype", kv_dtype),
-        flag(operation, "deterministic", deterministic),
-        check_mode(operation, check),
-        stream_pointer(operation, stream, q),
+        softcap,
+        causal,
+        0 if kv_dtype is None else dtype_code(operation, "kv_dtype", kv_dtype),
+        deterministic,
+        check,
+        stream,
     )
     return (out, lse) if return_lse else out
 
@@ -195,9 +191,8 @@ def paged_attention_workspace_size(
         block_tables,
         seq_lens,
         query_start_loc,
-        dtype_code(operation, "kv_dtype", kv_dtype),
-        flag(operation, "deterministic", deterministic),
-        stream_pointer(operation, None, q),
+        0 if kv_dtype is None else dtype_code(operation, "kv_dtype", kv_dtype),
+        deterministic,
     )
 
 
@@ -243,7 +238,7 @@ def merge_states(
         out = empty_like(operation, "outs", out_parts[0])
     if lse is None:
         lse = empty(shape_of(operation, "outs[0]", out_parts[0], "T, num_heads, head_dim")[:2], "float32", out_parts[0])
-    _core.merge_states(out_parts, lse_parts, out, lse, stream_pointer(operation, stream, out_parts[0]))
+    _core.merge_states(out_parts, lse_parts, out, lse, stream)
     return out, lse
 
 
@@ -301,9 +296,9 @@ def reshape_and_cache(
         slot_mapping,
         k_scale,
         v_scale,
-        dtype_code("reshape_and_cache", "kv_dtype", kv_dtype),
-        check_mode("reshape_and_cache", check),
-        stream_pointer("reshape_and_cache", stream, key),
+        0 if kv_dtype is None else dtype_code("reshape_and_cache", "kv_dtype", kv_dtype),
+        check,
+        stream,
     )
 
 
@@ -329,9 +324,7 @@ def copy_blocks(caches: Any, block_mapping: Any, *, stream: Any = None, check: b
     >>> cache[3].ravel().tolist()
     [2.0, 3.0]
     """
-    operation = "copy_blocks"
-    arrays = array_list(operation, "caches", caches)
-    _core.copy_blocks(arrays, block_mapping, check_mode(operation, check), stream_pointer(operation, stream, arrays[0]))
+    _core.copy_blocks(array_list("copy_blocks", "caches", caches), block_mapping, check, stream)
 
 
 def swap_blocks(src: Any, dst: Any, block_mapping: Any, *, stream: Any = None) -> None:
@@ -357,8 +350,7 @@ def swap_blocks(src: Any, dst: Any, block_mapping: Any, *, stream: Any = None) -
     """
     sources = array_list("swap_blocks", "src", src)
     destinations = array_list("swap_blocks", "dst", dst)
-    on_device = sources[0] if is_on_cuda(sources[0]) else destinations[0]
-    _core.swap_blocks(sources, destinations, block_mapping, stream_pointer("swap_blocks", stream, on_device))
+    _core.swap_blocks(sources, destinations, block_mapping, stream)
 
 
 def gather_kv(
@@ -448,8 +440,8 @@ def gather_kv(
         v_scale,
         k_out,
         v_out,
-        dtype_code(operation, "kv_dtype", kv_dtype),
-        check_mode(operation, check),
-        stream_pointer(operation, stream, k_cache),
+        0 if kv_dtype is None else dtype_code(operation, "kv_dtype", kv_dtype),
+        check,
+        stream,
     )
     return k_out, v_out

@@ -3,19 +3,19 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
+#include <string>
+
+#include "bindings/cupy.h"
 #include "bindings/dlpack_abi.h"
+#include "bindings/errors.h"
+#include "bindings/libraries.h"
 
 namespace py = pybind11;
 
 namespace pagedattn::bindings {
 
 namespace {
-
-[[noreturn]] void raise(const char *exception, const std::string &message) {
-  const py::object type = py::module_::import("pagedattn._errors").attr(exception);
-  PyErr_SetString(type.ptr(), message.c_str());
-  throw py::error_already_set();
-}
 
 // Type numbers of the ml_dtypes types, which NumPy hands out when they are registered.
 struct MlDtypes {
@@ -68,130 +68,110 @@ pa_dtype dtype_of(const dlpack::DataType &type) {
   }
 }
 
-[[noreturn]] void raise_unknown_type(const Call &call, const std::string &argument, const std::string &got) {
-  raise_invalid(
-      std::string(call.operation) + ": `" + argument +
-      "` must be of a type that pagedattn knows (float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int32, "
-      "int64, uint8, uint16, of native byte order); got " +
-      got);
+// "operation: `argument`", how every message begins.
+std::string subject(const Call &call, const Name &name) {
+  const std::string index = name.index < 0 ? "" : "[" + std::to_string(name.index) + "]";
+  return std::string(call.operation) + ": `" + name.argument + index + "`";
 }
 
-int checked_ndim(const Call &call, const std::string &argument, py::ssize_t ndim) {
+[[noreturn]] void raise_unknown_type(const Call &call, const Name &name, const std::string &got) {
+  raise_invalid(subject(call, name) +
+                " must be of a type that pagedattn knows (float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, "
+                "int32, int64, uint8, uint16, of native byte order); got " +
+                got);
+}
+
+pa_dtype known_dtype(const Call &call, const Name &name, const py::dtype &dtype) {
+  const pa_dtype known = dtype_of(dtype);
+  if (known == PA_DTYPE_NONE) raise_unknown_type(call, name, py::str(dtype).cast<std::string>());
+  return known;
+}
+
+int checked_ndim(const Call &call, const Name &name, py::ssize_t ndim) {
   if (ndim > PA_MAX_DIMS) {
-    raise_invalid(std::string(call.operation) + ": `" + argument + "` must be of at most " +
-                  std::to_string(PA_MAX_DIMS) + " dimensions; got " + std::to_string(ndim));
+    raise_invalid(subject(call, name) + " must be of at most " + std::to_string(PA_MAX_DIMS) + " dimensions; got " +
+                  std::to_string(ndim));
   }
   return static_cast<int>(ndim);
 }
 
-int64_t element_stride(const Call &call, const std::string &argument, int64_t bytes, int64_t item_size,
-                       int64_t extent) {
+int64_t element_stride(const Call &call, const Name &name, int64_t bytes, int64_t item_size, int64_t extent) {
   if (bytes % item_size != 0 && extent > 1) {
-    raise_invalid(std::string(call.operation) + ": `" + argument + "` must have strides of whole elements; got " +
-                  std::to_string(bytes) + " bytes for elements of " + std::to_string(item_size));
+    raise_invalid(subject(call, name) + " must have strides of whole elements; got " + std::to_string(bytes) +
+                  " bytes for elements of " + std::to_string(item_size));
   }
   return bytes / item_size;
 }
 
-// cupy.ndarray, or null as long as CuPy has not been imported.
-py::handle cupy_ndarray() {
-  static py::handle type;
-  if (!type) {
-    const py::dict modules = py::module_::import("sys").attr("modules");
-    if (!modules.contains("cupy")) return type;
-    const py::object cupy = modules["cupy"];
-    if (!py::hasattr(cupy, "ndarray")) return type;     // still being imported
-    type = py::object(cupy.attr("ndarray")).release();  // kept for the process's life
+// Row-major strides, from the shape.
+void make_dense(pa_tensor *tensor) {
+  int64_t dense = 1;
+  for (int i = tensor->ndim - 1; i >= 0; --i) {
+    tensor->strides[i] = dense;
+    dense *= tensor->shape[i];
   }
-  return type;
-}
-
-// JAX arrays are immutable, but their DLPack capsules do not say so.
-bool is_jax(py::handle object) {
-  const auto module = py::str(py::type::of(object).attr("__module__")).cast<std::string>();
-  return module.starts_with("jax");
-}
-
-bool is_cupy(py::handle object) {
-  const py::handle type = cupy_ndarray();
-  return type && py::isinstance(object, type);
 }
 
 }  // namespace
 
 void prepare() { MlDtypes::get(); }
 
-void raise_invalid(const std::string &message) { raise("InvalidArgumentError", message); }
-
-void raise_on_error(pa_status status, const pa_error &error) {
-  switch (status) {
-    case PA_OK:
-      return;
-    case PA_ERROR_INVALID_ARGUMENT:
-      raise("InvalidArgumentError", error.message);
-    case PA_ERROR_UNSUPPORTED:
-      raise("UnsupportedError", error.message);
-    case PA_ERROR_OUT_OF_MEMORY:
-      raise("OutOfMemoryError", error.message);
-    case PA_ERROR_NO_DEVICE:
-    case PA_ERROR_CUDA:
-      raise("DeviceError", error.message);
-    default:
-      raise("PagedAttnError", std::string("internal error: ") + error.message);
-  }
-}
-
-Array::Array(const Call &call, const std::string &argument, py::handle object) {
-  if (object.is_none()) return;
-  present_ = true;
-  if (py::isinstance<py::array>(object)) {
-    from_numpy(call, argument, object);
+Array::Array(const Call &call, const Name &name, py::handle object) : present_(!object.is_none()) {
+  if (!present_) return;
+  if (is_numpy(object)) {
+    from_numpy(call, name, object);
   } else if (is_cupy(object)) {
-    from_cupy(call, argument, object);
+    from_cupy(call, name, object);
   } else if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
-    from_dlpack(call, argument, object);
+    from_dlpack(call, name, object);
   } else {
-    raise_invalid(std::string(call.operation) + ": `" + argument +
-                  "` must be a NumPy array, a CuPy array or an array with __dlpack__; got " +
+    raise_invalid(subject(call, name) + " must be a NumPy array, a CuPy array or an array with __dlpack__; got " +
                   py::str(py::type::of(object).attr("__name__")).cast<std::string>());
   }
 }
 
-void Array::from_numpy(const Call &call, const std::string &argument, py::handle object) {
+void Array::from_numpy(const Call &call, const Name &name, py::handle object) {
   const auto array = py::reinterpret_borrow<py::array>(object);
   const py::dtype dtype = array.dtype();
-  tensor_.dtype = dtype_of(dtype);
-  if (tensor_.dtype == PA_DTYPE_NONE) raise_unknown_type(call, argument, py::str(dtype).cast<std::string>());
+  tensor_.dtype = known_dtype(call, name, dtype);
   tensor_.data = const_cast<void *>(array.data());
   tensor_.device_type = PA_CPU;
-  tensor_.ndim = checked_ndim(call, argument, array.ndim());
+  tensor_.device_id = 0;
+  tensor_.ndim = checked_ndim(call, name, array.ndim());
   tensor_.flags = array.writeable() ? 0u : PA_TENSOR_READONLY;
   const auto item_size = static_cast<int64_t>(dtype.itemsize());
   for (int i = 0; i < tensor_.ndim; ++i) {
-    tensor_.shape[i] = array.shape(i);
-    tensor_.strides[i] = element_stride(call, argument, array.strides(i), item_size, tensor_.shape[i]);
+    tensor_.shape[i] = array.shape()[i];
+    tensor_.strides[i] = element_stride(call, name, array.strides()[i], item_size, tensor_.shape[i]);
   }
 }
 
-void Array::from_cupy(const Call &call, const std::string &argument, py::handle object) {
-  const py::dtype dtype = object.attr("dtype").cast<py::dtype>();
-  tensor_.dtype = dtype_of(dtype);
-  if (tensor_.dtype == PA_DTYPE_NONE) raise_unknown_type(call, argument, py::str(dtype).cast<std::string>());
-  const py::object memory = object.attr("data");
-  tensor_.data = reinterpret_cast<void *>(memory.attr("ptr").cast<std::uintptr_t>());
+void Array::from_cupy(const Call &call, const Name &name, py::handle object) {
+  const Cupy &cupy = *Cupy::find();
+  const py::dtype dtype = cupy.dtype(object);
+  tensor_.dtype = known_dtype(call, name, dtype);
+  const py::object memory = cupy.data(object);
+  tensor_.data = pointer(cupy.ptr(memory));
   tensor_.device_type = PA_CUDA;
-  tensor_.device_id = memory.attr("device_id").cast<int32_t>();
-  const py::tuple shape = object.attr("shape"), strides = object.attr("strides");
-  tensor_.ndim = checked_ndim(call, argument, static_cast<py::ssize_t>(shape.size()));
+  tensor_.device_id = static_cast<int32_t>(integer(cupy.device_id(memory)));
+  tensor_.flags = 0;
+  const py::tuple shape = cupy.shape(object);
+  tensor_.ndim = checked_ndim(call, name, PyTuple_GET_SIZE(shape.ptr()));
+  for (int i = 0; i < tensor_.ndim; ++i) tensor_.shape[i] = integer(PyTuple_GET_ITEM(shape.ptr(), i));
+  // A tuple is built at each reading, so one that says nothing new is not asked for.
+  if (cupy.c_contiguous && cupy.c_contiguous(object).ptr() == Py_True) {
+    make_dense(&tensor_);
+    return;
+  }
+  const py::tuple strides = cupy.strides(object);
   const auto item_size = static_cast<int64_t>(dtype.itemsize());
   for (int i = 0; i < tensor_.ndim; ++i) {
-    const auto at = static_cast<py::size_t>(i);
-    tensor_.shape[i] = shape[at].cast<int64_t>();
-    tensor_.strides[i] = element_stride(call, argument, strides[at].cast<int64_t>(), item_size, tensor_.shape[i]);
+    const int64_t bytes = integer(PyTuple_GET_ITEM(strides.ptr(), i));
+    tensor_.strides[i] = element_stride(call, name, bytes, item_size, tensor_.shape[i]);
   }
 }
 
-void Array::from_dlpack(const Call &call, const std::string &argument, py::handle object) {
+void Array::from_dlpack(const Call &call, const Name &name, py::handle object) {
   const py::tuple device = object.attr("__dlpack_device__")();
   const int device_type = py::int_(device[0]).cast<int>();
   py::dict keywords;
@@ -208,64 +188,73 @@ void Array::from_dlpack(const Call &call, const std::string &argument, py::handl
     owner_ = object.attr("__dlpack__")(**keywords);
   }
   const dlpack::Tensor *source = nullptr;
+  tensor_.flags = 0;
   if (PyCapsule_IsValid(owner_.ptr(), "dltensor_versioned")) {
     const auto *managed =
         static_cast<dlpack::ManagedTensorVersioned *>(PyCapsule_GetPointer(owner_.ptr(), "dltensor_versioned"));
     if (managed->version.major != 1) {
-      raise_invalid(std::string(call.operation) + ": `" + argument + "` speaks DLPack " +
-                    std::to_string(managed->version.major) + "; pagedattn reads version 1");
+      raise_invalid(subject(call, name) + " speaks DLPack " + std::to_string(managed->version.major) +
+                    "; pagedattn reads version 1");
     }
-    tensor_.flags = (managed->flags & dlpack::kFlagReadOnly) ? PA_TENSOR_READONLY : 0u;
+    if (managed->flags & dlpack::kFlagReadOnly) tensor_.flags = PA_TENSOR_READONLY;
     source = &managed->tensor;
   } else if (PyCapsule_IsValid(owner_.ptr(), "dltensor")) {
     source = &static_cast<dlpack::ManagedTensor *>(PyCapsule_GetPointer(owner_.ptr(), "dltensor"))->tensor;
   } else {
-    raise_invalid(std::string(call.operation) + ": `" + argument + "` gave no DLPack capsule");
+    raise_invalid(subject(call, name) + " gave no DLPack capsule");
   }
-  if (is_jax(object)) tensor_.flags |= PA_TENSOR_READONLY;
+  // JAX arrays are immutable, but their capsules do not say so.
+  if (library_of(object).starts_with("jax")) tensor_.flags = PA_TENSOR_READONLY;
   tensor_.dtype = dtype_of(source->dtype);
   if (tensor_.dtype == PA_DTYPE_NONE) {
-    raise_unknown_type(call, argument,
+    raise_unknown_type(call, name,
                        "DLPack type code " + std::to_string(source->dtype.code) + " of " +
                            std::to_string(source->dtype.bits) + " bits");
   }
   tensor_.data = static_cast<char *>(source->data) + source->byte_offset;
   tensor_.device_type = source->device.type;
   tensor_.device_id = source->device.id;
-  tensor_.ndim = checked_ndim(call, argument, source->ndim);
-  int64_t dense = 1;
-  for (int i = tensor_.ndim - 1; i >= 0; --i) {
-    tensor_.shape[i] = source->shape[i];
-    tensor_.strides[i] = source->strides != nullptr ? source->strides[i] : dense;
-    dense *= source->shape[i];
+  tensor_.ndim = checked_ndim(call, name, source->ndim);
+  std::copy_n(source->shape, tensor_.ndim, tensor_.shape);
+  if (source->strides != nullptr) {
+    std::copy_n(source->strides, tensor_.ndim, tensor_.strides);
+  } else {
+    make_dense(&tensor_);
   }
 }
 
-ArrayList::ArrayList(const Call &call, const std::string &argument, py::handle objects) {
+ArrayList::ArrayList(const Call &call, const char *argument, py::handle objects) {
   if (!py::isinstance<py::list>(objects) && !py::isinstance<py::tuple>(objects)) {
-    raise_invalid(std::string(call.operation) + ": `" + argument + "` must be a list or tuple of arrays");
+    raise_invalid(subject(call, argument) + " must be a list or tuple of arrays");
   }
   const auto sequence = py::reinterpret_borrow<py::sequence>(objects);
   const py::size_t count = sequence.size();
   arrays_.reserve(count);
   tensors_.reserve(count);
   for (py::size_t i = 0; i < count; ++i) {
-    const std::string name = argument + "[" + std::to_string(i) + "]";
+    const Name name(argument, static_cast<int64_t>(i));
     const py::object object = sequence[i];
-    if (object.is_none()) raise_invalid(std::string(call.operation) + ": `" + name + "` must be an array; got None");
+    if (object.is_none()) raise_invalid(subject(call, name) + " must be an array; got None");
     arrays_.emplace_back(call, name, object);
     tensors_.push_back(arrays_.back().tensor());
   }
 }
 
-bool ScaleArgument::is_number(py::handle object) {
-  if (object.is_none() || py::isinstance<py::array>(object) || is_cupy(object)) return false;
+namespace {
+
+bool is_number(py::handle object) {
+  if (object.is_none() || is_numpy(object) || is_cupy(object)) return false;
   if (PyFloat_Check(object.ptr()) || PyLong_Check(object.ptr())) return true;
   return !py::hasattr(object, "__dlpack__") && PyNumber_Check(object.ptr());  // NumPy scalars
 }
 
-ScaleArgument::ScaleArgument(const Call &call, const std::string &argument, py::handle object)
-    : value_(is_number(object) ? py::float_(py::reinterpret_borrow<py::object>(object)).cast<double>() : 1.0),
-      array_(call, argument, is_number(object) ? py::handle(Py_None) : object) {}
+}  // namespace
+
+ScaleArgument::ScaleArgument(const Call &call, const char *argument, py::handle object)
+    : ScaleArgument(call, argument, object, is_number(object)) {}
+
+ScaleArgument::ScaleArgument(const Call &call, const char *argument, py::handle object, bool is_number)
+    : value_(is_number ? py::float_(py::reinterpret_borrow<py::object>(object)).cast<double>() : 1.0),
+      array_(call, argument, is_number ? py::handle(Py_None) : object) {}
 
 }  // namespace pagedattn::bindings

@@ -6,7 +6,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "pagedattn/pagedattn.h"
@@ -19,29 +18,36 @@ struct Call {
   std::intptr_t stream = 0;
 };
 
-// One array argument; keeps what it views alive.
+// An argument as messages name it: `q`, or `caches[3]`.
+struct Name {
+  Name(const char *argument, int64_t index = -1) : argument(argument), index(index) {}
+  const char *argument;
+  int64_t index;
+};
+
+// One array argument.  What a NumPy or CuPy array holds stays alive as long as the caller's reference to it.
 class Array {
  public:
   // None gives an absent array.
-  Array(const Call &call, const std::string &argument, pybind11::handle object);
+  Array(const Call &call, const Name &name, pybind11::handle object);
   // Null if absent.  Valid as long as this object stays where it is.
   const pa_tensor *get() const { return present_ ? &tensor_ : nullptr; }
   const pa_tensor &tensor() const { return tensor_; }
 
  private:
-  void from_numpy(const Call &call, const std::string &argument, pybind11::handle object);
-  void from_cupy(const Call &call, const std::string &argument, pybind11::handle object);
-  void from_dlpack(const Call &call, const std::string &argument, pybind11::handle object);
+  void from_numpy(const Call &call, const Name &name, pybind11::handle object);
+  void from_cupy(const Call &call, const Name &name, pybind11::handle object);
+  void from_dlpack(const Call &call, const Name &name, pybind11::handle object);
 
-  bool present_ = false;
-  pa_tensor tensor_ = {};
+  bool present_;
+  pa_tensor tensor_;  // filled where present
   pybind11::object owner_;
 };
 
 // A list or tuple of arrays.
 class ArrayList {
  public:
-  ArrayList(const Call &call, const std::string &argument, pybind11::handle objects);
+  ArrayList(const Call &call, const char *argument, pybind11::handle objects);
   const pa_tensor *data() const { return tensors_.data(); }
   int64_t size() const { return static_cast<int64_t>(tensors_.size()); }
 
@@ -53,23 +59,19 @@ class ArrayList {
 // A scale: None, a number, or an array.
 class ScaleArgument {
  public:
-  ScaleArgument(const Call &call, const std::string &argument, pybind11::handle object);
+  ScaleArgument(const Call &call, const char *argument, pybind11::handle object);
   const pa_tensor *array() const { return array_.get(); }
   double value() const { return value_; }
 
  private:
-  static bool is_number(pybind11::handle object);
+  ScaleArgument(const Call &call, const char *argument, pybind11::handle object, bool is_number);
 
-  double value_ = 1.0;
+  double value_;
   Array array_;
 };
 
 // Looks up what importing would otherwise do in the middle of a call, where another thread might wait with the GIL
 // held.
 void prepare();
-
-// Throws the Python exception that a failed call's status stands for.
-void raise_on_error(pa_status status, const pa_error &error);
-[[noreturn]] void raise_invalid(const std::string &message);
 
 }  // namespace pagedattn::bindings

@@ -3,11 +3,16 @@
 //
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <unistd.h>
 
 #include <cstdint>
 
+#include "bindings/arguments.h"
 #include "bindings/arrays.h"
+#include "bindings/errors.h"
+#include "bindings/functions.h"
+#include "bindings/libraries.h"
 #include "pagedattn/pagedattn.h"
 
 namespace py = pybind11;
@@ -15,7 +20,20 @@ namespace py = pybind11;
 namespace pagedattn::bindings {
 namespace {
 
-void *as_stream(std::intptr_t stream) { return reinterpret_cast<void *>(stream); }
+using Object = py::handle;
+
+void *as_stream(const Call &call) { return reinterpret_cast<void *>(call.stream); }
+
+// A call whose stream is that of its leading array.
+Call call_on(const char *operation, Object stream, Object array) {
+  return {operation, stream_of(operation, stream, array)};
+}
+
+// The array that leads a list of arrays; None where there is none.
+Object front(Object arrays) {
+  const bool is_list = PyList_Check(arrays.ptr()) || PyTuple_Check(arrays.ptr());
+  return is_list && PySequence_Fast_GET_SIZE(arrays.ptr()) > 0 ? PySequence_Fast_GET_ITEM(arrays.ptr(), 0) : Py_None;
+}
 
 // Takes the GIL back.  Until Python 3.13 a daemon thread that asks for it while the interpreter ends is unwound
 // instead, which C++ would turn into a crash; from 3.14 on it sleeps until the process is gone, as here.
@@ -37,87 +55,82 @@ void run(pa_status (*call)(const Args *, pa_error *), const Args &args) {
   raise_on_error(status, error);
 }
 
-// The arguments of one attention call, with the arrays that they view.
-class AttentionCall {
- public:
-  AttentionCall(py::handle q, py::handle k_cache, py::handle v_cache, py::handle block_tables, py::handle seq_lens,
-                py::handle query_start_loc, py::handle alibi_slopes, py::handle sinks, py::handle k_scale,
-                py::handle v_scale, py::handle out, py::handle lse, py::handle workspace, double scale, int64_t window,
-                double softcap, bool causal, int kv_dtype, bool deterministic, int check, std::intptr_t stream)
-      : call_{"paged_attention", stream},
-        q_(call_, "q", q),
-        k_cache_(call_, "k_cache", k_cache),
-        v_cache_(call_, "v_cache", v_cache),
-        block_tables_(call_, "block_tables", block_tables),
-        seq_lens_(call_, "seq_lens", seq_lens),
-        query_start_loc_(call_, "query_start_loc", query_start_loc),
-        alibi_slopes_(call_, "alibi_slopes", alibi_slopes),
-        sinks_(call_, "sinks", sinks),
-        k_scale_(call_, "k_scale", k_scale),
-        v_scale_(call_, "v_scale", v_scale),
-        out_(call_, "out", out),
-        lse_(call_, "lse", lse),
-        workspace_(call_, "workspace", workspace) {
-    pa_attention_args_init(&args_);
-    args_.q = q_.get();
-    args_.k_cache = k_cache_.get();
-    args_.v_cache = v_cache_.get();
-    args_.block_tables = block_tables_.get();
-    args_.seq_lens = seq_lens_.get();
-    args_.query_start_loc = query_start_loc_.get();
-    args_.alibi_slopes = alibi_slopes_.get();
-    args_.sinks = sinks_.get();
-    args_.k_scale = k_scale_.array();
-    args_.v_scale = v_scale_.array();
-    args_.k_scale_value = k_scale_.value();
-    args_.v_scale_value = v_scale_.value();
-    args_.out = out_.get();
-    args_.lse = lse_.get();
-    args_.workspace = workspace_.get();
-    args_.scale = scale;
-    args_.softcap = softcap;
-    args_.window = window;
-    args_.causal = causal ? 1 : 0;
-    args_.kv_dtype = kv_dtype;
-    args_.deterministic = deterministic ? 1 : 0;
-    args_.check = check;
-    args_.stream = as_stream(stream);
-  }
-  const pa_attention_args &args() const { return args_; }
+// What attention reads, and the size of its workspace depends on.
+struct AttentionInputs {
+  AttentionInputs(const Call &call, Object q, Object k_cache, Object v_cache, Object block_tables, Object seq_lens,
+                  Object query_start_loc)
+      : q(call, "q", q),
+        k_cache(call, "k_cache", k_cache),
+        v_cache(call, "v_cache", v_cache),
+        block_tables(call, "block_tables", block_tables),
+        seq_lens(call, "seq_lens", seq_lens),
+        query_start_loc(call, "query_start_loc", query_start_loc) {}
 
- private:
-  Call call_;
-  Array q_, k_cache_, v_cache_, block_tables_, seq_lens_, query_start_loc_, alibi_slopes_, sinks_;
-  ScaleArgument k_scale_, v_scale_;
-  Array out_, lse_, workspace_;
-  pa_attention_args args_;
+  void give(pa_attention_args *args) const {
+    args->q = q.get();
+    args->k_cache = k_cache.get();
+    args->v_cache = v_cache.get();
+    args->block_tables = block_tables.get();
+    args->seq_lens = seq_lens.get();
+    args->query_start_loc = query_start_loc.get();
+  }
+
+  Array q, k_cache, v_cache, block_tables, seq_lens, query_start_loc;
 };
 
-void paged_attention(py::object q, py::object k_cache, py::object v_cache, py::object block_tables, py::object seq_lens,
-                     py::object query_start_loc, py::object alibi_slopes, py::object sinks, py::object k_scale,
-                     py::object v_scale, py::object out, py::object lse, py::object workspace, double scale,
-                     int64_t window, double softcap, bool causal, int kv_dtype, bool deterministic, int check,
-                     std::intptr_t stream) {
-  const AttentionCall call(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, alibi_slopes, sinks, k_scale,
-                           v_scale, out, lse, workspace, scale, window, softcap, causal, kv_dtype, deterministic, check,
-                           stream);
-  run(pa_paged_attention, call.args());
+void paged_attention(Object q, Object k_cache, Object v_cache, Object block_tables, Object seq_lens,
+                     Object query_start_loc, Object alibi_slopes, Object sinks, Object k_scale, Object v_scale,
+                     Object out, Object lse, Object workspace, Object scale, Object window, Object softcap,
+                     Object causal, Object kv_dtype, Object deterministic, Object check, Object stream) {
+  constexpr const char *operation = "paged_attention";
+  pa_attention_args args;
+  pa_attention_args_init(&args);
+  if (!scale.is_none()) args.scale = number(operation, "scale", scale);
+  args.window = integer(window);
+  args.softcap = number(operation, "softcap", softcap);
+  args.causal = flag(operation, "causal", causal);
+  args.kv_dtype = static_cast<int32_t>(integer(kv_dtype));
+  args.deterministic = flag(operation, "deterministic", deterministic);
+  args.check = check_mode(operation, check);
+
+  const Call call = call_on(operation, stream, q);
+  args.stream = as_stream(call);
+  const AttentionInputs inputs(call, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc);
+  inputs.give(&args);
+  const Array slopes(call, "alibi_slopes", alibi_slopes), sink(call, "sinks", sinks);
+  args.alibi_slopes = slopes.get();
+  args.sinks = sink.get();
+  const ScaleArgument ks(call, "k_scale", k_scale), vs(call, "v_scale", v_scale);
+  args.k_scale = ks.array();
+  args.v_scale = vs.array();
+  args.k_scale_value = ks.value();
+  args.v_scale_value = vs.value();
+  const Array result(call, "out", out), result_lse(call, "lse", lse), scratch(call, "workspace", workspace);
+  args.out = result.get();
+  args.lse = result_lse.get();
+  args.workspace = scratch.get();
+  run(pa_paged_attention, args);
 }
 
-std::size_t paged_attention_workspace_size(py::object q, py::object k_cache, py::object v_cache,
-                                           py::object block_tables, py::object seq_lens, py::object query_start_loc,
-                                           int kv_dtype, bool deterministic, std::intptr_t stream) {
-  const py::none none;
-  const AttentionCall call(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, none, none, none, none, none,
-                           none, none, 1.0, 0, 0.0, true, kv_dtype, deterministic, -1, stream);
+std::size_t paged_attention_workspace_size(Object q, Object k_cache, Object v_cache, Object block_tables,
+                                           Object seq_lens, Object query_start_loc, Object kv_dtype,
+                                           Object deterministic) {
+  constexpr const char *operation = "paged_attention";
+  pa_attention_args args;
+  pa_attention_args_init(&args);
+  args.kv_dtype = static_cast<int32_t>(integer(kv_dtype));
+  args.deterministic = flag(operation, "deterministic", deterministic);
+  const Call call = call_on(operation, py::none(), q);
+  const AttentionInputs inputs(call, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc);
+  inputs.give(&args);
   std::size_t bytes = 0;
   pa_error error;
-  raise_on_error(pa_paged_attention_workspace_size(&call.args(), &bytes, &error), error);
+  raise_on_error(pa_paged_attention_workspace_size(&args, &bytes, &error), error);
   return bytes;
 }
 
-void merge_states(py::object outs, py::object lses, py::object out, py::object lse, std::intptr_t stream) {
-  const Call call{"merge_states", stream};
+void merge_states(Object outs, Object lses, Object out, Object lse, Object stream) {
+  const Call call = call_on("merge_states", stream, front(outs));
   const ArrayList out_parts(call, "outs", outs), lse_parts(call, "lses", lses);
   if (out_parts.size() != lse_parts.size()) {
     raise_invalid("merge_states: `lses` must have as many parts as `outs`, " + std::to_string(out_parts.size()) +
@@ -131,19 +144,21 @@ void merge_states(py::object outs, py::object lses, py::object out, py::object l
   args.lses = lse_parts.data();
   args.out = merged.get();
   args.lse = merged_lse.get();
-  args.stream = as_stream(stream);
+  args.stream = as_stream(call);
   run(pa_merge_states, args);
 }
 
-void reshape_and_cache(py::object key, py::object value, py::object k_cache, py::object v_cache,
-                       py::object slot_mapping, py::object k_scale, py::object v_scale, int kv_dtype, int check,
-                       std::intptr_t stream) {
-  const Call call{"reshape_and_cache", stream};
+void reshape_and_cache(Object key, Object value, Object k_cache, Object v_cache, Object slot_mapping, Object k_scale,
+                       Object v_scale, Object kv_dtype, Object check, Object stream) {
+  constexpr const char *operation = "reshape_and_cache";
+  pa_reshape_and_cache_args args;
+  pa_reshape_and_cache_args_init(&args);
+  args.kv_dtype = static_cast<int32_t>(integer(kv_dtype));
+  args.check = check_mode(operation, check);
+  const Call call = call_on(operation, stream, key);
   const Array keys(call, "key", key), values(call, "value", value), k(call, "k_cache", k_cache),
       v(call, "v_cache", v_cache), slots(call, "slot_mapping", slot_mapping);
   const ScaleArgument ks(call, "k_scale", k_scale), vs(call, "v_scale", v_scale);
-  pa_reshape_and_cache_args args;
-  pa_reshape_and_cache_args_init(&args);
   args.key = keys.get();
   args.value = values.get();
   args.k_cache = k.get();
@@ -153,28 +168,27 @@ void reshape_and_cache(py::object key, py::object value, py::object k_cache, py:
   args.v_scale = vs.array();
   args.k_scale_value = ks.value();
   args.v_scale_value = vs.value();
-  args.kv_dtype = kv_dtype;
-  args.check = check;
-  args.stream = as_stream(stream);
+  args.stream = as_stream(call);
   run(pa_reshape_and_cache, args);
 }
 
-void copy_blocks(py::object caches, py::object block_mapping, int check, std::intptr_t stream) {
-  const Call call{"copy_blocks", stream};
-  const ArrayList arrays(call, "caches", caches);
-  const Array mapping(call, "block_mapping", block_mapping);
+void copy_blocks(Object caches, Object block_mapping, Object check, Object stream) {
+  constexpr const char *operation = "copy_blocks";
   pa_copy_blocks_args args;
   pa_copy_blocks_args_init(&args);
+  args.check = check_mode(operation, check);
+  const Call call = call_on(operation, stream, front(caches));
+  const ArrayList arrays(call, "caches", caches);
+  const Array mapping(call, "block_mapping", block_mapping);
   args.num_caches = arrays.size();
   args.caches = arrays.data();
   args.block_mapping = mapping.get();
-  args.check = check;
-  args.stream = as_stream(stream);
+  args.stream = as_stream(call);
   run(pa_copy_blocks, args);
 }
 
-void swap_blocks(py::object src, py::object dst, py::object block_mapping, std::intptr_t stream) {
-  const Call call{"swap_blocks", stream};
+void swap_blocks(Object src, Object dst, Object block_mapping, Object stream) {
+  const Call call = call_on("swap_blocks", stream, cuda_device(front(src)) ? front(src) : front(dst));
   const ArrayList sources(call, "src", src), destinations(call, "dst", dst);
   if (sources.size() != destinations.size()) {
     raise_invalid("swap_blocks: `dst` must have as many caches as `src`, " + std::to_string(sources.size()) + "; got " +
@@ -187,20 +201,23 @@ void swap_blocks(py::object src, py::object dst, py::object block_mapping, std::
   args.src = sources.data();
   args.dst = destinations.data();
   args.block_mapping = mapping.get();
-  args.stream = as_stream(stream);
+  args.stream = as_stream(call);
   run(pa_swap_blocks, args);
 }
 
-void gather_kv(py::object k_cache, py::object v_cache, py::object block_tables, py::object seq_lens,
-               py::object seq_starts, py::object out_start_loc, py::object k_scale, py::object v_scale,
-               py::object k_out, py::object v_out, int kv_dtype, int check, std::intptr_t stream) {
-  const Call call{"gather_kv", stream};
+void gather_kv(Object k_cache, Object v_cache, Object block_tables, Object seq_lens, Object seq_starts,
+               Object out_start_loc, Object k_scale, Object v_scale, Object k_out, Object v_out, Object kv_dtype,
+               Object check, Object stream) {
+  constexpr const char *operation = "gather_kv";
+  pa_gather_kv_args args;
+  pa_gather_kv_args_init(&args);
+  args.kv_dtype = static_cast<int32_t>(integer(kv_dtype));
+  args.check = check_mode(operation, check);
+  const Call call = call_on(operation, stream, k_cache);
   const Array k(call, "k_cache", k_cache), v(call, "v_cache", v_cache), tables(call, "block_tables", block_tables),
       lens(call, "seq_lens", seq_lens), starts(call, "seq_starts", seq_starts),
       rows(call, "out_start_loc", out_start_loc), ko(call, "k_out", k_out), vo(call, "v_out", v_out);
   const ScaleArgument ks(call, "k_scale", k_scale), vs(call, "v_scale", v_scale);
-  pa_gather_kv_args args;
-  pa_gather_kv_args_init(&args);
   args.k_cache = k.get();
   args.v_cache = v.get();
   args.block_tables = tables.get();
@@ -213,9 +230,7 @@ void gather_kv(py::object k_cache, py::object v_cache, py::object block_tables, 
   args.v_scale_value = vs.value();
   args.k_out = ko.get();
   args.v_out = vo.get();
-  args.kv_dtype = kv_dtype;
-  args.check = check;
-  args.stream = as_stream(stream);
+  args.stream = as_stream(call);
   run(pa_gather_kv, args);
 }
 
@@ -264,6 +279,34 @@ void set_num_threads(int num_threads) {
   raise_on_error(pa_set_num_threads(num_threads, &error), error);
 }
 
+// With the signatures that the stub generator reads.
+PyMethodDef operations[] = {
+    positional<&paged_attention>(
+        "paged_attention",
+        "paged_attention(q: object, k_cache: object, v_cache: object, block_tables: object, seq_lens: object, "
+        "query_start_loc: object, alibi_slopes: object, sinks: object, k_scale: object, v_scale: object, out: object, "
+        "lse: object, workspace: object, scale: object, window: int, softcap: object, causal: object, kv_dtype: int, "
+        "deterministic: object, check: object, stream: object) -> None"),
+    positional<&paged_attention_workspace_size>(
+        "paged_attention_workspace_size",
+        "paged_attention_workspace_size(q: object, k_cache: object, v_cache: object, block_tables: object, seq_lens: "
+        "object, query_start_loc: object, kv_dtype: int, deterministic: object) -> int"),
+    positional<&merge_states>(
+        "merge_states", "merge_states(outs: object, lses: object, out: object, lse: object, stream: object) -> None"),
+    positional<&reshape_and_cache>(
+        "reshape_and_cache",
+        "reshape_and_cache(key: object, value: object, k_cache: object, v_cache: object, slot_mapping: object, "
+        "k_scale: object, v_scale: object, kv_dtype: int, check: object, stream: object) -> None"),
+    positional<&copy_blocks>(
+        "copy_blocks", "copy_blocks(caches: object, block_mapping: object, check: object, stream: object) -> None"),
+    positional<&swap_blocks>("swap_blocks",
+                             "swap_blocks(src: object, dst: object, block_mapping: object, stream: object) -> None"),
+    positional<&gather_kv>("gather_kv",
+                           "gather_kv(k_cache: object, v_cache: object, block_tables: object, seq_lens: object, "
+                           "seq_starts: object, out_start_loc: object, k_scale: object, v_scale: object, k_out: "
+                           "object, v_out: object, kv_dtype: int, check: object, stream: object) -> None"),
+    {nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 }  // namespace pagedattn::bindings
 
@@ -271,13 +314,8 @@ PYBIND11_MODULE(_core, m) {
   using namespace pagedattn::bindings;
   prepare();
   m.doc() = "The C ABI of pagedattn.";
-  m.def("paged_attention", &paged_attention);
-  m.def("paged_attention_workspace_size", &paged_attention_workspace_size);
-  m.def("merge_states", &merge_states);
-  m.def("reshape_and_cache", &reshape_and_cache);
-  m.def("copy_blocks", &copy_blocks);
-  m.def("swap_blocks", &swap_blocks);
-  m.def("gather_kv", &gather_kv);
+  if (PyModule_AddFunctions(m.ptr(), operations) != 0) throw py::error_already_set();
+  m.def("cuda_device", &cuda_device, py::arg("array"));
   m.def("build_info", &build_info);
   m.def("device_count", &device_count);
   m.def("device_info", &device_info, py::arg("device"));

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/arguments.h"
+
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "bindings/errors.h"
+#include "bindings/libraries.h"
+
+namespace py = pybind11;
+
+namespace pagedattn::bindings {
+
+namespace {
+
+[[noreturn]] void refuse(const char *operation, const char *argument, const char *expected, py::handle value) {
+  raise_invalid(std::string(operation) + ": `" + argument + "` must be " + expected + "; got " +
+                py::repr(value).cast<std::string>());
+}
+
+// NaN for what is no number, or too large for one.
+double as_double(py::handle value) {
+  const bool plain = PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr());
+  if (!plain && cuda_device(value)) return std::numeric_limits<double>::quiet_NaN();
+  const double result = PyFloat_AsDouble(value.ptr());
+  if (result != -1.0 || !PyErr_Occurred()) return result;
+  py::error_already_set error;
+  if (error.matches(PyExc_TypeError) || error.matches(PyExc_ValueError) || error.matches(PyExc_OverflowError)) {
+    return std::numeric_limits<double>::quiet_NaN();
+  }
+  throw error;
+}
+
+}  // namespace
+
+double number(const char *operation, const char *argument, py::handle value) {
+  const double result = as_double(value);
+  if (!std::isfinite(result)) refuse(operation, argument, "a finite number on the host", value);
+  return result;
+}
+
+bool flag(const char *operation, const char *argument, py::handle value) {
+  if (value.ptr() == Py_True) return true;
+  if (value.ptr() == Py_False) return false;
+  if (!py::isinstance(value, py::module_::import("numpy").attr("bool_"))) {
+    refuse(operation, argument, "True or False", value);
+  }
+  return PyObject_IsTrue(value.ptr()) == 1;
+}
+
+int32_t check_mode(const char *operation, py::handle check) {
+  return check.is_none() ? -1 : int32_t{flag(operation, "check", check)};
+}
+
+}  // namespace pagedattn::bindings

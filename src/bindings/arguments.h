@@ -1,0 +1,21 @@
+// Plain numbers and flags among the arguments, checked as such.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace pagedattn::bindings {
+
+// A finite host number; a CUDA scalar would have to be read back, and is refused.
+double number(const char *operation, const char *argument, pybind11::handle value);
+
+// A truth value that was meant as one.
+bool flag(const char *operation, const char *argument, pybind11::handle value);
+
+// The C ABI's `check`: -1 for None, where the environment decides.
+int32_t check_mode(const char *operation, pybind11::handle check);
+
+}  // namespace pagedattn::bindings

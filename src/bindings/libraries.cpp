@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/libraries.h"
+
+#include <pybind11/numpy.h>
+
+#include "bindings/cupy.h"
+#include "bindings/errors.h"
+#include "pagedattn/pagedattn.h"
+
+namespace py = pybind11;
+
+namespace pagedattn::bindings {
+
+namespace {
+
+std::intptr_t cupy_stream(const Cupy &cupy, int device) {
+  static PyObject *const ptr = PyUnicode_InternFromString("ptr");
+  const py::int_ id(device);
+  PyObject *const arguments[] = {id.ptr()};
+  const auto stream =
+      py::reinterpret_steal<py::object>(PyObject_Vectorcall(cupy.get_current_stream.ptr(), arguments, 1, nullptr));
+  if (!stream) throw py::error_already_set();
+  const auto handle = py::reinterpret_steal<py::object>(PyObject_GetAttr(stream.ptr(), ptr));
+  if (!handle) throw py::error_already_set();
+  return reinterpret_cast<std::intptr_t>(pointer(handle));
+}
+
+std::intptr_t torch_stream(int device) {
+  const py::object stream = py::module_::import("torch").attr("cuda").attr("current_stream")(device);
+  return reinterpret_cast<std::intptr_t>(pointer(stream.attr("cuda_stream")));
+}
+
+std::intptr_t given_stream(const char *operation, py::handle stream) {
+  auto handle = py::reinterpret_borrow<py::object>(stream);
+  if (PyLong_Check(stream.ptr())) {
+    // the handle itself
+  } else if (py::hasattr(stream, "ptr")) {
+    handle = stream.attr("ptr");
+  } else if (py::hasattr(stream, "cuda_stream")) {
+    handle = stream.attr("cuda_stream");
+  }
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(handle.ptr()));
+  void *const value = number ? PyLong_AsVoidPtr(number.ptr()) : nullptr;
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    raise_invalid(std::string(operation) + ": `stream` must be a CuPy or torch stream or a cudaStream_t as int; got " +
+                  py::repr(stream).cast<std::string>());
+  }
+  return reinterpret_cast<std::intptr_t>(value);
+}
+
+std::intptr_t current_stream(py::handle array, int device) {
+  const Cupy *const cupy = Cupy::find();
+  if (!(cupy != nullptr && cupy->is_array(array)) && library_of(array) == "torch") return torch_stream(device);
+  return cupy != nullptr ? cupy_stream(*cupy, device) : 0;
+}
+
+}  // namespace
+
+bool is_numpy(py::handle object) { return py::isinstance<py::array>(object); }
+
+bool is_cupy(py::handle object) {
+  const Cupy *const cupy = Cupy::find();
+  return cupy != nullptr && cupy->is_array(object);
+}
+
+std::string library_of(py::handle object) {
+  const auto module = py::str(py::type::of(object).attr("__module__")).cast<std::string>();
+  return module.substr(0, module.find('.'));
+}
+
+std::optional<int> cuda_device(py::handle object) {
+  if (is_numpy(object)) return std::nullopt;
+  if (const Cupy *const cupy = Cupy::find(); cupy != nullptr && cupy->is_array(object)) {
+    return static_cast<int>(integer(cupy->device_id(cupy->data(object))));
+  }
+  const py::object query = py::getattr(object, "__dlpack_device__", py::none());
+  if (query.is_none()) return std::nullopt;
+  const py::tuple device = query();
+  if (py::int_(device[0]).cast<int>() != PA_CUDA) return std::nullopt;
+  return py::int_(device[1]).cast<int>();
+}
+
+std::intptr_t stream_of(const char *operation, py::handle stream, py::handle array) {
+  const std::optional<int> device = cuda_device(array);
+  if (stream.is_none()) return device ? current_stream(array, *device) : 0;
+  if (device) return given_stream(operation, stream);
+  raise_invalid(std::string(operation) + ": `stream` must be absent for host arrays; got " +
+                py::repr(stream).cast<std::string>());
+}
+
+}  // namespace pagedattn::bindings
