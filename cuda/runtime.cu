@@ -93,6 +93,9 @@ const std::vector<DeviceFacts> &all_devices() {
   return devices;
 }
 
+// The device of the operation that the calling thread is in, so that nothing in it asks the runtime again.
+thread_local int guarded_device = 0;
+
 void require_device(int device) {
   const int count = device_count();
   if (device >= 0 && device < count) return;
@@ -143,12 +146,9 @@ void throw_cuda_error(cudaError_t error, const char *what) {
   throw Error(status_of(error), message);
 }
 
-const DeviceFacts &device_facts() {
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  require_device(device);
-  return all_devices()[static_cast<size_t>(device)];
-}
+int current_device() { return guarded_device; }
+
+const DeviceFacts &device_facts() { return all_devices()[static_cast<size_t>(guarded_device)]; }
 
 StreamMemory::StreamMemory(size_t bytes, cudaStream_t stream) : stream_(stream) {
   if (bytes == 0) return;
@@ -170,6 +170,7 @@ DeviceGuard::DeviceGuard(int device) {
   require_usable_device(device);
   int current = 0;
   check_cuda(cudaGetDevice(&current), "cudaGetDevice");
+  guarded_device = device;
   if (current == device) return;
   check_cuda(cudaSetDevice(device), "cudaSetDevice");
   previous_ = current;

@@ -27,7 +27,9 @@ struct DeviceFacts {
   size_t l2_cache_size = 0;             // bytes
 };
 
-// Of the current device; read once a device and kept.
+// The device that the operation's DeviceGuard made current, and its facts, which are read once.  Neither costs a call
+// of the runtime.
+int current_device();
 const DeviceFacts &device_facts();
 
 // Memory from the stream-ordered allocator, given back to the stream at the end of the scope.
