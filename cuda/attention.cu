@@ -1,112 +1,38 @@
-// Paged attention on CUDA devices: picks the kernels for a call, gives them a workspace and launches them.
+// Paged attention on CUDA devices: gives the kernels that were chosen for a call a workspace, and launches them.
 //
 // SPDX-License-Identifier: Apache-2.0
-//
-// Lengths are known on the device alone, so sequences of few rows a KV head (decode) and of many (prefill) are told
-// apart there: where a batch may hold both, both kernels are launched and each passes over the other's sequences.
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <limits>
-#include <map>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <utility>
+#include <vector>
 
 #include "access.cuh"
-#include "attention.h"
 #include "attention_kernel.h"
-#include "attention_params.cuh"
+#include "attention_select.h"
 #include "cuda_backend.h"
+#include "hopper_params.cuh"
 #include "runtime.h"
 #include "status.h"
+#include "tensor_map.h"
 
 namespace pagedattn::cuda {
 namespace {
 
-constexpr std::array<int, kNumHeadDimTiles> kHeadDimTiles = {64, 128, 256};
 // Rows of a sequence and keys of a tile are counted in 31 bits with room to spare.
 constexpr int64_t kMaxRows = int64_t{1} << 30;
 constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max() - 1024;
-
-// ---- which kernel --------------------------------------------------------------------------------------------
-
-int head_dim_tile(int head_dim) {
-  int tile = 0;
-  while (kHeadDimTiles[static_cast<size_t>(tile)] < head_dim) ++tile;
-  return tile;
-}
-
-const AttentionKernelPair &mma_kernels(DType kv_dtype, int tile) {
-  switch (kv_dtype) {
-    case DType::kFloat16:
-      return attention_mma_float16(tile);
-    case DType::kBFloat16:
-      return attention_mma_bfloat16(tile);
-    case DType::kFloat8E4M3:
-      return attention_mma_float8_e4m3(tile);
-    case DType::kFloat8E5M2:
-      return attention_mma_float8_e5m2(tile);
-    default:
-      throw Error(PA_ERROR_INTERNAL, "paged_attention: no CUDA kernel for this cache type");
-  }
-}
-
-struct Selection {
-  const char *name;
-  std::array<const AttentionKernel *, 2> kernels;  // in launch order; the second may be null
-};
-
-// The one place that decides.
-Selection select_kernels(const AttentionParams &params) {
-  const int tile = head_dim_tile(params.head_dim);
-  if (params.q_dtype == DType::kFloat32) {
-    const AttentionKernel &kernel = attention_fma_float32(tile);
-    return {kernel.name, {&kernel, nullptr}};
-  }
-  const AttentionKernelPair &pair = mma_kernels(params.kv_dtype, tile);
-  const int64_t group = params.num_q_heads / params.num_kv_heads;
-  const int64_t most_rows = params.query_start_loc == nullptr ? group : params.num_tokens * group;
-  if (most_rows <= kFewRows) return {pair.few_rows.name, {&pair.few_rows, nullptr}};
-  if (group > kFewRows) return {pair.many_rows.name, {&pair.many_rows, nullptr}};
-  return {pair.both, {&pair.many_rows, &pair.few_rows}};
-}
-
-std::string make_kernel_table() {
-  std::string table;
-  const auto add = [&](const std::string &types, int tile, const char *rows, const AttentionKernel &kernel) {
-    const std::string head_dim = "D <= " + std::to_string(kHeadDimTiles[static_cast<size_t>(tile)]);
-    table += "paged_attention\t" + types + ", " + head_dim + rows + "\t" + kernel.name + "\n";
-  };
-  const std::pair<const char *, DType> types[] = {{"float16", DType::kFloat16},
-                                                  {"bfloat16", DType::kBFloat16},
-                                                  {"float8_e4m3 cache", DType::kFloat8E4M3},
-                                                  {"float8_e5m2 cache", DType::kFloat8E5M2}};
-  for (const auto &[name, dtype] : types) {
-    for (int tile = 0; tile < kNumHeadDimTiles; ++tile) {
-      add(name, tile, ", at most 16 rows a KV head", mma_kernels(dtype, tile).few_rows);
-      add(name, tile, ", more rows", mma_kernels(dtype, tile).many_rows);
-    }
-  }
-  for (int tile = 0; tile < kNumHeadDimTiles; ++tile) add("float32", tile, "", attention_fma_float32(tile));
-  return table;
-}
+// The line of cost units (work_schedule.cuh) is kept so short that a sum of two positions has 31 bits.
+constexpr int64_t kMaxUnits = int64_t{1} << 30;
 
 // ---- grid and workspace --------------------------------------------------------------------------------------
 
-// As many blocks as the current device holds at once.  Asked, and the shared memory granted, once a kernel and device.
-int grid_of(const AttentionKernel &kernel) {
-  static std::mutex mutex;
-  static std::map<std::pair<const void *, int>, int> grids;
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  const std::lock_guard lock(mutex);
-  const auto [entry, is_new] = grids.try_emplace({kernel.function, device}, 0);
-  if (!is_new && entry->second > 0) return entry->second;
-
+// As many blocks as the current device holds at once.  Asked, and the shared memory granted, once a kernel, device and
+// thread.
+int find_grid(const AttentionKernel &kernel) {
   const auto bytes = static_cast<int>(kernel.shared_memory);
   check_cuda(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kernel.name);
   int blocks = 0;
@@ -118,8 +44,22 @@ int grid_of(const AttentionKernel &kernel) {
                                           std::to_string(bytes) + " bytes of shared memory a block; this device has " +
                                           std::to_string(device_facts().max_shared_memory_per_block));
   }
-  entry->second = std::min(blocks * device_facts().num_multiprocessors, kMaxGrid);
-  return entry->second;
+  return std::min(blocks * device_facts().num_multiprocessors, kMaxGrid);
+}
+
+int grid_of(const AttentionKernel &kernel) {
+  struct Known {
+    const void *function;
+    int device;
+    int grid;
+  };
+  thread_local std::vector<Known> all_known;
+  const int device = current_device();
+  for (const Known &known : all_known) {
+    if (known.function == kernel.function && known.device == device) return known.grid;
+  }
+  all_known.push_back({kernel.function, device, find_grid(kernel)});
+  return all_known.back().grid;
 }
 
 // The arrival counters, whose size is that of the largest grid whatever the kernel (see attention_epilogue.cuh), then
@@ -128,13 +68,26 @@ constexpr size_t kAlignment = 256;
 constexpr size_t kArrivalBytes = sizeof(uint32_t) * kMaxGrid;
 static_assert(kArrivalBytes % kAlignment == 0);
 
-size_t workspace_bytes(const Selection &selection, bool deterministic) {
+int64_t most_rows(const AttentionParams &params) {
+  const int64_t group = params.num_q_heads / params.num_kv_heads;
+  return params.query_start_loc == nullptr ? group : params.num_tokens * group;
+}
+
+// Rows of a partial result, an even number; then its floats, O and pairs of m and l, whole 16 bytes.
+int place_rows(const AttentionKernel &kernel, const AttentionParams &params) {
+  return static_cast<int>(std::min<int64_t>(kernel.rows, (most_rows(params) + 1) / 2 * 2));
+}
+int place_floats(const AttentionKernel &kernel, const AttentionParams &params) {
+  return place_rows(kernel, params) * (kernel.head_dim + 2);
+}
+
+size_t workspace_bytes(const AttentionSelection &selection, const AttentionParams &params) {
   size_t partials = 0;
-  for (const AttentionKernel *kernel : selection.kernels) {
-    if (kernel == nullptr) continue;
+  for (int i = 0; i < selection.num_launches; ++i) {
+    const AttentionKernel &kernel = *selection.launches[i].kernel;
     const auto places =
-        static_cast<size_t>(grid_of(*kernel)) * static_cast<size_t>(deterministic ? kernel->deterministic_places : 2);
-    partials = std::max(partials, places * kernel->place_floats * sizeof(float));
+        static_cast<size_t>(grid_of(kernel)) * static_cast<size_t>(kernel.places_per_block(params.deterministic));
+    partials = std::max(partials, places * static_cast<size_t>(place_floats(kernel, params)) * sizeof(float));
   }
   return kArrivalBytes + partials;
 }
@@ -142,14 +95,27 @@ size_t workspace_bytes(const Selection &selection, bool deterministic) {
 // ---- parameters ----------------------------------------------------------------------------------------------
 
 void check_limits(const AttentionParams &params) {
-  const int64_t group = params.num_q_heads / params.num_kv_heads;
-  const int64_t rows = params.query_start_loc == nullptr ? group : params.num_tokens * group;
-  if (rows >= kMaxRows || params.num_tokens > std::numeric_limits<int32_t>::max()) {
+  if (most_rows(params) >= kMaxRows || params.num_tokens > std::numeric_limits<int32_t>::max()) {
     throw Error(
         PA_ERROR_UNSUPPORTED,
         "paged_attention: the CUDA kernels take fewer than 2^30 query tokens times query heads a KV head; got " +
-            std::to_string(params.num_tokens) + " x " + std::to_string(group));
+            std::to_string(params.num_tokens) + " x " + std::to_string(params.num_q_heads / params.num_kv_heads));
   }
+}
+
+// KV tiles to cost units, see work_schedule.cuh.
+int unit_shift(const AttentionKernel &kernel, const AttentionParams &params, int64_t max_length) {
+  const int64_t query_tiles = (most_rows(params) + kernel.rows - 1) / kernel.rows;
+  const int64_t items =
+      (params.query_start_loc == nullptr ? params.num_seqs * query_tiles : params.num_seqs + query_tiles) *
+      params.num_kv_heads;
+  const int64_t tiles = max_length / kernel.tokens + 2;
+  for (int shift = 0; shift < 24; ++shift) {
+    if (items * ((tiles >> shift) + 2) < kMaxUnits) return shift;
+  }
+  throw Error(PA_ERROR_UNSUPPORTED, "paged_attention: the CUDA kernels take fewer than " +
+                                        std::to_string(kMaxUnits / 3) + " tiles of query rows; got " +
+                                        std::to_string(items));
 }
 
 Batch make_batch(const AttentionParams &params) {
@@ -229,18 +195,39 @@ char *align_up(void *pointer) {
   return reinterpret_cast<char *>((address + kAlignment - 1) / kAlignment * kAlignment);
 }
 
+// Blocks may start while the kernels before them end; they wait by themselves before they read (hopper_ptx.cuh).
+void launch_dependent(const AttentionKernel &kernel, void **arguments, cudaStream_t stream) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid_of(kernel)));
+  config.blockDim = dim3(static_cast<unsigned>(kernel.num_threads));
+  config.dynamicSmemBytes = kernel.shared_memory;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelExC(&config, kernel.function, arguments), kernel.name);
+}
+
+void launch(const AttentionKernel &kernel, void **arguments, cudaStream_t stream) {
+  check_cuda(cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(grid_of(kernel))),
+                              dim3(static_cast<unsigned>(kernel.num_threads)), arguments, kernel.shared_memory, stream),
+             kernel.name);
+}
+
 }  // namespace
 
 size_t paged_attention_workspace_size(const AttentionParams &params) {
   // A caller's bytes may begin anywhere.
-  return workspace_bytes(select_kernels(params), params.deterministic) + kAlignment;
+  return workspace_bytes(select_attention(params), params) + kAlignment;
 }
 
 void paged_attention(const AttentionParams &params, void *stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   check_limits(params);
-  const Selection selection = select_kernels(params);
-  const size_t bytes = workspace_bytes(selection, params.deterministic);
+  const AttentionSelection selection = select_attention(params);
+  const size_t bytes = workspace_bytes(selection, params);
   if (params.workspace != nullptr && params.workspace_size < bytes + kAlignment) {
     throw_invalid("paged_attention: `workspace` must have at least " + std::to_string(bytes + kAlignment) +
                   " bytes; got " + std::to_string(params.workspace_size));
@@ -248,27 +235,34 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
   record_kernel("paged_attention", selection.name);
   if (params.num_tokens == 0 || params.num_seqs == 0) return;
 
+  HopperDecodeParams kernel_params;
+  static_cast<AttentionKernelParams &>(kernel_params) = make_params(params);
+  if (selection.hopper != nullptr) {
+    kernel_params.box_columns = box_columns(params, selection.hopper->columns);
+    kernel_params.k_map = encode_cache(params, params.k_cache, selection.hopper->columns);
+    kernel_params.v_map = encode_cache(params, params.v_cache, selection.hopper->columns);
+  }
   std::optional<StreamMemory> own_memory;
   if (params.workspace == nullptr) own_memory.emplace(bytes + kAlignment, stream);
   char *const workspace = align_up(params.workspace == nullptr ? own_memory->data() : params.workspace);
   if (own_memory) check_cuda(cudaMemsetAsync(workspace, 0, kArrivalBytes, stream), "cudaMemsetAsync");
 
-  AttentionKernelParams kernel_params = make_params(params);
   kernel_params.arrivals = reinterpret_cast<uint32_t *>(workspace);
   kernel_params.partials = reinterpret_cast<float *>(workspace + kArrivalBytes);
-  void *arguments[] = {&kernel_params};
-  for (const AttentionKernel *kernel : selection.kernels) {
-    if (kernel == nullptr) continue;
-    check_cuda(
-        cudaLaunchKernel(kernel->function, dim3(static_cast<unsigned>(grid_of(*kernel))),
-                         dim3(static_cast<unsigned>(kernel->num_threads)), arguments, kernel->shared_memory, stream),
-        kernel->name);
+  void *arguments[] = {&kernel_params};  // every kernel's parameters are these, or the first of them
+  for (int i = 0; i < selection.num_launches; ++i) {
+    const auto &[kernel, min_rows, max_rows] = selection.launches[i];
+    kernel_params.batch.min_rows = min_rows;
+    kernel_params.batch.max_rows = max_rows;
+    kernel_params.batch.unit_shift = unit_shift(*kernel, params, kernel_params.batch.max_length);
+    kernel_params.place_rows = place_rows(*kernel, params);
+    kernel_params.place_floats = place_floats(*kernel, params);
+    if (selection.hopper != nullptr && kernel == &selection.hopper->decode) {
+      launch_dependent(*kernel, arguments, stream);
+    } else {
+      launch(*kernel, arguments, stream);
+    }
   }
-}
-
-const char *attention_kernel_table() {
-  static const std::string table = make_kernel_table();
-  return table.c_str();
 }
 
 }  // namespace pagedattn::cuda

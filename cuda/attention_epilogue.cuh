@@ -1,12 +1,12 @@
-// From unnormalised attention in shared memory to the output: joins a block's parts, and an item's segments.
+// From unnormalised attention in registers to the output: joins a block's parts, and an item's segments.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
 // A state of a row over some keys is (m, l, o): the largest score in units of log 2, the sum of exp2(score - m), and
-// the sum of exp2(score - m) V.  A block ends a segment with kParts states a row (few-row kernels: one a warp) and
-// joins them.  If the segment is all of its item, the result is normalised and written.  Otherwise it goes to the
-// segment's place in the workspace, and the block that arrives last joins all segments, always in the order of their
-// keys: the bits do not depend on who is last.
+// the sum of exp2(score - m) V.  Warps that took different keys of a segment hand their states over in shared memory,
+// where the block joins these parts.  If the segment is all of its item, the result is normalised and written.
+// Otherwise it goes to the segment's place in the workspace, and the block that arrives last joins all segments, always
+// in the order of their keys: the bits do not depend on who is last.
 //
 // Workspace: kMaxGrid arrival counters, zero between launches (the last block to arrive sets its counter back), then
 // the places.  The counters keep their size whatever the shapes, so one workspace serves calls of different shapes.
@@ -55,213 +55,191 @@ __device__ inline void store_output(const AttentionKernelParams &params, int64_t
   }
 }
 
-// Floats of one place: O, m, l.
-template <int kRows, int kHeadDim>
-constexpr int kPlaceFloats = kRows * kHeadDim + 2 * kRows;
-
-template <class Shape, int kThreads, int kHeadDim, int kParts_, OutputType kOutputType>
+// Called by kThreads threads, numbered from zero, that meet at a barrier of their own.
+template <class Shape, int kThreads, int kHeadDim, int kMaxParts, int kStates, OutputType kOutputType,
+          int kStateColumns = kHeadDim, int kJoinedAtOnce = 8>
 class Epilogue {
  public:
   static constexpr int kRows = Shape::kRows;
-  static constexpr int kParts = kParts_;
+  static constexpr int kStateColumns_ = kStateColumns;
   // Eight extra floats put the rows that a quad of lanes writes together on different banks.
-  static constexpr int kPitch = kHeadDim + 8;
-  static constexpr int kStateFloats = kParts * kRows * kPitch;
-  static constexpr int kListed = kStateFloats / (kRows + 1);  // segments that a list where the states were can hold
+  static constexpr int kPitch = kStateColumns + 8;
+  static constexpr int kStateFloats = kStates * kPitch;
 
-  // Small arrays beside the states themselves, which overlay the tiles.
+  // Small arrays beside the states, which in some kernels overlay the tiles.
   struct Shared {
-    float m[kParts][kRows];
-    float l[kParts][kRows];
-    float factor[kParts][kRows];
-    float largest[kRows];
+    float m[kStates];
+    float l[kStates];
     bool last_to_arrive;
   };
 
-  __device__ Epilogue(const AttentionKernelParams &params, Shared &shared, float *states)
-      : params_(params), shared_(shared), states_(states) {}
+  __device__ Epilogue(const AttentionKernelParams &params, Shared &shared, float *states, int thread, int barrier = 0)
+      : params_(params), shared_(shared), states_(states), thread_(thread), barrier_(barrier) {}
 
-  __device__ static int state_offset(int part, int row, int column) { return (part * kRows + row) * kPitch + column; }
-  __device__ float *states() const { return states_; }
-
-  __device__ void set_row(int part, int row, float m, float l) const {
-    shared_.m[part][row] = m;
-    shared_.l[part][row] = l;
+  // States are numbered row by row within parts.
+  __device__ float *state(int index) const { return states_ + index * kPitch; }
+  __device__ void set_row(int index, float m, float l) const {
+    shared_.m[index] = m;
+    shared_.l[index] = l;
   }
 
-  // Called by the whole block behind a barrier after the states have been written; ends with a barrier.
-  __device__ void finish(const WorkItem &item, const WorkCut<Shape> &cut, int segment) const {
-    const int num_segments = cut.num_segments(item);
-    const int rows_left = num_rows(params_.batch, item.seq) - item.query_tile * kRows;
-    const int rows = rows_left < kRows ? rows_left : kRows;
-    const int thread = static_cast<int>(threadIdx.x);
-    float *place = params_.partials + cut.places(item).of(segment) * kPlaceFloats<kRows, kHeadDim>;
-
-    for (int row = thread; row < rows; row += kThreads) {
-      float m = shared_.m[0][row], l = 0.0f;
-      for (int part = 1; part < kParts; ++part) m = fmaxf(m, shared_.m[part][row]);
-      for (int part = 0; part < kParts; ++part) {
-        shared_.factor[part][row] = rescale_factor(shared_.m[part][row], m);
-        l += shared_.factor[part][row] * shared_.l[part][row];
-      }
-      if (num_segments == 1) {
-        const float factor = finish_row(item, row, m, l);
-        for (int part = 0; part < kParts; ++part) shared_.factor[part][row] *= factor;
-      } else {
-        place[kRows * kHeadDim + row] = m;
-        place[kRows * kHeadDim + kRows + row] = l;
-      }
+  // Ends a segment whose states are `parts` times `part_rows`, part_rows at least the item's rows.  `store_states(c)`
+  // stores the thread's share of the states' columns c ... c + kStateColumns - 1.
+  template <class StoreStates>
+  __device__ void finish(const WorkItem &item, const SegmentPlan &plan, int parts, int part_rows,
+                         StoreStates &&store_states) const {
+    const int rows = min(num_rows(params_.batch, item.seq) - item.query_tile * kRows, kRows);
+    float *const place = place_of(plan.place(plan.segment));
+#pragma unroll 1
+    for (int first = 0; first < kHeadDim; first += kStateColumns) {
+      if (first > 0) meet();  // the columns before have been read
+      store_states(first);
+      meet();
+      for_each_quad(rows, first, kStateColumns, [&](int row, int column) {
+        const State joined = join_parts(row, column - first, parts, part_rows);
+        if (plan.num_segments == 1) {
+          write(item, row, column, joined);
+        } else {
+          *reinterpret_cast<float4 *>(place + row * kHeadDim + column) = joined.o;
+          if (column == 0) *place_row(place, row) = {joined.m, joined.l};
+        }
+      });
     }
-    __syncthreads();
-
-    for_each_quad(rows, [&](int row, int column) {
-      const float4 x = join_parts(row, column);
-      if (num_segments == 1) {
-        store(item, row, column, x);
-      } else {
-        *reinterpret_cast<float4 *>(place + row * kHeadDim + column) = x;
-      }
-    });
-    if (num_segments > 1 && arrive_last(item, cut, segment, num_segments)) {
-      join_segments(item, cut, rows, num_segments);
-    }
-    __syncthreads();  // the states and shared_ may be overwritten
+    if (plan.num_segments > 1 && arrive_last(plan)) join_segments(item, plan, rows);
+    meet();  // the states and shared_ may be overwritten
   }
 
  private:
+  struct State {  // of a row, four columns
+    float m = negative_infinity();
+    float l = 0.0f;
+    float4 o{0.0f, 0.0f, 0.0f, 0.0f};
+
+    // Brings the state to a larger m.
+    __device__ void raise(float largest) {
+      const float factor = rescale_factor(m, largest);
+      m = largest;
+      l *= factor;
+      o = {o.x * factor, o.y * factor, o.z * factor, o.w * factor};
+    }
+    // Adds a state of an m that is at most this one's.
+    __device__ void add(float other_m, float other_l, float4 x) {
+      const float factor = rescale_factor(other_m, m);
+      l += factor * other_l;
+      o.x += factor * x.x;
+      o.y += factor * x.y;
+      o.z += factor * x.z;
+      o.w += factor * x.w;
+    }
+  };
+
+  __device__ void meet() const { named_barrier<kThreads>(barrier_); }
+
+  __device__ float *place_of(int64_t index) const { return params_.partials + index * params_.place_floats; }
+  __device__ float2 *place_row(float *place, int row) const {
+    return reinterpret_cast<float2 *>(place + params_.place_floats) - params_.place_rows + row;
+  }
+
   template <class Function>
-  __device__ void for_each_quad(int rows, Function &&function) const {
-    constexpr int kQuads = kHeadDim / 4;
-    for (int index = static_cast<int>(threadIdx.x); index < rows * kQuads; index += kThreads) {
-      const int row = index / kQuads, column = index % kQuads * 4;
+  __device__ void for_each_quad(int rows, int first, int columns, Function &&function) const {
+    const int quads = columns / 4;
+    for (int index = thread_; index < rows * quads; index += kThreads) {
+      const int row = index / quads, column = first + index % quads * 4;
       if (column < params_.head_dim) function(row, column);
     }
   }
 
-  __device__ float4 join_parts(int row, int column) const {
-    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+  __device__ State join_parts(int row, int column, int parts, int part_rows) const {
+    State sum;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const float4 x = *reinterpret_cast<const float4 *>(states_ + state_offset(part, row, column));
-      add_scaled(sum, shared_.factor[part][row], x);
+    for (int part = 0; part < kMaxParts; ++part) {
+      if (part < parts) sum.m = fmaxf(sum.m, shared_.m[part * part_rows + row]);
+    }
+#pragma unroll
+    for (int part = 0; part < kMaxParts; ++part) {
+      const int index = part * part_rows + row;
+      if (part < parts) {
+        sum.add(shared_.m[index], shared_.l[index], *reinterpret_cast<const float4 *>(state(index) + column));
+      }
     }
     return sum;
   }
 
-  __device__ static void add_scaled(float4 &sum, float factor, float4 x) {
-    sum.x += factor * x.x;
-    sum.y += factor * x.y;
-    sum.z += factor * x.z;
-    sum.w += factor * x.w;
-  }
-
-  // Stores the row's log-sum-exp and returns what its sum over V is to be multiplied by.
-  __device__ float finish_row(const WorkItem &item, int row, float m, float l) const {
+  // Normalises and stores four columns of a row, with the first of them the row's log-sum-exp.
+  __device__ void write(const WorkItem &item, int row, int column, const State &state) const {
     const int query = params_.batch.group.divide(item.query_tile * kRows + row);
-    const int head = q_head(item, row, query);
-    float largest = m, sum = l, factor = 1.0f;
+    const int64_t token = item.seq.first_token + query;
+    const int head = item.kv_head * static_cast<int>(params_.batch.group.divisor) + item.query_tile * kRows + row -
+                     query * static_cast<int>(params_.batch.group.divisor);
+    float largest = state.m, sum = state.l, factor = 1.0f;
     if (params_.sinks != nullptr) {
       // Over the larger of the two, so that a sink far above every score does not overflow.
       const float sink = params_.sinks[head] * kLog2E;
-      largest = fmaxf(m, sink);
-      factor = rescale_factor(m, largest);
-      sum = l * factor + rescale_factor(sink, largest);
+      largest = fmaxf(state.m, sink);
+      factor = rescale_factor(state.m, largest);
+      sum = state.l * factor + rescale_factor(sink, largest);
     }
-    if (params_.lse != nullptr) {
-      const int64_t token = item.seq.first_token + query;
+    if (params_.lse != nullptr && column == 0) {
       params_.lse[token * params_.lse_token_stride + head * params_.lse_head_stride] =
           sum == 0.0f ? negative_infinity() : (largest + log2f(sum)) * kLn2;
     }
-    return sum == 0.0f ? 0.0f : factor * params_.v_scale.of_head(item.kv_head) / sum;
-  }
-
-  __device__ int q_head(const WorkItem &item, int row, int query) const {
-    const int group = static_cast<int>(params_.batch.group.divisor);
-    return item.kv_head * group + item.query_tile * kRows + row - query * group;
-  }
-
-  __device__ void store(const WorkItem &item, int row, int column, float4 x) const {
-    const int query = params_.batch.group.divide(item.query_tile * kRows + row);
-    const int64_t token = item.seq.first_token + query;
-    const int64_t head = q_head(item, row, query);
-    store_output<kOutputType>(params_, token * params_.out.token_stride + head * params_.out.head_stride + column, x);
+    factor = sum == 0.0f ? 0.0f : factor * params_.v_scale.of_head(item.kv_head) / sum;
+    const float4 o = state.o;
+    store_output<kOutputType>(params_, token * params_.out.token_stride + head * params_.out.head_stride + column,
+                              {o.x * factor, o.y * factor, o.z * factor, o.w * factor});
   }
 
   // Publishes the block's partial result; true in the block that does so last.  The barriers order the block's stores
   // before one thread's arrival, and what the arrival acquires before the block's loads.
-  __device__ bool arrive_last(const WorkItem &item, const WorkCut<Shape> &cut, int segment, int num_segments) const {
-    if (!cut.is_shared(item)) {
-      __syncthreads();
-      return segment == num_segments - 1;
+  __device__ bool arrive_last(const SegmentPlan &plan) const {
+    meet();
+    if (!plan.is_shared) return plan.segment == plan.num_segments - 1;
+    if (thread_ == 0) {
+      uint32_t *const counter = params_.arrivals + plan.first_owner;
+      shared_.last_to_arrive = arrive_and_count(counter) == static_cast<uint32_t>(plan.num_segments);
+      if (shared_.last_to_arrive) *counter = 0;  // nobody else will come; ready for the next launch
     }
-    const int counter = cut.first_owner(item);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const uint32_t arrived = arrive_and_count(params_.arrivals + counter);
-      shared_.last_to_arrive = arrived == static_cast<uint32_t>(num_segments);
-      if (shared_.last_to_arrive) params_.arrivals[counter] = 0;  // nobody else will come; ready for the next launch
-    }
-    __syncthreads();
+    meet();
     return shared_.last_to_arrive;
   }
 
-  __device__ void join_segments(const WorkItem &item, const WorkCut<Shape> &cut, int rows, int num_segments) const {
-    const auto places = cut.places(item);
-    const auto place = [&](int segment) {
-      return params_.partials + places.of(segment) * kPlaceFloats<kRows, kHeadDim>;
-    };
-    // Everything is waited for together: one after the other, the loads from L2 would take longer than all the rest.
-    // First a warp a row and a lane a segment: what each segment weighs, and where it lies.
-    float *const weights = states_;  // [kListed][kRows]; the states have been used
-    int *const listed = reinterpret_cast<int *>(states_ + kListed * kRows);
-    const int num_listed = min(num_segments, kListed);
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-    for (int s = thread; s < num_listed; s += kThreads) listed[s] = static_cast<int>(places.of(s));
-    for (int row = thread / 32; row < rows; row += kThreads / 32) {
-      float m = negative_infinity(), l = 0.0f;
+  // A thread four columns, several segments at a time: one after the other, the loads from L2 would take longer than
+  // all the rest.
+  __device__ void join_segments(const WorkItem &item, const SegmentPlan &plan, int rows) const {
+    constexpr int kAtOnce = kJoinedAtOnce;
+    for_each_quad(rows, 0, kHeadDim, [&](int row, int column) {
+      State sum;
 #pragma unroll 1
-      for (int s = lane; s < num_segments; s += 32) {
-        const float *state = place(s) + kRows * kHeadDim + row;
-        const float segment_m = load_from_l2(state), segment_l = load_from_l2(state + kRows);
-        const float largest = fmaxf(m, segment_m);
-        l = l * rescale_factor(m, largest) + segment_l * rescale_factor(segment_m, largest);
-        m = largest;
-        if (s < kListed) weights[s * kRows + row] = segment_m;
+      for (int first = 0; first < plan.num_segments; first += kAtOnce) {
+        float2 state[kAtOnce];
+        float4 o[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (first + i < plan.num_segments) {
+            float *const place = place_of(plan.place(first + i));
+            state[i] = load_from_l2(place_row(place, row));
+            o[i] = load_from_l2(reinterpret_cast<const float4 *>(place + row * kHeadDim + column));
+          } else {
+            state[i] = {negative_infinity(), 0.0f};
+            o[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+          }
+        }
+        float largest = sum.m;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) largest = fmaxf(largest, state[i].x);
+        sum.raise(largest);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) sum.add(state[i].x, state[i].y, o[i]);
       }
-      const float largest = warp_max(m);
-      l = warp_sum(l * rescale_factor(m, largest));
-      for (int s = lane; s < num_listed; s += 32) {
-        weights[s * kRows + row] = rescale_factor(weights[s * kRows + row], largest);
-      }
-      if (lane == 0) {
-        shared_.largest[row] = largest;
-        shared_.factor[0][row] = finish_row(item, row, largest, l);
-      }
-    }
-    __syncthreads();
-    // Then a thread four columns, several segments at a time.
-    for_each_quad(rows, [&](int row, int column) {
-      const float *const first = params_.partials + row * kHeadDim + column;
-      float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 8
-      for (int s = 0; s < num_listed; ++s) {
-        const float *x = first + static_cast<int64_t>(listed[s]) * kPlaceFloats<kRows, kHeadDim>;
-        add_scaled(sum, weights[s * kRows + row], load_from_l2(reinterpret_cast<const float4 *>(x)));
-      }
-#pragma unroll 1
-      for (int s = num_listed; s < num_segments; ++s) {
-        const float *x = place(s);
-        const float weight = rescale_factor(load_from_l2(x + kRows * kHeadDim + row), shared_.largest[row]);
-        add_scaled(sum, weight, load_from_l2(reinterpret_cast<const float4 *>(x + row * kHeadDim + column)));
-      }
-      const float factor = shared_.factor[0][row];
-      store(item, row, column, {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor});
+      write(item, row, column, sum);
     });
   }
 
   const AttentionKernelParams &params_;
   Shared &shared_;
   float *states_;
+  int thread_;
+  int barrier_;
 };
 
 }  // namespace pagedattn::cuda

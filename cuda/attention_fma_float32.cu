@@ -36,11 +36,12 @@ struct FmaTraits {
   static constexpr int kWarpRows = kRows / kWarps;
   static constexpr int kTokens = 32;
   static constexpr int kCopyTokens = kTokens / kWarps;
-  using Shape = TileShape<kRows, kTokens, 1, 1 << 30>;
+  using Shape = TileShape<kRows, kTokens, false>;
   using Tile = PaddedTile<kHeadDim>;
   using TileLoader = KvLoader<kCopyTokens, Tile, float>;
-  using Cursor = WorkCursor<Shape, kThreads>;
-  using BlockEpilogue = Epilogue<Shape, kThreads, kHeadDim, 1, OutputType::kFloat32>;
+  using Cut = WorkCut<Shape>;
+  using Cursor = BlockCursor<Shape, kThreads>;
+  using BlockEpilogue = Epilogue<Shape, kThreads, kHeadDim, 1, kRows, OutputType::kFloat32>;
 
   struct Shared {
     union {
@@ -182,8 +183,8 @@ class WarpRows {
   __device__ void store_state(const typename Traits::BlockEpilogue &epilogue) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      if (lane_ == 0) epilogue.set_row(0, first_row_ + row, m_[row], l_[row]);
-      float *o = epilogue.states() + Traits::BlockEpilogue::state_offset(0, first_row_ + row, lane_ * 2);
+      if (lane_ == 0) epilogue.set_row(first_row_ + row, m_[row], l_[row]);
+      float *o = epilogue.state(first_row_ + row) + lane_ * 2;
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) *reinterpret_cast<float2 *>(o + i * 64) = o_[row][i];
     }
@@ -206,8 +207,10 @@ class WarpRows {
 };
 
 template <class Traits>
-__device__ void attend(const AttentionKernelParams &params, typename Traits::Shared &shared, const WorkItem &item,
-                       Range tiles, const typename Traits::BlockEpilogue &epilogue) {
+__device__ void attend(const AttentionKernelParams &params, typename Traits::Shared &shared,
+                       const typename Traits::Cursor &cursor, const WorkItem &item, int segment,
+                       const typename Traits::BlockEpilogue &epilogue) {
+  const Range tiles = cursor.tiles(segment);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const auto copied_token = [&](int tile) { return tile * Traits::kTokens + warp * Traits::kCopyTokens; };
   char *const k_rows = shared.tiles.k + warp * Traits::kCopyTokens * Traits::Tile::kPitch;
@@ -225,7 +228,7 @@ __device__ void attend(const AttentionKernelParams &params, typename Traits::Sha
   loader.look_up(copied_token(tiles.begin + 1));
 
   load_q<Traits>(params, item, shared.tiles.q);
-  fill_row_table<Traits::kThreads>(params, item, shared.rows);
+  fill_row_table<Traits::kThreads>(params, item, shared.rows, static_cast<int>(threadIdx.x));
   WarpRows<Traits> rows(params, item, shared);
 
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -249,7 +252,7 @@ __device__ void attend(const AttentionKernelParams &params, typename Traits::Sha
   }
   wait_copies<0>();
   __syncthreads();  // the states overlay the tiles
-  rows.store_state(epilogue);
+  epilogue.finish(item, cursor.plan(segment), 1, Traits::kRows, [&](int) { rows.store_state(epilogue); });
 }
 
 template <class Traits>
@@ -257,19 +260,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     attention_fma_kernel(const __grid_constant__ AttentionKernelParams params) {
   extern __shared__ __align__(1024) char shared_memory[];
   auto &shared = *reinterpret_cast<typename Traits::Shared *>(shared_memory);
-  const typename Traits::BlockEpilogue epilogue(params, shared.epilogue, shared.states);
+  const typename Traits::BlockEpilogue epilogue(params, shared.epilogue, shared.states, static_cast<int>(threadIdx.x));
 
   typename Traits::Cursor cursor(params.batch, shared.cursor);
-  for (cursor.seek_first_item(); cursor.valid(); cursor.advance()) {
-    const WorkItem &item = cursor.item();
-    const Range segments = cursor.segments();
-    for (int segment = segments.begin; segment < segments.end; ++segment) {
-      attend<Traits>(params, shared, item, cursor.cut().tiles_of(item, segment), epilogue);
-      __syncthreads();
-      epilogue.finish(item, cursor.cut(), segment);
-    }
-    __syncthreads();
-  }
+  cursor.for_each_segment(
+      [&](const WorkItem &item, int segment) { attend<Traits>(params, shared, cursor, item, segment, epilogue); });
 }
 
 template <int kHeadDim>
@@ -279,8 +274,10 @@ AttentionKernel attention_fma(const char *name) {
           reinterpret_cast<const void *>(&attention_fma_kernel<Traits>),
           Traits::kThreads,
           sizeof(typename Traits::Shared),
-          kPlaceFloats<Traits::kRows, kHeadDim>,
-          Traits::Shape::kDeterministicPlaces};
+          Traits::kRows,
+          Traits::kTokens,
+          kHeadDim,
+          &Traits::Cut::places_per_block};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The interface between the attention kernels and the one place that picks among them (attention.cu).
+// The interface between the attention kernels and the places that choose and launch them.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -8,17 +8,20 @@
 namespace pagedattn::cuda {
 
 constexpr int kMaxGrid = 4096;
-// Query rows a KV head up to which a sequence goes to the kernel for few rows.
+// Query rows a KV head up to which a sequence goes to the kernel for few rows, and to the Hopper decode kernel.
 constexpr int kFewRows = 16;
+constexpr int kHopperRows = 64;
 
-// A persistent kernel over AttentionKernelParams, launched with any grid of up to kMaxGrid blocks.
+// A persistent kernel over AttentionKernelParams (HopperDecodeParams), launched with any grid of up to kMaxGrid blocks.
 struct AttentionKernel {
   const char *name;
   const void *function;
   int num_threads;
-  size_t shared_memory;      // bytes
-  size_t place_floats;       // of one partial result in the workspace
-  int deterministic_places;  // partial results a block in deterministic mode; otherwise 2
+  size_t shared_memory;                         // bytes
+  int rows;                                     // query rows of a tile,
+  int tokens;                                   // its keys,
+  int head_dim;                                 // and its columns
+  int (*places_per_block)(bool deterministic);  // partial results in the workspace
 };
 
 // For rows of at most 16 a KV head, and for more.
@@ -35,5 +38,19 @@ const AttentionKernelPair &attention_mma_bfloat16(int head_dim_tile);
 const AttentionKernelPair &attention_mma_float8_e4m3(int head_dim_tile);
 const AttentionKernelPair &attention_mma_float8_e5m2(int head_dim_tile);
 const AttentionKernel &attention_fma_float32(int head_dim_tile);
+
+// For at most 64 rows a KV head.
+struct HopperDecodeKernel {
+  AttentionKernel decode;
+  const char *with_many_rows;  // name of the launch with the other kernel for sequences of more rows
+  int columns;                 // of 128 bytes, of the cache's rows
+};
+
+// By head dimension: tiles of 64, 128, 192 and 256.  Built for sm_90a alone.
+constexpr int kNumHopperTiles = 4;
+const HopperDecodeKernel &hopper_decode_float16(int head_dim_tile);
+const HopperDecodeKernel &hopper_decode_bfloat16(int head_dim_tile);
+const HopperDecodeKernel &hopper_decode_float8_e4m3(int head_dim_tile);
+const HopperDecodeKernel &hopper_decode_float8_e5m2(int head_dim_tile);
 
 }  // namespace pagedattn::cuda

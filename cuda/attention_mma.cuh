@@ -23,10 +23,11 @@
 
 namespace pagedattn::cuda {
 
-// Few rows: warps take different tokens and never wait for each other.  Ends with the states in shared memory.
+// Few rows: warps take different tokens and never wait for each other.
 template <class Traits>
 __device__ void attend_few_rows(const AttentionKernelParams &params, typename Traits::Shared &shared,
-                                const WorkItem &item, Range tiles, const typename Traits::BlockEpilogue &epilogue) {
+                                const typename Traits::Cursor &cursor, const WorkItem &item, int segment) {
+  const Range tiles = cursor.tiles(segment);
   constexpr int kStages = Traits::kStages;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   char *const ring = shared.tiles.kv + warp * kStages * 2 * Traits::kCopyBytes;
@@ -38,7 +39,7 @@ __device__ void attend_few_rows(const AttentionKernelParams &params, typename Tr
   typename Traits::TileLoader loader(params);
   loader.begin(item);
   loader.look_up(first_token(tiles.begin));
-  AllQueryChunks<Traits> queries(0);
+  AllQueryChunks<Traits> queries(0, static_cast<int>(threadIdx.x));
   queries.fetch(params, item);
 #pragma unroll 1
   for (int stage = 0; stage < kStages; ++stage) {
@@ -50,11 +51,11 @@ __device__ void attend_few_rows(const AttentionKernelParams &params, typename Tr
     loader.look_up(first_token(tiles.begin + stage + 1));
   }
 
-  queries.store(params, shared);
-  fill_row_table<Traits::kThreads>(params, item, shared.rows);
+  queries.store(params, shared.tiles.q, shared.rows);
+  fill_row_table<Traits::kThreads>(params, item, shared.rows, static_cast<int>(threadIdx.x));
   __syncthreads();
   WarpRows<Traits> rows(params);
-  rows.begin(item, 0, shared);
+  rows.begin(item, 0, shared.rows, shared.tiles.q);
 
   int stage = 0;
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -71,7 +72,7 @@ __device__ void attend_few_rows(const AttentionKernelParams &params, typename Tr
     if (sees) rows.softmax(s, token);
     wait_copies<2 * kStages - 1>();
     __syncwarp();
-    if (sees) rows.multiply_p_v(s, v_tile(stage));
+    if (sees) rows.multiply_p_v(s, v_tile(stage), token);
     __syncwarp();
     if (more) loader.copy_v(v_tile(stage));
     commit_copies();
@@ -80,13 +81,16 @@ __device__ void attend_few_rows(const AttentionKernelParams &params, typename Tr
   }
   wait_copies<0>();
   __syncthreads();  // the states overlay every warp's ring
-  rows.store_state(epilogue, warp);
+  const typename Traits::BlockEpilogue epilogue(params, shared.epilogue, shared.states, static_cast<int>(threadIdx.x));
+  epilogue.finish(item, cursor.plan(segment), Traits::kWarps, Traits::kRows,
+                  [&](int column) { rows.store_state(epilogue, warp * Traits::kRows, column); });
 }
 
 // Many rows: warps take different rows and share the tiles.
 template <class Traits>
 __device__ void attend_many_rows(const AttentionKernelParams &params, typename Traits::Shared &shared,
-                                 const WorkItem &item, Range tiles, const typename Traits::BlockEpilogue &epilogue) {
+                                 const typename Traits::Cursor &cursor, const WorkItem &item, int segment) {
+  const Range tiles = cursor.tiles(segment);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const auto k_tile = [&](int stage) { return shared.tiles.kv + stage * 2 * Traits::kTileBytes; };
   const auto v_tile = [&](int stage) { return k_tile(stage) + Traits::kTileBytes; };
@@ -106,11 +110,12 @@ __device__ void attend_many_rows(const AttentionKernelParams &params, typename T
   loader.look_up(copied_token(tiles.begin));
   copy(tiles.begin, 0);
 
-  load_queries<Traits>(params, item, shared);
-  fill_row_table<Traits::kThreads>(params, item, shared.rows);
+  const int thread = static_cast<int>(threadIdx.x);
+  load_queries<Traits>(params, item, Traits::kRows, shared.tiles.q, shared.rows, thread);
+  fill_row_table<Traits::kThreads>(params, item, shared.rows, thread);
   __syncthreads();
   WarpRows<Traits> rows(params);
-  rows.begin(item, warp * 16, shared);
+  rows.begin(item, warp * 16, shared.rows, shared.tiles.q);
 
   int stage = 0;
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -122,13 +127,15 @@ __device__ void attend_many_rows(const AttentionKernelParams &params, typename T
       typename WarpRows<Traits>::Scores s;
       rows.multiply_q_k(s, k_tile(stage));
       rows.softmax(s, token);
-      rows.multiply_p_v(s, v_tile(stage));
+      rows.multiply_p_v(s, v_tile(stage), token);
     }
     stage ^= 1;
   }
   wait_copies<0>();
   __syncthreads();  // the states overlay the tiles
-  rows.store_state(epilogue, 0);
+  const typename Traits::BlockEpilogue epilogue(params, shared.epilogue, shared.states, static_cast<int>(threadIdx.x));
+  epilogue.finish(item, cursor.plan(segment), 1, Traits::kRows,
+                  [&](int column) { rows.store_state(epilogue, warp * 16, column); });
 }
 
 template <class Traits>
@@ -136,24 +143,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     attention_mma_kernel(const __grid_constant__ AttentionKernelParams params) {
   extern __shared__ __align__(1024) char shared_memory[];
   auto &shared = *reinterpret_cast<typename Traits::Shared *>(shared_memory);
-  const typename Traits::BlockEpilogue epilogue(params, shared.epilogue, shared.states);
-
   typename Traits::Cursor cursor(params.batch, shared.cursor);
-  for (cursor.seek_first_item(); cursor.valid(); cursor.advance()) {
-    const WorkItem &item = cursor.item();
-    const Range segments = cursor.segments();
-    for (int segment = segments.begin; segment < segments.end; ++segment) {
-      const Range tiles = cursor.cut().tiles_of(item, segment);
-      if constexpr (Traits::kManyRows) {
-        attend_many_rows<Traits>(params, shared, item, tiles, epilogue);
-      } else {
-        attend_few_rows<Traits>(params, shared, item, tiles, epilogue);
-      }
-      __syncthreads();
-      epilogue.finish(item, cursor.cut(), segment);
+  cursor.for_each_segment([&](const WorkItem &item, int segment) {
+    if constexpr (Traits::kManyRows) {
+      attend_many_rows<Traits>(params, shared, cursor, item, segment);
+    } else {
+      attend_few_rows<Traits>(params, shared, cursor, item, segment);
     }
-    __syncthreads();
-  }
+  });
 }
 
 template <class CacheElement, int kHeadDim, bool kManyRows>
@@ -163,8 +160,10 @@ AttentionKernel attention_mma(const char *name) {
           reinterpret_cast<const void *>(&attention_mma_kernel<Traits>),
           Traits::kThreads,
           sizeof(typename Traits::Shared),
-          kPlaceFloats<Traits::kRows, kHeadDim>,
-          Traits::Shape::kDeterministicPlaces};
+          Traits::kRows,
+          Traits::kTokens,
+          kHeadDim,
+          &Traits::Cut::places_per_block};
 }
 
 }  // namespace pagedattn::cuda

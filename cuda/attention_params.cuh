@@ -35,7 +35,10 @@ struct Batch {
   int32_t max_length;              // what a block table can hold; longer lengths are cut to it
   int32_t num_kv_heads;
   FastDivisor group;  // query heads a KV head
-  int32_t window;     // 0: off
+  int32_t min_rows;   // a KV head of the sequences that a kernel serves: it passes over those with fewer or more
+  int32_t max_rows;
+  int32_t window;      // 0: off
+  int32_t unit_shift;  // KV tiles to cost units: 0, or what keeps the sum of all costs under 2^31
   bool causal;
   bool deterministic;
 };
@@ -90,6 +93,8 @@ struct AttentionKernelParams {
   bool out_wide;          // rows of out can be written four elements at a time
   bool q_is_bfloat16;     // read by the float8 kernels alone, which compute in float16 for either type
   float *partials;        // unfinished results, see attention_epilogue.cuh
+  int32_t place_rows;     // that the place of one of them has
+  int32_t place_floats;   // of O, then pairs of m and l
   uint32_t *arrivals;     // [grid] zero between launches
 };
 

@@ -57,12 +57,15 @@ __device__ float normalise_bfloat16_row(QChunk &x) {
 template <class Traits, int kCount>
 class QueryChunks {
   static constexpr int kChunks = Traits::QTile::kChunks;
+  static constexpr int kLanes = kChunks > 16 ? 32 : kChunks > 8 ? 16 : 8;  // a power of two that a row's chunks fit in
 
  public:
-  static constexpr int kPerThread = Traits::kRows * kChunks / Traits::kThreads;
-  static_assert(kPerThread * Traits::kThreads == Traits::kRows * kChunks && kPerThread % kCount == 0);
+  // Of a thread, to cover this many rows.
+  __device__ static constexpr int chunks_of_thread(int rows) {
+    return (rows * kLanes + Traits::kQThreads - 1) / Traits::kQThreads;
+  }
 
-  __device__ explicit QueryChunks(int first) : first_(first) {}
+  __device__ QueryChunks(int first, int thread) : first_(first), thread_(thread) {}
 
   __device__ void fetch(const AttentionKernelParams &params, const WorkItem &item) {
     const int rows = num_rows(params.batch, item.seq), group = static_cast<int>(params.batch.group.divisor);
@@ -70,7 +73,7 @@ class QueryChunks {
     for (int i = 0; i < kCount; ++i) {
       const int packed_row = item.query_tile * Traits::kRows + row(i);
       chunks_[i] = {};
-      if (packed_row < rows && chunk(i) * 8 < params.head_dim) {
+      if (row(i) < Traits::kRows && packed_row < rows && chunk(i) * 8 < params.head_dim) {
         const int query = params.batch.group.divide(packed_row);
         const int64_t token = item.seq.first_token + query;
         const int64_t head = item.kv_head * group + packed_row - query * group;
@@ -80,48 +83,52 @@ class QueryChunks {
     }
   }
 
-  __device__ void store(const AttentionKernelParams &params, typename Traits::Shared &shared) {
+  __device__ void store(const AttentionKernelParams &params, char *q_tile, RowTable<Traits::kRows> &rows) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       QChunk &x = chunks_[i];
+      float scale = 1.0f;
       if constexpr (Traits::kFloat8) {
-        const float scale = params.q_is_bfloat16 ? normalise_bfloat16_row<kChunks>(x) : 1.0f;
-        if (chunk(i) == 0) shared.rows.q_scale[row(i)] = scale;
+        if (params.q_is_bfloat16) scale = normalise_bfloat16_row<kLanes>(x);
+      }
+      if (row(i) >= Traits::kRows || chunk(i) >= kChunks) continue;
+      if constexpr (Traits::kFloat8) {
+        if (chunk(i) == 0) rows.q_scale[row(i)] = scale;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const int pair = float8_pair_place(chunk(i) * 4 + k);
-          *reinterpret_cast<uint32_t *>(shared.tiles.q + Traits::QTile::offset(row(i), pair / 4) + pair % 4 * 4) =
-              x.pairs[k];
+          *reinterpret_cast<uint32_t *>(q_tile + Traits::QTile::offset(row(i), pair / 4) + pair % 4 * 4) = x.pairs[k];
         }
       } else {
-        *reinterpret_cast<uint4 *>(shared.tiles.q + Traits::QTile::offset(row(i), chunk(i))) = {x.pairs[0], x.pairs[1],
-                                                                                                x.pairs[2], x.pairs[3]};
+        *reinterpret_cast<uint4 *>(q_tile + Traits::QTile::offset(row(i), chunk(i))) = {x.pairs[0], x.pairs[1],
+                                                                                        x.pairs[2], x.pairs[3]};
       }
     }
   }
 
  private:
-  __device__ int index(int i) const { return (first_ + i) * Traits::kThreads + static_cast<int>(threadIdx.x); }
-  __device__ int row(int i) const { return index(i) / kChunks; }
-  __device__ int chunk(int i) const { return index(i) % kChunks; }
+  __device__ int index(int i) const { return (first_ + i) * Traits::kQThreads + thread_; }
+  __device__ int row(int i) const { return index(i) / kLanes; }
+  __device__ int chunk(int i) const { return index(i) % kLanes; }
 
   int first_;
+  int thread_;
   QChunk chunks_[kCount];
 };
 
 template <class Traits>
-using AllQueryChunks = QueryChunks<Traits, Traits::kRows * Traits::QTile::kChunks / Traits::kThreads>;
+using AllQueryChunks = QueryChunks<Traits, QueryChunks<Traits, 1>::chunks_of_thread(Traits::kRows)>;
 
-// All of them, a few at a time: tall tiles have too many for the registers.
+// The first `rows` of them, a few at a time: tall tiles have too many for the registers.
 template <class Traits>
-__device__ void load_queries(const AttentionKernelParams &params, const WorkItem &item,
-                             typename Traits::Shared &shared) {
+__device__ void load_queries(const AttentionKernelParams &params, const WorkItem &item, int rows, char *q_tile,
+                             RowTable<Traits::kRows> &table, int thread) {
   using Pair = QueryChunks<Traits, 2>;
 #pragma unroll 1
-  for (int first = 0; first < Pair::kPerThread; first += 2) {
-    Pair chunks(first);
+  for (int first = 0; first < Pair::chunks_of_thread(rows); first += 2) {
+    Pair chunks(first, thread);
     chunks.fetch(params, item);
-    chunks.store(params, shared);
+    chunks.store(params, q_tile, table);
   }
 }
 

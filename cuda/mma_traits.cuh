@@ -40,11 +40,13 @@ struct MmaTraits : MmaTypes<CacheElement_> {
   static constexpr bool kManyRows = kManyRows_;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kQThreads = kThreads;     // that load queries
+  static constexpr bool kHasUnseenRows = false;  // the loader makes zeros of rows of V that no query sees
   static constexpr int kElementBytes = sizeof(typename Types::Storage);
 
   static constexpr int kRows = kManyRows ? 64 : kFewRows;
   static constexpr int kTokens = kManyRows && kHeadDim > 128 ? 32 : 64;
-  using Shape = TileShape<kRows, kTokens, kManyRows ? kFewRows + 1 : 1, kManyRows ? 1 << 30 : kFewRows>;
+  using Shape = TileShape<kRows, kTokens, !kManyRows>;
   // What one warp multiplies with, and what one warp copies.
   static constexpr int kWarpTokens = kManyRows ? kTokens : kTokens / kWarps;
   static constexpr int kCopyTokens = kTokens / kWarps;
@@ -64,8 +66,10 @@ struct MmaTraits : MmaTypes<CacheElement_> {
   static constexpr int kBlocks = !kManyRows && kHeadDim <= (Types::kFloat8 ? 64 : 128) ? 3 : 2;
 
   using TileLoader = KvLoader<kCopyTokens, KvTile, typename Types::Storage>;
-  using Cursor = WorkCursor<Shape, kThreads>;
-  using BlockEpilogue = Epilogue<Shape, kThreads, kHeadDim, kManyRows ? 1 : kWarps, Types::kOutput>;
+  using Cut = WorkCut<Shape>;
+  using Cursor = BlockCursor<Shape, kThreads>;
+  static constexpr int kParts = kManyRows ? 1 : kWarps;  // of each row
+  using BlockEpilogue = Epilogue<Shape, kThreads, kHeadDim, kParts, kParts * kRows, Types::kOutput>;
 
   struct Shared {
     union {

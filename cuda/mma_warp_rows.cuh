@@ -29,8 +29,9 @@ class WarpRows {
       : params_(params), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   // Rows first_row ... first_row + 15 of the tile; queries and row table must be in shared memory, behind a barrier.
-  __device__ void begin(const WorkItem &item, int first_row, const typename Traits::Shared &shared) {
-    table_ = &shared.rows;
+  __device__ void begin(const WorkItem &item, int first_row, const RowTable<Traits::kRows> &table, const char *q_tile) {
+    table_ = &table;
+    keys_ = item.keys;
     row_ = first_row + lane_ / 4;
     const Range first = table_->keys[first_row], last = table_->keys[first_row + 15];
     const bool any = item.query_tile * Traits::kRows + first_row < num_rows(params_.batch, item.seq);
@@ -53,7 +54,7 @@ class WarpRows {
 #pragma unroll
       for (int j = 0; j < 4; ++j) o_[i][j] = 0.0f;
     }
-    q_fragment_ = shared_address(shared.tiles.q + Q::offset(first_row + lane_ % 16, lane_ / 16));
+    q_fragment_ = shared_address(q_tile + Q::offset(first_row + lane_ % 16, lane_ / 16));
     if constexpr (Traits::kQInRegisters) {
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; ++k) load_q_fragment(q_[k], k);
@@ -154,11 +155,14 @@ class WarpRows {
     }
   }
 
-  // O += P V
-  __device__ void multiply_p_v(const Scores &p, const char *v_tile) {
+  // O += P V for the keys from `token` on.
+  __device__ void multiply_p_v(const Scores &p, const char *v_tile, int token) {
     const SharedAddress v = shared_address(v_tile + Kv::offset(lane_ % 16, lane_ / 16));
+    const bool whole = !Traits::kHasUnseenRows || (token >= keys_.begin && token + kTokens <= keys_.end);
 #pragma unroll
     for (int t = 0; t < kTokens / 16; ++t) {
+      uint32_t seen[2] = {~0u, ~0u};
+      if (!whole) find_seen(seen, token + 16 * t);
       const uint32_t a[4] = {pack<Math>(p[2 * t][0], p[2 * t][1]), pack<Math>(p[2 * t][2], p[2 * t][3]),
                              pack<Math>(p[2 * t + 1][0], p[2 * t + 1][1]),
                              pack<Math>(p[2 * t + 1][2], p[2 * t + 1][3])};
@@ -168,6 +172,7 @@ class WarpRows {
         for (int group = 0; group < kHeadDim / 16; group += 2) {
           uint32_t raw[4];
           load_matrices_transposed(raw, Kv::down(Kv::along(v, group), t * 16));
+          if constexpr (Traits::kHasUnseenRows) clear_unseen(raw, seen);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             uint32_t even0, odd0, even1, odd1;
@@ -183,6 +188,7 @@ class WarpRows {
         for (int group = 0; group < kHeadDim / 16; ++group) {
           uint32_t b[4];
           load_matrices_transposed(b, Kv::down(Kv::along(v, 2 * group), t * 16));
+          if constexpr (Traits::kHasUnseenRows) clear_unseen(b, seen);
           multiply_add<Math>(o_[2 * group], a, b[0], b[1]);
           multiply_add<Math>(o_[2 * group + 1], a, b[2], b[3]);
         }
@@ -190,18 +196,20 @@ class WarpRows {
     }
   }
 
-  // Hands the state to the epilogue, behind a barrier after the last use of the tiles.
+  // Hands the state's columns from `first_column` on to the epilogue as its states from `first_state` on, behind a
+  // barrier after the last use of what they overlay.
   template <class Epilogue>
-  __device__ void store_state(const Epilogue &epilogue, int part) {
+  __device__ void store_state(const Epilogue &epilogue, int first_state, int first_column) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      l_[i] += __shfl_xor_sync(kFullWarp, l_[i], 1);
-      l_[i] += __shfl_xor_sync(kFullWarp, l_[i], 2);
-      const int row = row_ + 8 * i;
-      if (lane_ % 4 == 0) epilogue.set_row(part, row, m_[i] * post_scale_[i], l_[i]);
-      float *o = epilogue.states() + Epilogue::state_offset(part, row, 0);
+      const int state = first_state + lane_ / 4 + 8 * i;
+      float l = l_[i] + __shfl_xor_sync(kFullWarp, l_[i], 1);
+      l += __shfl_xor_sync(kFullWarp, l, 2);
+      if (lane_ % 4 == 0) epilogue.set_row(state, m_[i] * post_scale_[i], l);
+      float *const o = epilogue.state(state) - first_column;
 #pragma unroll
       for (int group = 0; group < kHeadDim / 16; ++group) {
+        if (group * 16 < first_column || group * 16 >= first_column + Epilogue::kStateColumns_) continue;
         const float (&even)[4] = o_[2 * group];
         const float (&odd)[4] = o_[2 * group + 1];
         if constexpr (Traits::kFloat8) {
@@ -216,6 +224,21 @@ class WarpRows {
   }
 
  private:
+  // Which of the lane's 16-bit values of V belong to keys that some row sees: those of keys 2c and 2c + 1 from `token`
+  // on, c = lane % 4, and those of 2c + 8 and 2c + 9.
+  __device__ void find_seen(uint32_t (&seen)[2], int token) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int key = token + lane_ % 4 * 2 + 8 * i;
+      seen[i] = (key >= keys_.begin && key < keys_.end ? 0x0000ffffu : 0u) |
+                (key + 1 >= keys_.begin && key + 1 < keys_.end ? 0xffff0000u : 0u);
+    }
+  }
+  __device__ static void clear_unseen(uint32_t (&b)[4], const uint32_t (&seen)[2]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b[i] &= seen[i % 2];
+  }
+
   __device__ void load_q_fragment(uint32_t (&fragment)[4], int step) const {
     load_matrices(fragment, Q::along(q_fragment_, 2 * step));
   }
@@ -274,6 +297,7 @@ class WarpRows {
   const RowTable<Traits::kRows> *table_;
   int row_;  // the lane's rows of the tile are this and the eighth after it
   SharedAddress q_fragment_;
+  Range keys_;            // that any row of the tile sees
   Range visible_to_any_;  // of the warp's rows
   Range visible_to_all_;
   bool transform_;       // scores are not just products times a positive number

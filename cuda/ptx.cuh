@@ -117,8 +117,14 @@ __device__ inline uint32_t arrive_and_count(uint32_t *counter) {
   return before + 1;
 }
 
+// __syncthreads of some of the block's warps, or of all of them.
+template <int kThreads>
+__device__ inline void named_barrier(int barrier) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 // Reads what another block wrote during this launch: from the L2 cache, never from a stale L1 line.
-__device__ inline float load_from_l2(const float *pointer) { return __ldcg(pointer); }
+__device__ inline float2 load_from_l2(const float2 *pointer) { return __ldcg(pointer); }
 __device__ inline float4 load_from_l2(const float4 *pointer) { return __ldcg(pointer); }
 
 }  // namespace pagedattn::cuda

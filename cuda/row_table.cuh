@@ -20,12 +20,14 @@ struct RowTable {
   float q_scale[kRows];  // what the row was divided by (float8 caches)
 };
 
-// Rows past the sequence's last are given its keys, so that they ask for no masks of their own.
+// Rows past the sequence's last are given its keys, so that they ask for no masks of their own.  To be called by
+// kThreads threads, numbered from zero.
 template <int kThreads, int kRows>
-__device__ void fill_row_table(const AttentionKernelParams &params, const WorkItem &item, RowTable<kRows> &rows) {
+__device__ void fill_row_table(const AttentionKernelParams &params, const WorkItem &item, RowTable<kRows> &rows,
+                               int thread) {
   const Batch &batch = params.batch;
   const int last_row = num_rows(batch, item.seq) - 1, group = static_cast<int>(batch.group.divisor);
-  for (int row = static_cast<int>(threadIdx.x); row < kRows; row += kThreads) {
+  for (int row = thread; row < kRows; row += kThreads) {
     const int packed_row = min(item.query_tile * kRows + row, last_row);
     const int query = batch.group.divide(packed_row);
     rows.keys[row] = visible_keys(batch, item.seq, query);

@@ -1,0 +1,133 @@
+// Chooses the attention kernels for a call, and lists them.
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// Lengths are known on the device alone, so sequences of few rows a KV head (decode) and of many (prefill) are told
+// apart there: where a batch may hold both, both kernels are launched and each passes over the other's sequences.
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+#include <utility>
+
+#include "attention.h"
+#include "attention_select.h"
+#include "runtime.h"
+#include "status.h"
+#include "tensor_map.h"
+
+namespace pagedattn::cuda {
+namespace {
+
+constexpr std::array<int, kNumHeadDimTiles> kHeadDimTiles = {64, 128, 256};
+constexpr std::array<int, kNumHopperTiles> kHopperTiles = {64, 128, 192, 256};
+
+template <size_t kTiles>
+int tile_of(const std::array<int, kTiles> &tiles, int head_dim) {
+  int tile = 0;
+  while (tiles[static_cast<size_t>(tile)] < head_dim) ++tile;
+  return tile;
+}
+
+const AttentionKernelPair &mma_kernels(DType kv_dtype, int tile) {
+  switch (kv_dtype) {
+    case DType::kFloat16:
+      return attention_mma_float16(tile);
+    case DType::kBFloat16:
+      return attention_mma_bfloat16(tile);
+    case DType::kFloat8E4M3:
+      return attention_mma_float8_e4m3(tile);
+    case DType::kFloat8E5M2:
+      return attention_mma_float8_e5m2(tile);
+    default:
+      throw Error(PA_ERROR_INTERNAL, "paged_attention: no CUDA kernel for this cache type");
+  }
+}
+
+const HopperDecodeKernel &hopper_kernel(DType kv_dtype, int tile) {
+  switch (kv_dtype) {
+    case DType::kFloat16:
+      return hopper_decode_float16(tile);
+    case DType::kBFloat16:
+      return hopper_decode_bfloat16(tile);
+    case DType::kFloat8E4M3:
+      return hopper_decode_float8_e4m3(tile);
+    case DType::kFloat8E5M2:
+      return hopper_decode_float8_e5m2(tile);
+    default:
+      throw Error(PA_ERROR_INTERNAL, "paged_attention: no CUDA kernel for this cache type");
+  }
+}
+
+// Is PAGEDATTN_CUDA_ARCH set to the generic kernels' architecture?
+bool generic_kernels_wanted() {
+  static const bool wanted = [] {
+    const char *value = std::getenv("PAGEDATTN_CUDA_ARCH");
+    if (value == nullptr || *value == '\0') return false;
+    if (std::string(value) == "sm_80") return true;
+    throw_invalid("paged_attention: `PAGEDATTN_CUDA_ARCH` must be sm_80 (the generic kernels) or unset; got `" +
+                  std::string(value) + "`");
+  }();
+  return wanted;
+}
+
+const HopperDecodeKernel *hopper_kernel_for(const AttentionParams &params) {
+  if (generic_kernels_wanted() || !PAGEDATTN_SM_90A || device_facts().compute_capability != 90) return nullptr;
+  return fits_tensor_maps(params) ? &hopper_kernel(params.kv_dtype, tile_of(kHopperTiles, params.head_dim)) : nullptr;
+}
+
+std::string make_kernel_table() {
+  std::string table;
+  const auto add = [&](const std::string &types, int tile, const char *rows, const AttentionKernel &kernel) {
+    table += "paged_attention\t" + types + ", D <= " + std::to_string(tile) + rows + "\t" + kernel.name + "\n";
+  };
+  const std::pair<const char *, DType> types[] = {{"float16", DType::kFloat16},
+                                                  {"bfloat16", DType::kBFloat16},
+                                                  {"float8_e4m3 cache", DType::kFloat8E4M3},
+                                                  {"float8_e5m2 cache", DType::kFloat8E5M2}};
+  for (const auto &[name, dtype] : types) {
+    for (int tile = 0; PAGEDATTN_SM_90A && tile < kNumHopperTiles; ++tile) {
+      add(name, kHopperTiles[static_cast<size_t>(tile)], ", at most 64 rows a KV head, sm_90",
+          hopper_kernel(dtype, tile).decode);
+    }
+    for (int tile = 0; tile < kNumHeadDimTiles; ++tile) {
+      const AttentionKernelPair &pair = mma_kernels(dtype, tile);
+      add(name, kHeadDimTiles[static_cast<size_t>(tile)], ", at most 16 rows a KV head", pair.few_rows);
+      add(name, kHeadDimTiles[static_cast<size_t>(tile)], ", more rows", pair.many_rows);
+    }
+  }
+  for (int tile = 0; tile < kNumHeadDimTiles; ++tile) {
+    add("float32", kHeadDimTiles[static_cast<size_t>(tile)], "", attention_fma_float32(tile));
+  }
+  return table;
+}
+
+}  // namespace
+
+AttentionSelection select_attention(const AttentionParams &params) {
+  const int tile = tile_of(kHeadDimTiles, params.head_dim);
+  if (params.q_dtype == DType::kFloat32) {
+    const AttentionKernel &kernel = attention_fma_float32(tile);
+    return {kernel.name, nullptr, 1, {{&kernel}}};
+  }
+  const AttentionKernelPair &pair = mma_kernels(params.kv_dtype, tile);
+  const HopperDecodeKernel *const hopper = hopper_kernel_for(params);
+  const AttentionKernel &few = hopper != nullptr ? hopper->decode : pair.few_rows;
+  const int most_few = hopper != nullptr ? kHopperRows : kFewRows;
+
+  const int64_t group = params.num_q_heads / params.num_kv_heads;
+  const int64_t most_rows = params.query_start_loc == nullptr ? group : params.num_tokens * group;
+  if (most_rows <= most_few) return {few.name, hopper, 1, {{&few, 1, most_few}}};
+  if (group > most_few) return {pair.many_rows.name, nullptr, 1, {{&pair.many_rows}}};
+  return {hopper != nullptr ? hopper->with_many_rows : pair.both,
+          hopper,
+          2,
+          {{&pair.many_rows, most_few + 1}, {&few, 1, most_few}}};
+}
+
+const char *attention_kernel_table() {
+  static const std::string table = make_kernel_table();
+  return table.c_str();
+}
+
+}  // namespace pagedattn::cuda

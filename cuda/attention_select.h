@@ -1,0 +1,27 @@
+// Which attention kernels serve a call.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "attention_kernel.h"
+#include "params.h"
+
+namespace pagedattn::cuda {
+
+struct AttentionLaunch {
+  const AttentionKernel *kernel = nullptr;
+  int min_rows = 1;  // a KV head of the sequences that it serves
+  int max_rows = 1 << 30;
+};
+
+struct AttentionSelection {
+  const char *name;
+  const HopperDecodeKernel *hopper;  // that the last launch is of, or null
+  int num_launches;
+  AttentionLaunch launches[2];
+};
+
+// Throws PA_ERROR_INVALID_ARGUMENT if the environment variable PAGEDATTN_CUDA_ARCH holds what it must not.
+AttentionSelection select_attention(const AttentionParams &params);
+
+}  // namespace pagedattn::cuda

@@ -1,0 +1,18 @@
+// The Hopper decode kernels for float16 queries over float16 caches.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include "hopper_decode.cuh"
+
+namespace pagedattn::cuda {
+
+const HopperDecodeKernel &hopper_decode_float16(int head_dim_tile) {
+  static const HopperDecodeKernel kKernels[kNumHopperTiles] = {
+      hopper_decode<__half, 64>("hopper_decode_float16_d64", "hopper_decode_float16_d64+mma_float16_d64_many_rows"),
+      hopper_decode<__half, 128>("hopper_decode_float16_d128", "hopper_decode_float16_d128+mma_float16_d128_many_rows"),
+      hopper_decode<__half, 192>("hopper_decode_float16_d192", "hopper_decode_float16_d192+mma_float16_d256_many_rows"),
+      hopper_decode<__half, 256>("hopper_decode_float16_d256", "hopper_decode_float16_d256+mma_float16_d256_many_rows"),
+  };
+  return kKernels[head_dim_tile];
+}
+
+}  // namespace pagedattn::cuda

@@ -1,0 +1,94 @@
+// Thin wrappers of the PTX instructions of sm_90 that the Hopper kernels use, named after what they do.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "ptx.cuh"
+
+namespace pagedattn::cuda {
+
+// ---- mbarriers: a phase ends when the announced arrivals and bytes have come ------------------------------------
+
+using Barrier = uint64_t;
+
+__device__ inline void init_barrier(Barrier *barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers known to the copy engine; other threads see them behind the next __syncthreads.
+__device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void arrive(Barrier *barrier, int count = 1) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Arrives, and lets the phase wait for `bytes` of asynchronous copies too.
+__device__ inline void arrive_and_expect(Barrier *barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Waits for the end of the phase of this parity; returns at once if it is past.
+__device__ inline void wait(Barrier *barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- the bulk tensor copy engine ---------------------------------------------------------------------------------
+
+__device__ inline void prefetch_tensor_map(const CUtensorMap *map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// For data that is read once: it leaves the L2 cache before other data does.
+__device__ inline uint64_t read_once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Copies a box of a five-dimensional tensor to shared memory and counts its bytes at the barrier.
+__device__ inline void copy_box(SharedAddress destination, const CUtensorMap *map, const int (&corner)[5],
+                                Barrier *barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(destination),
+      "l"(map), "r"(corner[0]), "r"(corner[1]), "r"(corner[2]), "r"(corner[3]), "r"(corner[4]),
+      "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+// ---- registers, which a warpgroup hands to another ------------------------------------------------------------
+
+template <int kRegisters>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ---- programmatic dependent launch -------------------------------------------------------------------------------
+
+// Waits until the kernels before this one have finished and their memory is visible.  Nothing that they may have
+// written is to be read earlier.
+__device__ inline void wait_for_previous_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the next kernel start its blocks as soon as there is room for them.
+__device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+}  // namespace pagedattn::cuda

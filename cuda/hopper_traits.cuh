@@ -1,0 +1,111 @@
+// Types, tile sizes and shared memory of the Hopper decode kernels.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "attention_epilogue.cuh"
+#include "attention_kernel.h"
+#include "hopper_params.cuh"
+#include "hopper_ptx.cuh"
+#include "mma_traits.cuh"
+#include "row_table.cuh"
+#include "work_schedule.cuh"
+
+namespace pagedattn::cuda {
+
+// Rows as the copy engine writes them with its 128-byte swizzle: eight rows after eight, each such box cut into columns
+// of 128 bytes.  ldmatrix, which reads one chunk of eight neighbouring rows, touches every bank once.
+template <int kRows, int kRowBytes>
+struct BoxTile {
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kColumns = kRowBytes / 128;
+  static constexpr int kColumnBytes = 8 * 128;
+  static constexpr int kBoxBytes = kColumns * kColumnBytes;
+  static constexpr int kBytes = kRows / 8 * kBoxBytes;
+  static_assert(kRowBytes % 128 == 0 && kRows % 8 == 0);
+
+  __host__ __device__ static constexpr int offset(int row, int chunk) {
+    return row / 8 * kBoxBytes + chunk / 8 * kColumnBytes + row % 8 * 128 + ((chunk ^ row) & 7) * 16;
+  }
+
+  // From the address of chunk 0 or 1 of a row: the same chunk `rows`, a multiple of eight, further down, and the chunk
+  // an even number of chunks further on.
+  __device__ static SharedAddress down(SharedAddress address, int rows) {
+    return address + static_cast<SharedAddress>(rows / 8 * kBoxBytes);
+  }
+  __device__ static SharedAddress along(SharedAddress address, int chunks) {
+    return (address ^ static_cast<SharedAddress>(chunks % 8 * 16)) +
+           static_cast<SharedAddress>(chunks / 8 * kColumnBytes);
+  }
+};
+
+template <class CacheElement_, int kHeadDim_>
+struct HopperDecodeTraits : MmaTypes<CacheElement_> {
+  using CacheElement = CacheElement_;
+  using Types = MmaTypes<CacheElement>;
+  static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
+  static constexpr int kElementBytes = sizeof(typename Types::Storage);
+  static constexpr int kRowBytes = (kHeadDim * kElementBytes + 127) / 128 * 128;
+
+  static constexpr int kRows = 64;  // query rows of an item, in up to four tiles of 16
+  static constexpr int kTokens = kRowBytes <= 256 ? 32 : 16;
+  static constexpr int kWarpTokens = kTokens;
+  using Shape = TileShape<kRows, kTokens, true, 128 / kTokens, 8, 512 / kTokens>;
+
+  static constexpr int kProducers = 4;  // warps that ask for tiles, the block's first
+  static constexpr int kGroups = 2;     // of warps that compute
+  static constexpr int kGroupWarps = 4;
+  static constexpr int kGroupThreads = 32 * kGroupWarps;
+  static constexpr int kThreads = 32 * kProducers + kGroups * kGroupThreads;
+  static constexpr int kQThreads = kGroupThreads;
+
+  using QTile = BoxTile<kRows, kHeadDim * 2>;
+  using KvTile = BoxTile<kTokens, kRowBytes>;
+  static constexpr bool kQInRegisters = kHeadDim <= 128;
+  static constexpr int kSlots = 2 * KvTile::kBytes <= 8192 ? 16 : kQInRegisters ? 8 : 4;
+  static constexpr bool kHasUnseenRows = true;  // slots past a sequence's end come as they are
+
+  using Cut = WorkCut<Shape>;
+  using Cursor = WorkCursor<Shape, kThreads>;
+  static constexpr int kStateColumns = kHeadDim > 128 ? kHeadDim / 2 : kHeadDim;
+  using BlockEpilogue =
+      Epilogue<Shape, kGroupThreads, kHeadDim, kGroupWarps, 16 * kGroupWarps, Types::kOutput, kStateColumns, 20>;
+
+  // What the first warp tells the others of a segment.
+  struct Segment {
+    bool valid;  // false: there are no more
+    WorkItem item;
+    Range tiles;
+    uint32_t first_tile;  // counted from the kernel's first
+    int granule;
+  };
+  static constexpr int kSegments = 2 * kGroups;  // those in work and the next
+
+  struct alignas(1024) Group {
+    union {  // queries that are kept in registers leave their place to the states
+      char q[QTile::kBytes];
+      float states[BlockEpilogue::kStateFloats];
+    };
+    char q_to_stay[kQInRegisters ? 16 : QTile::kBytes];
+    RowTable<kRows> rows;
+    SegmentPlan plan;
+    typename BlockEpilogue::Shared epilogue;
+
+    __device__ char *queries() { return kQInRegisters ? q : q_to_stay; }
+  };
+
+  struct Shared {
+    char ring[kSlots][2][KvTile::kBytes];
+    Group groups[kGroups];
+    Barrier tile_full[kSlots];
+    Barrier tile_empty[kSlots];
+    Barrier segment_full[kSegments];
+    Barrier segment_empty[kSegments];
+    Barrier turn[kGroups];  // to take tiles from the ring
+    Segment segments[kSegments];
+    typename Cursor::Shared cursor;
+  };
+  static_assert(sizeof(Shared) <= 227 * 1024, "what a block may have on sm_90");
+};
+
+}  // namespace pagedattn::cuda
