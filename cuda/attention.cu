@@ -238,9 +238,9 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
   HopperDecodeParams kernel_params;
   static_cast<AttentionKernelParams &>(kernel_params) = make_params(params);
   if (selection.hopper != nullptr) {
-    kernel_params.box_columns = box_columns(params, selection.hopper->columns);
-    kernel_params.k_map = encode_cache(params, params.k_cache, selection.hopper->columns);
-    kernel_params.v_map = encode_cache(params, params.v_cache, selection.hopper->columns);
+    kernel_params.box = cache_box(params, selection.hopper->decode.tokens);
+    kernel_params.k_map = encode_cache(params, params.k_cache, kernel_params.box);
+    kernel_params.v_map = encode_cache(params, params.v_cache, kernel_params.box);
   }
   std::optional<StreamMemory> own_memory;
   if (params.workspace == nullptr) own_memory.emplace(bytes + kAlignment, stream);

@@ -135,7 +135,9 @@ class Epilogue {
 
   __device__ void meet() const { named_barrier<kThreads>(barrier_); }
 
-  __device__ float *place_of(int64_t index) const { return params_.partials + index * params_.place_floats; }
+  __device__ float *place_of(int index) const {
+    return params_.partials + static_cast<uint32_t>(index * params_.place_floats);
+  }
   __device__ float2 *place_row(float *place, int row) const {
     return reinterpret_cast<float2 *>(place + params_.place_floats) - params_.place_rows + row;
   }

@@ -43,7 +43,6 @@ const AttentionKernel &attention_fma_float32(int head_dim_tile);
 struct HopperDecodeKernel {
   AttentionKernel decode;
   const char *with_many_rows;  // name of the launch with the other kernel for sequences of more rows
-  int columns;                 // of 128 bytes, of the cache's rows
 };
 
 // By head dimension: tiles of 64, 128, 192 and 256.  Built for sm_90a alone.

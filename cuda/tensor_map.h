@@ -3,20 +3,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cuda.h>
-
+#include "hopper_params.cuh"
 #include "params.h"
 
 namespace pagedattn::cuda {
 
-// Can the copy engine read both caches, in boxes of eight tokens of one block?
+// Can the copy engine read both caches, eight tokens or more of one block at a time?
 bool fits_tensor_maps(const AttentionParams &params);
 
-// Columns of 128 bytes that a box has, where rows fill `columns` of them, the last perhaps in part.
-int box_columns(const AttentionParams &params, int columns);
+// What it takes at once, at most `tile_tokens` tokens.
+CacheBox cache_box(const AttentionParams &params, int tile_tokens);
 
-// The map of one cache: [N, Hkv, columns, S, elements of 128 bytes], or [N, Hkv, 1, S, D] where D does not fill the
-// last column.  Elements past D read as zeros.  Throws PA_ERROR_CUDA.
-CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, int columns);
+// The map of one cache, [N, Hkv, columns, S, elements of a column].  Throws PA_ERROR_CUDA.
+CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, const CacheBox &box);
 
 }  // namespace pagedattn::cuda

@@ -212,8 +212,8 @@ struct SegmentPlan {
   int first_place;   // of its partial results
   int place_step;    // 2: the first segment's place is the one behind
 
-  __host__ __device__ int64_t place(int index) const {
-    return int64_t{first_place} + int64_t{place_step} * index + (place_step == 2 && index == 0 ? 1 : 0);
+  __host__ __device__ int place(int index) const {
+    return first_place + place_step * index + (place_step == 2 && index == 0 ? 1 : 0);
   }
 };
 

@@ -66,7 +66,8 @@ def kernel_of(cuda: CupyBackend, rng: np.random.Generator, case: dict[str, Any])
     query_lens = case.pop("query_lens", None)
     check_batch(cuda, make_batch(rng, [40, 7, 300], query_lens, **case))
     kernel = pagedattn.last_kernel()
-    assert kernel in {listed for name, _, listed in pagedattn.config()["kernels"] if name == "paged_attention"}
+    listed = {entry for name, _, entry in pagedattn.config()["kernels"] if name == "paged_attention"}
+    assert kernel.split("+")[0] in listed
     return kernel
 
 
