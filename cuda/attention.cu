@@ -238,9 +238,12 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
   HopperDecodeParams kernel_params;
   static_cast<AttentionKernelParams &>(kernel_params) = make_params(params);
   if (selection.hopper != nullptr) {
-    kernel_params.box = cache_box(params, selection.hopper->decode.tokens);
-    kernel_params.k_map = encode_cache(params, params.k_cache, kernel_params.box);
-    kernel_params.v_map = encode_cache(params, params.v_cache, kernel_params.box);
+    const CacheBox box = cache_box(params, selection.hopper->rows, selection.hopper->decode.tokens);
+    kernel_params.box_tokens = box.tokens;
+    kernel_params.box_columns = box.columns;
+    kernel_params.box_bytes = box.tokens * box.columns * selection.hopper->rows.row_bytes;
+    kernel_params.k_map = encode_cache(params, params.k_cache, box);
+    kernel_params.v_map = encode_cache(params, params.v_cache, box);
   }
   std::optional<StreamMemory> own_memory;
   if (params.workspace == nullptr) own_memory.emplace(bytes + kAlignment, stream);

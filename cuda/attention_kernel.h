@@ -39,17 +39,30 @@ const AttentionKernelPair &attention_mma_float8_e4m3(int head_dim_tile);
 const AttentionKernelPair &attention_mma_float8_e5m2(int head_dim_tile);
 const AttentionKernel &attention_fma_float32(int head_dim_tile);
 
+// How rows of the cache lie in a Hopper kernel's shared memory (see BoxTile).
+struct CacheRowLayout {
+  int columns;
+  int row_bytes;
+  bool is_cut;  // into columns of 128 bytes
+};
+
 // For at most 64 rows a KV head.
 struct HopperDecodeKernel {
   AttentionKernel decode;
   const char *with_many_rows;  // name of the launch with the other kernel for sequences of more rows
+  CacheRowLayout rows;
 };
 
-// By head dimension: tiles of 64, 128, 192 and 256.  Built for sm_90a alone.
-constexpr int kNumHopperTiles = 4;
-const HopperDecodeKernel &hopper_decode_float16(int head_dim_tile);
-const HopperDecodeKernel &hopper_decode_bfloat16(int head_dim_tile);
-const HopperDecodeKernel &hopper_decode_float8_e4m3(int head_dim_tile);
-const HopperDecodeKernel &hopper_decode_float8_e5m2(int head_dim_tile);
+// By rising head dimension.  Built for sm_90a alone.
+struct HopperDecodeKernels {
+  const HopperDecodeKernel *begin_;
+  const HopperDecodeKernel *end_;
+  const HopperDecodeKernel *begin() const { return begin_; }
+  const HopperDecodeKernel *end() const { return end_; }
+};
+HopperDecodeKernels hopper_decode_float16();
+HopperDecodeKernels hopper_decode_bfloat16();
+HopperDecodeKernels hopper_decode_float8_e4m3();
+HopperDecodeKernels hopper_decode_float8_e5m2();
 
 }  // namespace pagedattn::cuda

@@ -64,7 +64,7 @@ __device__ void attend_few_rows(const AttentionKernelParams &params, typename Tr
     typename WarpRows<Traits>::Scores s;
     wait_copies<2 * kStages - 1>();
     __syncwarp();
-    if (sees) rows.multiply_q_k(s, k_tile(stage), token);
+    if (sees) rows.multiply_q_k(s, k_tile(stage));
     __syncwarp();  // every lane is done with K: its place takes the next
     loader.locate();
     if (more) loader.copy_k(k_tile(stage));
@@ -125,7 +125,7 @@ __device__ void attend_many_rows(const AttentionKernelParams &params, typename T
     const int token = tile * Traits::kTokens;
     if (rows.sees(token)) {
       typename WarpRows<Traits>::Scores s;
-      rows.multiply_q_k(s, k_tile(stage), token);
+      rows.multiply_q_k(s, k_tile(stage));
       rows.softmax(s, token);
       rows.multiply_p_v(s, v_tile(stage), token);
     }

@@ -4,6 +4,7 @@
 //
 // Lengths are known on the device alone, so sequences of few rows a KV head (decode) and of many (prefill) are told
 // apart there: where a batch may hold both, both kernels are launched and each passes over the other's sequences.
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdlib>
@@ -20,12 +21,10 @@ namespace pagedattn::cuda {
 namespace {
 
 constexpr std::array<int, kNumHeadDimTiles> kHeadDimTiles = {64, 128, 256};
-constexpr std::array<int, kNumHopperTiles> kHopperTiles = {64, 128, 192, 256};
 
-template <size_t kTiles>
-int tile_of(const std::array<int, kTiles> &tiles, int head_dim) {
+int head_dim_tile(int head_dim) {
   int tile = 0;
-  while (tiles[static_cast<size_t>(tile)] < head_dim) ++tile;
+  while (kHeadDimTiles[static_cast<size_t>(tile)] < head_dim) ++tile;
   return tile;
 }
 
@@ -44,16 +43,16 @@ const AttentionKernelPair &mma_kernels(DType kv_dtype, int tile) {
   }
 }
 
-const HopperDecodeKernel &hopper_kernel(DType kv_dtype, int tile) {
+HopperDecodeKernels hopper_kernels(DType kv_dtype) {
   switch (kv_dtype) {
     case DType::kFloat16:
-      return hopper_decode_float16(tile);
+      return hopper_decode_float16();
     case DType::kBFloat16:
-      return hopper_decode_bfloat16(tile);
+      return hopper_decode_bfloat16();
     case DType::kFloat8E4M3:
-      return hopper_decode_float8_e4m3(tile);
+      return hopper_decode_float8_e4m3();
     case DType::kFloat8E5M2:
-      return hopper_decode_float8_e5m2(tile);
+      return hopper_decode_float8_e5m2();
     default:
       throw Error(PA_ERROR_INTERNAL, "paged_attention: no CUDA kernel for this cache type");
   }
@@ -73,7 +72,10 @@ bool generic_kernels_wanted() {
 
 const HopperDecodeKernel *hopper_kernel_for(const AttentionParams &params) {
   if (generic_kernels_wanted() || !PAGEDATTN_SM_90A || device_facts().compute_capability != 90) return nullptr;
-  return fits_tensor_maps(params) ? &hopper_kernel(params.kv_dtype, tile_of(kHopperTiles, params.head_dim)) : nullptr;
+  if (!fits_tensor_maps(params)) return nullptr;
+  const HopperDecodeKernels kernels = hopper_kernels(params.kv_dtype);
+  return std::find_if(kernels.begin(), kernels.end(),
+                      [&](const HopperDecodeKernel &kernel) { return kernel.decode.head_dim >= params.head_dim; });
 }
 
 std::string make_kernel_table() {
@@ -86,9 +88,10 @@ std::string make_kernel_table() {
                                                   {"float8_e4m3 cache", DType::kFloat8E4M3},
                                                   {"float8_e5m2 cache", DType::kFloat8E5M2}};
   for (const auto &[name, dtype] : types) {
-    for (int tile = 0; PAGEDATTN_SM_90A && tile < kNumHopperTiles; ++tile) {
-      add(name, kHopperTiles[static_cast<size_t>(tile)], ", at most 64 rows a KV head, sm_90",
-          hopper_kernel(dtype, tile).decode);
+    if (PAGEDATTN_SM_90A) {
+      for (const HopperDecodeKernel &kernel : hopper_kernels(dtype)) {
+        add(name, kernel.decode.head_dim, ", at most 64 rows a KV head, sm_90", kernel.decode);
+      }
     }
     for (int tile = 0; tile < kNumHeadDimTiles; ++tile) {
       const AttentionKernelPair &pair = mma_kernels(dtype, tile);
@@ -105,7 +108,7 @@ std::string make_kernel_table() {
 }  // namespace
 
 AttentionSelection select_attention(const AttentionParams &params) {
-  const int tile = tile_of(kHeadDimTiles, params.head_dim);
+  const int tile = head_dim_tile(params.head_dim);
   if (params.q_dtype == DType::kFloat32) {
     const AttentionKernel &kernel = attention_fma_float32(tile);
     return {kernel.name, nullptr, 1, {{&kernel}}};

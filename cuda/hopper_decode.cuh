@@ -22,14 +22,20 @@ namespace pagedattn::cuda {
 // kernel's first on, is its number.
 template <class Traits>
 class TileProducer {
+  using Kv = typename Traits::KvTile;
+
  public:
   __device__ TileProducer(const HopperDecodeParams &params, typename Traits::Shared &shared)
       : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32), policy_(read_once_policy()) {
-    // A lane's box of every tile: some of the tokens, of K or V.
+    // A lane's box of every tile: K or V, columns, some of the tokens.
+    const int pieces = 2 * Kv::kColumns / params.box_columns;
+    const int column = lane_ % pieces / 2 * params.box_columns;
     is_v_ = lane_ % 2 != 0;
-    first_token_ = lane_ / 2 * params.box.tokens;
+    first_token_ = lane_ / pieces * params.box_tokens;
     active_ = first_token_ < Traits::kTokens;
-    offset_ = (is_v_ ? Traits::kTileBytes : 0) + lane_ / 2 * params.box.bytes;
+    column_ = params.box_columns > 1 ? column : 0;
+    element_ = params.box_columns > 1 ? 0 : column * (128 / Traits::kElementBytes);
+    offset_ = (is_v_ ? Kv::kBytes : 0) + first_token_ / 8 * Kv::kEightRows + column * 1024;
   }
 
   __device__ uint32_t count() const { return count_; }
@@ -56,15 +62,15 @@ class TileProducer {
       const int token = first_token + first_token_, block = params_.block_size.divide(token);
       const int place = block - first_entry;
       const int near = __shfl_sync(kFullWarp, entries, place), far = __shfl_sync(kFullWarp, next_entries, place - 32);
-      const int corner[5] = {0, token - block * static_cast<int>(params_.block_size.divisor), 0, kv_head,
+      const int corner[5] = {element_, token - block * static_cast<int>(params_.block_size.divisor), column_, kv_head,
                              clamp_to(place < 32 ? near : far, 0, params_.last_block)};
       // Boxes that nobody sees stay as they are.
-      const bool seen = active_ && token < keys.end && token + params_.box.tokens > keys.begin;
+      const bool seen = active_ && token < keys.end && token + params_.box_tokens > keys.begin;
       const int boxes = __popc(__ballot_sync(kFullWarp, seen));
 
       const uint32_t slot = count_ % Traits::kSlots;
       wait(&shared_.tile_empty[slot], (count_ / Traits::kSlots & 1) ^ 1);
-      if (lane_ == 0) arrive_and_expect(&shared_.tile_full[slot], boxes * params_.box.bytes);
+      if (lane_ == 0) arrive_and_expect(&shared_.tile_full[slot], boxes * params_.box_bytes);
       __syncwarp();
       if (seen) {
         copy_box(shared_address(shared_.ring[slot][0]) + static_cast<SharedAddress>(offset_),
@@ -81,6 +87,8 @@ class TileProducer {
   bool is_v_;
   bool active_;
   int first_token_;
+  int element_;
+  int column_;
   int offset_;
   uint32_t count_ = 0;  // of tiles so far
 };
@@ -175,7 +183,7 @@ __device__ void compute(const HopperDecodeParams &params, typename Traits::Share
       wait(&shared.tile_full[slot], count / Traits::kSlots & 1);
       if (rows.sees(token)) {
         typename WarpRows<Traits>::Scores s;
-        rows.multiply_q_k(s, shared.ring[slot][0], token);
+        rows.multiply_q_k(s, shared.ring[slot][0]);
         rows.softmax(s, token);
         rows.multiply_p_v(s, shared.ring[slot][1], token);
       }
@@ -233,7 +241,8 @@ HopperDecodeKernel hopper_decode(const char *name, const char *with_many_rows) {
   using Traits = HopperDecodeTraits<CacheElement, kHeadDim>;
   return {{name, reinterpret_cast<const void *>(&hopper_decode_kernel<Traits>), Traits::kThreads,
            sizeof(typename Traits::Shared), Traits::kRows, Traits::kTokens, kHeadDim, &Traits::Cut::places_per_block},
-          with_many_rows};
+          with_many_rows,
+          {Traits::KvTile::kColumns, Traits::KvTile::kRowBytes, Traits::KvTile::kCut}};
 }
 
 }  // namespace pagedattn::cuda

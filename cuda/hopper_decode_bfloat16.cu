@@ -1,14 +1,22 @@
 // The Hopper decode kernels for bfloat16 queries over bfloat16 caches.
 //
 // SPDX-License-Identifier: Apache-2.0
+#include <iterator>
+
 #include "hopper_decode.cuh"
 
 namespace pagedattn::cuda {
 
-const HopperDecodeKernel &hopper_decode_bfloat16(int head_dim_tile) {
-  static const HopperDecodeKernel kKernels[kNumHopperTiles] = {
+HopperDecodeKernels hopper_decode_bfloat16() {
+  static const HopperDecodeKernel kKernels[] = {
       hopper_decode<__nv_bfloat16, 64>("hopper_decode_bfloat16_d64",
                                        "hopper_decode_bfloat16_d64+mma_bfloat16_d64_many_rows"),
+      hopper_decode<__nv_bfloat16, 80>("hopper_decode_bfloat16_d80",
+                                       "hopper_decode_bfloat16_d80+mma_bfloat16_d128_many_rows"),
+      hopper_decode<__nv_bfloat16, 96>("hopper_decode_bfloat16_d96",
+                                       "hopper_decode_bfloat16_d96+mma_bfloat16_d128_many_rows"),
+      hopper_decode<__nv_bfloat16, 112>("hopper_decode_bfloat16_d112",
+                                        "hopper_decode_bfloat16_d112+mma_bfloat16_d128_many_rows"),
       hopper_decode<__nv_bfloat16, 128>("hopper_decode_bfloat16_d128",
                                         "hopper_decode_bfloat16_d128+mma_bfloat16_d128_many_rows"),
       hopper_decode<__nv_bfloat16, 192>("hopper_decode_bfloat16_d192",
@@ -16,7 +24,7 @@ const HopperDecodeKernel &hopper_decode_bfloat16(int head_dim_tile) {
       hopper_decode<__nv_bfloat16, 256>("hopper_decode_bfloat16_d256",
                                         "hopper_decode_bfloat16_d256+mma_bfloat16_d256_many_rows"),
   };
-  return kKernels[head_dim_tile];
+  return {std::begin(kKernels), std::end(kKernels)};
 }
 
 }  // namespace pagedattn::cuda

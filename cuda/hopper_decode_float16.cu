@@ -1,18 +1,23 @@
 // The Hopper decode kernels for float16 queries over float16 caches.
 //
 // SPDX-License-Identifier: Apache-2.0
+#include <iterator>
+
 #include "hopper_decode.cuh"
 
 namespace pagedattn::cuda {
 
-const HopperDecodeKernel &hopper_decode_float16(int head_dim_tile) {
-  static const HopperDecodeKernel kKernels[kNumHopperTiles] = {
+HopperDecodeKernels hopper_decode_float16() {
+  static const HopperDecodeKernel kKernels[] = {
       hopper_decode<__half, 64>("hopper_decode_float16_d64", "hopper_decode_float16_d64+mma_float16_d64_many_rows"),
+      hopper_decode<__half, 80>("hopper_decode_float16_d80", "hopper_decode_float16_d80+mma_float16_d128_many_rows"),
+      hopper_decode<__half, 96>("hopper_decode_float16_d96", "hopper_decode_float16_d96+mma_float16_d128_many_rows"),
+      hopper_decode<__half, 112>("hopper_decode_float16_d112", "hopper_decode_float16_d112+mma_float16_d128_many_rows"),
       hopper_decode<__half, 128>("hopper_decode_float16_d128", "hopper_decode_float16_d128+mma_float16_d128_many_rows"),
       hopper_decode<__half, 192>("hopper_decode_float16_d192", "hopper_decode_float16_d192+mma_float16_d256_many_rows"),
       hopper_decode<__half, 256>("hopper_decode_float16_d256", "hopper_decode_float16_d256+mma_float16_d256_many_rows"),
   };
-  return kKernels[head_dim_tile];
+  return {std::begin(kKernels), std::end(kKernels)};
 }
 
 }  // namespace pagedattn::cuda

@@ -1,12 +1,14 @@
 // The Hopper decode kernels for 16-bit queries over float8 e5m2 caches.
 //
 // SPDX-License-Identifier: Apache-2.0
+#include <iterator>
+
 #include "hopper_decode.cuh"
 
 namespace pagedattn::cuda {
 
-const HopperDecodeKernel &hopper_decode_float8_e5m2(int head_dim_tile) {
-  static const HopperDecodeKernel kKernels[kNumHopperTiles] = {
+HopperDecodeKernels hopper_decode_float8_e5m2() {
+  static const HopperDecodeKernel kKernels[] = {
       hopper_decode<Float8E5M2, 64>("hopper_decode_float8_e5m2_d64",
                                     "hopper_decode_float8_e5m2_d64+mma_float8_e5m2_d64_many_rows"),
       hopper_decode<Float8E5M2, 128>("hopper_decode_float8_e5m2_d128",
@@ -16,7 +18,7 @@ const HopperDecodeKernel &hopper_decode_float8_e5m2(int head_dim_tile) {
       hopper_decode<Float8E5M2, 256>("hopper_decode_float8_e5m2_d256",
                                      "hopper_decode_float8_e5m2_d256+mma_float8_e5m2_d256_many_rows"),
   };
-  return kKernels[head_dim_tile];
+  return {std::begin(kKernels), std::end(kKernels)};
 }
 
 }  // namespace pagedattn::cuda

@@ -32,37 +32,9 @@ struct MmaTypes<Float8E4M3> {
 template <>
 struct MmaTypes<Float8E5M2> : MmaTypes<Float8E4M3> {};
 
-// Where the lanes find the chunks of K and V for ldmatrix, in tiles that KvLoader has filled: the addresses of a tile,
-// then that of 16 tokens and of a chunk further on, `chunk` even for 16-bit elements.
-template <class Tile, bool kFloat8>
-class SwizzledReader {
- public:
-  __device__ SwizzledReader(const AttentionKernelParams &, int lane) : lane_(lane) {}
-  __device__ SharedAddress keys(const char *tile) const {
-    // Matrices: two groups of tokens, two of dimensions; for float8 elements first those, then these.
-    return shared_address(tile + (kFloat8 ? Tile::offset(lane_ % 16, lane_ / 16)
-                                          : Tile::offset(lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2)));
-  }
-  __device__ SharedAddress values(const char *tile) const {
-    return shared_address(tile + Tile::offset(lane_ % 16, lane_ / 16));
-  }
-  __device__ SharedAddress key(SharedAddress keys, int tokens16, int chunk) const {
-    return Tile::down(Tile::along(keys, chunk), tokens16 * 16);
-  }
-  __device__ SharedAddress value(SharedAddress values, int tokens16, int chunk) const {
-    return key(values, tokens16, chunk);
-  }
-  __device__ static constexpr bool rows_run_over() { return false; }
-  __device__ static void clear_past_row(uint32_t &, uint32_t &, int) {}
-
- private:
-  int lane_;
-};
-
 template <class CacheElement_, int kHeadDim_, bool kManyRows_>
 struct MmaTraits : MmaTypes<CacheElement_> {
   using CacheElement = CacheElement_;
-  using Params = AttentionKernelParams;
   using Types = MmaTypes<CacheElement>;
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
   static constexpr bool kManyRows = kManyRows_;
@@ -81,7 +53,6 @@ struct MmaTraits : MmaTypes<CacheElement_> {
 
   using QTile = SwizzledTile<kHeadDim * 2>;
   using KvTile = SwizzledTile<kHeadDim * kElementBytes>;
-  using KvReader = SwizzledReader<KvTile, Types::kFloat8>;
   static constexpr int kQBytes = kRows * QTile::kRowBytes;
   static constexpr int kCopyBytes = kCopyTokens * KvTile::kRowBytes;  // a warp's share of a tile of K or of V
   static constexpr int kTileBytes = kTokens * KvTile::kRowBytes;

@@ -18,14 +18,15 @@ template <class Traits>
 class WarpRows {
   using Math = typename Traits::Math;
   using Q = typename Traits::QTile;
+  using Kv = typename Traits::KvTile;
   static constexpr int kTokens = Traits::kWarpTokens;
   static constexpr int kHeadDim = Traits::kHeadDim;
 
  public:
   using Scores = float[kTokens / 8][4];
 
-  __device__ explicit WarpRows(const typename Traits::Params &params)
-      : params_(params), lane_(static_cast<int>(threadIdx.x) % 32), reader_(params, lane_) {}
+  __device__ explicit WarpRows(const AttentionKernelParams &params)
+      : params_(params), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   // Rows first_row ... first_row + 15 of the tile; queries and row table must be in shared memory, behind a barrier.
   __device__ void begin(const WorkItem &item, int first_row, const RowTable<Traits::kRows> &table, const char *q_tile) {
@@ -65,10 +66,8 @@ class WarpRows {
     return token < visible_to_any_.end && token + kTokens > visible_to_any_.begin;
   }
 
-  // s = Q K^T for the keys from `token` on.
-  __device__ void multiply_q_k(Scores &s, const char *k_tile, int token) const {
-    const SharedAddress k = reader_.keys(k_tile);
-    const bool rows_run_over = reader_.rows_run_over() && !is_whole(token);
+  // s = Q K^T
+  __device__ void multiply_q_k(Scores &s, const char *k_tile) const {
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
 #pragma unroll
@@ -76,6 +75,7 @@ class WarpRows {
     }
     if constexpr (Traits::kFloat8) {
       // Matrices: 8 tokens x 16 dimensions; two groups of tokens, two of dimensions.
+      const SharedAddress k = shared_address(k_tile + Kv::offset(lane_ % 16, lane_ / 16));
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; step += 2) {
         uint32_t q[2][4];
@@ -84,8 +84,7 @@ class WarpRows {
 #pragma unroll
         for (int t = 0; t < kTokens / 16; ++t) {
           uint32_t raw[4];
-          load_matrices(raw, reader_.key(k, t, step));
-          if (rows_run_over) reader_.clear_past_row(raw[2], raw[3], step + 1);
+          load_matrices(raw, Kv::down(Kv::along(k, step), t * 16));
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             uint32_t b0, b1;
@@ -96,6 +95,7 @@ class WarpRows {
       }
     } else {
       // Matrices: 8 tokens x 8 dimensions; two groups of dimensions, two of tokens.
+      const SharedAddress k = shared_address(k_tile + Kv::offset(lane_ / 16 * 8 + lane_ % 8, lane_ / 8 % 2));
 #pragma unroll
       for (int step = 0; step < kHeadDim / 16; ++step) {
         uint32_t q[4];
@@ -103,11 +103,7 @@ class WarpRows {
 #pragma unroll
         for (int t = 0; t < kTokens / 16; ++t) {
           uint32_t b[4];
-          load_matrices(b, reader_.key(k, t, 2 * step));
-          if (rows_run_over) {
-            reader_.clear_past_row(b[0], b[2], 2 * step);
-            reader_.clear_past_row(b[1], b[3], 2 * step + 1);
-          }
+          load_matrices(b, Kv::down(Kv::along(k, 2 * step), t * 16));
           multiply_add<Math>(s[2 * t], q, b[0], b[1]);
           multiply_add<Math>(s[2 * t + 1], q, b[2], b[3]);
         }
@@ -161,8 +157,8 @@ class WarpRows {
 
   // O += P V for the keys from `token` on.
   __device__ void multiply_p_v(const Scores &p, const char *v_tile, int token) {
-    const SharedAddress v = reader_.values(v_tile);
-    const bool whole = !Traits::kHasUnseenRows || is_whole(token);
+    const SharedAddress v = shared_address(v_tile + Kv::offset(lane_ % 16, lane_ / 16));
+    const bool whole = !Traits::kHasUnseenRows || (token >= keys_.begin && token + kTokens <= keys_.end);
 #pragma unroll
     for (int t = 0; t < kTokens / 16; ++t) {
       uint32_t seen[2] = {~0u, ~0u};
@@ -175,7 +171,7 @@ class WarpRows {
 #pragma unroll
         for (int group = 0; group < kHeadDim / 16; group += 2) {
           uint32_t raw[4];
-          load_matrices_transposed(raw, reader_.value(v, t, group));
+          load_matrices_transposed(raw, Kv::down(Kv::along(v, group), t * 16));
           if constexpr (Traits::kHasUnseenRows) clear_unseen(raw, seen);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -191,7 +187,7 @@ class WarpRows {
 #pragma unroll
         for (int group = 0; group < kHeadDim / 16; ++group) {
           uint32_t b[4];
-          load_matrices_transposed(b, reader_.value(v, t, 2 * group));
+          load_matrices_transposed(b, Kv::down(Kv::along(v, 2 * group), t * 16));
           if constexpr (Traits::kHasUnseenRows) clear_unseen(b, seen);
           multiply_add<Math>(o_[2 * group], a, b[0], b[1]);
           multiply_add<Math>(o_[2 * group + 1], a, b[2], b[3]);
@@ -228,9 +224,6 @@ class WarpRows {
   }
 
  private:
-  // Does some row see each of the kTokens keys from `token` on?
-  __device__ bool is_whole(int token) const { return token >= keys_.begin && token + kTokens <= keys_.end; }
-
   // Which of the lane's 16-bit values of V belong to keys that some row sees: those of keys 2c and 2c + 1 from `token`
   // on, c = lane % 4, and those of 2c + 8 and 2c + 9.
   __device__ void find_seen(uint32_t (&seen)[2], int token) const {
@@ -301,7 +294,6 @@ class WarpRows {
 
   const AttentionKernelParams &params_;
   int lane_;
-  typename Traits::KvReader reader_;
   const RowTable<Traits::kRows> *table_;
   int row_;  // the lane's rows of the tile are this and the eighth after it
   SharedAddress q_fragment_;

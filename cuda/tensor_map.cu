@@ -48,57 +48,35 @@ bool cache_fits(const AttentionParams &params, const CacheView &cache) {
 }  // namespace
 
 bool fits_tensor_maps(const AttentionParams &params) {
-  const int64_t row_bytes = params.head_dim * dtype_size(params.kv_dtype);
-  const bool row_fits = row_bytes <= kColumnBytes || row_bytes % kAlignment == 0;
-  return row_fits && params.block_size % 8 == 0 && params.num_blocks > 0 && params.num_blocks < int64_t{1} << 31 &&
+  return params.block_size % 8 == 0 && params.num_blocks > 0 && params.num_blocks < int64_t{1} << 31 &&
          cache_fits(params, params.k_cache) && cache_fits(params, params.v_cache);
 }
 
-CacheBox cache_box(const AttentionParams &params, int tile_tokens) {
-  CacheBox box{};
-  box.tokens = std::gcd(params.block_size, tile_tokens);
-  box.row_bytes = static_cast<int32_t>(params.head_dim * dtype_size(params.kv_dtype));
-  box.is_dense = box.row_bytes > kColumnBytes && box.row_bytes % kColumnBytes != 0;
-  if (box.is_dense) {
-    box.row_stride = box.row_bytes;
-    box.column_stride = kColumnBytes;
-    box.bytes = box.tokens * box.row_bytes;
-    box.stride8 = 8 * box.row_bytes;
-    box.stride16 = 16 * box.row_bytes;
-  } else {
-    const int columns = (box.row_bytes + kColumnBytes - 1) / kColumnBytes;
-    box.row_stride = kColumnBytes;
-    box.column_stride = box.tokens * kColumnBytes;
-    box.bytes = columns * box.column_stride;
-    box.stride8 = box.tokens >= 16 ? 8 * kColumnBytes : box.bytes;
-    box.stride16 = box.tokens >= 32 ? 16 * kColumnBytes : 16 / box.tokens * box.bytes;
-  }
-  return box;
+CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, int tile_tokens) {
+  const auto size = static_cast<int>(dtype_size(params.kv_dtype));
+  const bool is_full = params.head_dim * size == rows.columns * rows.row_bytes;
+  return {rows.columns > 1 ? 8 : std::gcd(params.block_size, tile_tokens), is_full ? rows.columns : 1,
+          rows.row_bytes / size, rows.is_cut};
 }
 
 CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, const CacheBox &box) {
   const auto size = static_cast<cuuint64_t>(dtype_size(params.kv_dtype));
-  const auto column_elements = static_cast<cuuint32_t>(kColumnBytes / static_cast<int>(size));
-  const auto head_dim = static_cast<cuuint32_t>(params.head_dim);
-  // Rows of several whole columns are cut into them; others are one column, perhaps filled up with zeros.
-  const bool is_cut = !box.is_dense && box.row_bytes > kColumnBytes;
-  const cuuint32_t columns = is_cut ? head_dim / column_elements : 1;
   const auto stride = [&](int64_t elements, int64_t extent) {
     return extent <= 1 ? static_cast<cuuint64_t>(kColumnBytes) : static_cast<cuuint64_t>(elements) * size;
   };
-  const cuuint64_t extents[5] = {is_cut ? column_elements : head_dim, static_cast<cuuint64_t>(params.block_size),
-                                 columns, static_cast<cuuint64_t>(params.num_kv_heads),
-                                 static_cast<cuuint64_t>(params.num_blocks)};
+  const auto columns = static_cast<cuuint32_t>(box.columns), elements = static_cast<cuuint32_t>(box.elements);
+  const cuuint64_t extents[5] = {
+      columns > 1 ? elements : static_cast<cuuint64_t>(params.head_dim), static_cast<cuuint64_t>(params.block_size),
+      columns, static_cast<cuuint64_t>(params.num_kv_heads), static_cast<cuuint64_t>(params.num_blocks)};
   const cuuint64_t strides[4] = {stride(cache.token_stride, params.block_size), kColumnBytes,
                                  stride(cache.head_stride, params.num_kv_heads),
                                  stride(cache.block_stride, params.num_blocks)};
-  const cuuint32_t box_extents[5] = {box.is_dense ? head_dim : column_elements, static_cast<cuuint32_t>(box.tokens),
-                                     columns, 1, 1};
+  const cuuint32_t box_extents[5] = {elements, static_cast<cuuint32_t>(box.tokens), columns, 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result = encoder()(&map, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 5,
                                     cache.data, extents, strides, box_extents, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                    box.is_dense ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+                                    box.is_cut ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
                                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error(PA_ERROR_CUDA, "paged_attention: cuTensorMapEncodeTiled failed with CUDA driver error " +

@@ -3,7 +3,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "hopper_params.cuh"
+#include <cuda.h>
+
+#include "attention_kernel.h"
 #include "params.h"
 
 namespace pagedattn::cuda {
@@ -11,10 +13,16 @@ namespace pagedattn::cuda {
 // Can the copy engine read both caches, eight tokens or more of one block at a time?
 bool fits_tensor_maps(const AttentionParams &params);
 
-// What it takes at once, at most `tile_tokens` tokens.
-CacheBox cache_box(const AttentionParams &params, int tile_tokens);
+// What it takes at once.  Elements past D come as zeros.
+struct CacheBox {
+  int tokens;    // of one block, and a divisor of the tile's
+  int columns;   // that a row is cut into: all of them, or one at a time where D does not fill the last
+  int elements;  // of a column
+  bool is_cut;   // see BoxTile
+};
+CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, int tile_tokens);
 
-// The map of one cache, [N, Hkv, columns, S, elements of a column].  Throws PA_ERROR_CUDA.
+// The map of one cache: [N, Hkv, columns, S, elements], or [N, Hkv, 1, S, D].  Throws PA_ERROR_CUDA.
 CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, const CacheBox &box);
 
 }  // namespace pagedattn::cuda
