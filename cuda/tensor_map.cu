@@ -45,6 +45,14 @@ bool cache_fits(const AttentionParams &params, const CacheView &cache) {
          stride_fits(cache.block_stride, size, params.num_blocks);
 }
 
+// The L2 cache fetches so many bytes at once.  More than a row would be of other heads, which other blocks read, later.
+CUtensorMapL2promotion promotion(int64_t row_bytes) {
+  if (row_bytes % 256 == 0) return CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+  if (row_bytes % 128 == 0) return CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+  if (row_bytes % 64 == 0) return CU_TENSOR_MAP_L2_PROMOTION_L2_64B;
+  return CU_TENSOR_MAP_L2_PROMOTION_NONE;
+}
+
 }  // namespace
 
 bool fits_tensor_maps(const AttentionParams &params) {
@@ -74,10 +82,11 @@ CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, 
   const cuuint32_t box_extents[5] = {elements, static_cast<cuuint32_t>(box.tokens), columns, 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult result = encoder()(&map, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 5,
-                                    cache.data, extents, strides, box_extents, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                    box.is_cut ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encoder()(&map, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, cache.data,
+                extents, strides, box_extents, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                box.is_cut ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                promotion(params.head_dim * static_cast<int64_t>(size)), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error(PA_ERROR_CUDA, "paged_attention: cuTensorMapEncodeTiled failed with CUDA driver error " +
                                    std::to_string(static_cast<int>(result)));
