@@ -192,8 +192,13 @@ __device__ void compute(const HopperDecodeParams &params, typename Traits::Share
     }
     if (lane == 0) arrive(&shared.turn[(group_index + 1) % Traits::kGroups]);
     named_barrier<Traits::kGroupThreads>(barrier);  // the states overlay the queries
+    // Deterministic pieces of an item that is all this block's are joined, uncounted, by whoever has the last.
+    if (params.batch.deterministic && number > 0) {
+      wait(&shared.finished[group_index], (number - 1) / Traits::kGroups & 1);
+    }
     epilogue.finish(item, group.plan, parties, 16 * row_tiles,
                     [&](int column) { rows.store_state(epilogue, (party * row_tiles + row_tile) * 16, column); });
+    if (thread == 0) arrive(&shared.finished[(group_index + 1) % Traits::kGroups]);
   };
   for_each_segment<Traits, Traits::kGroups>(shared, static_cast<uint32_t>(group_index), thread == 0, attend);
 }
@@ -211,7 +216,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       init_barrier(&shared.tile_full[i], 1);
       init_barrier(&shared.tile_empty[i], Traits::kGroupWarps);
     }
-    for (int i = 0; i < Traits::kGroups; ++i) init_barrier(&shared.turn[i], Traits::kGroupWarps);
+    for (int i = 0; i < Traits::kGroups; ++i) {
+      init_barrier(&shared.turn[i], Traits::kGroupWarps);
+      init_barrier(&shared.finished[i], 1);
+    }
     for (int i = 0; i < Traits::kSegments; ++i) {
       init_barrier(&shared.segment_full[i], 1);
       init_barrier(&shared.segment_empty[i], Traits::kProducers);  // of a group and all producers but the first

@@ -113,7 +113,8 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
     Barrier tile_empty[kSlots];
     Barrier segment_full[kSegments];
     Barrier segment_empty[kSegments];
-    Barrier turn[kGroups];  // to take tiles from the ring
+    Barrier turn[kGroups];      // to take tiles from the ring
+    Barrier finished[kGroups];  // the segment before this group's has its result
     Segment segments[kSegments];
     typename Cursor::Shared cursor;
   };

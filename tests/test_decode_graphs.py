@@ -122,6 +122,9 @@ DIVIDED: dict[str, tuple[list[int], list[int] | None]] = {
     "many": ([(i * 37) % 211 for i in range(300)], None),
     "speculation": ([7001, 300, 4, 9], [4, 4, 4, 4]),
     "prompts beside decodes": ([7001, 300, 400, 9], [1, 1, 400, 1]),
+    # Deterministic pieces of 512, 512 and 16 tokens, mostly all of one block's, which does two at once: the last one
+    # must not be joined with what is still on its way.
+    "a short last piece": ([1040] * 600, None),
 }
 
 
