@@ -18,6 +18,7 @@
 #include "runtime.h"
 #include "status.h"
 #include "tensor_map.h"
+#include "work_schedule.cuh"
 
 namespace pagedattn::cuda {
 namespace {
@@ -25,8 +26,6 @@ namespace {
 // Rows of a sequence and keys of a tile are counted in 31 bits with room to spare.
 constexpr int64_t kMaxRows = int64_t{1} << 30;
 constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max() - 1024;
-// The line of cost units (work_schedule.cuh) is kept so short that a sum of two positions has 31 bits.
-constexpr int64_t kMaxUnits = int64_t{1} << 30;
 
 // ---- grid and workspace --------------------------------------------------------------------------------------
 
@@ -219,8 +218,10 @@ void launch(const AttentionKernel &kernel, void **arguments, cudaStream_t stream
 }  // namespace
 
 size_t paged_attention_workspace_size(const AttentionParams &params) {
-  // A caller's bytes may begin anywhere.
-  return workspace_bytes(select_attention(params), params) + kAlignment;
+  // A caller's bytes may begin anywhere, and other caches of these shapes may lie better or worse.
+  return std::max(workspace_bytes(select_attention(params, CacheAlignment::kAssumedGood), params),
+                  workspace_bytes(select_attention(params, CacheAlignment::kAssumedBad), params)) +
+         kAlignment;
 }
 
 void paged_attention(const AttentionParams &params, void *stream_handle) {
@@ -245,6 +246,10 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
     kernel_params.k_map = encode_cache(params, params.k_cache, box);
     kernel_params.v_map = encode_cache(params, params.v_cache, box);
   }
+  int shifts[2] = {};
+  for (int i = 0; i < selection.num_launches; ++i) {  // before anything is enqueued
+    shifts[i] = unit_shift(*selection.launches[i].kernel, params, kernel_params.batch.max_length);
+  }
   std::optional<StreamMemory> own_memory;
   if (params.workspace == nullptr) own_memory.emplace(bytes + kAlignment, stream);
   char *const workspace = align_up(params.workspace == nullptr ? own_memory->data() : params.workspace);
@@ -257,7 +262,7 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
     const auto &[kernel, min_rows, max_rows] = selection.launches[i];
     kernel_params.batch.min_rows = min_rows;
     kernel_params.batch.max_rows = max_rows;
-    kernel_params.batch.unit_shift = unit_shift(*kernel, params, kernel_params.batch.max_length);
+    kernel_params.batch.unit_shift = shifts[i];
     kernel_params.place_rows = place_rows(*kernel, params);
     kernel_params.place_floats = place_floats(*kernel, params);
     if (selection.hopper != nullptr && kernel == &selection.hopper->decode) {

@@ -89,7 +89,7 @@ class Epilogue {
   __device__ void finish(const WorkItem &item, const SegmentPlan &plan, int parts, int part_rows,
                          StoreStates &&store_states) const {
     const int rows = min(num_rows(params_.batch, item.seq) - item.query_tile * kRows, kRows);
-    float *const place = place_of(plan.place(plan.segment));
+    float *const place = place_of(plan.first_place + plan.segment);
 #pragma unroll 1
     for (int first = 0; first < kHeadDim; first += kStateColumns) {
       if (first > 0) meet();  // the columns before have been read
@@ -195,6 +195,7 @@ class Epilogue {
   // before one thread's arrival, and what the arrival acquires before the block's loads.
   __device__ bool arrive_last(const SegmentPlan &plan) const {
     meet();
+    // Segments that nobody shares come here one after the other, by the caller's doing.
     if (!plan.is_shared) return plan.segment == plan.num_segments - 1;
     if (thread_ == 0) {
       uint32_t *const counter = params_.arrivals + plan.first_owner;
@@ -218,7 +219,7 @@ class Epilogue {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           if (first + i < plan.num_segments) {
-            float *const place = place_of(plan.place(first + i));
+            float *const place = place_of(plan.first_place + first + i);
             state[i] = load_from_l2(place_row(place, row));
             o[i] = load_from_l2(reinterpret_cast<const float4 *>(place + row * kHeadDim + column));
           } else {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 
 namespace pagedattn::cuda {
 
@@ -54,12 +55,7 @@ struct HopperDecodeKernel {
 };
 
 // By rising head dimension.  Built for sm_90a alone.
-struct HopperDecodeKernels {
-  const HopperDecodeKernel *begin_;
-  const HopperDecodeKernel *end_;
-  const HopperDecodeKernel *begin() const { return begin_; }
-  const HopperDecodeKernel *end() const { return end_; }
-};
+using HopperDecodeKernels = std::span<const HopperDecodeKernel>;
 HopperDecodeKernels hopper_decode_float16();
 HopperDecodeKernels hopper_decode_bfloat16();
 HopperDecodeKernels hopper_decode_float8_e4m3();

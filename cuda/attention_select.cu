@@ -4,7 +4,6 @@
 //
 // Lengths are known on the device alone, so sequences of few rows a KV head (decode) and of many (prefill) are told
 // apart there: where a batch may hold both, both kernels are launched and each passes over the other's sequences.
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdlib>
@@ -70,12 +69,14 @@ bool generic_kernels_wanted() {
   return wanted;
 }
 
-const HopperDecodeKernel *hopper_kernel_for(const AttentionParams &params) {
+const HopperDecodeKernel *hopper_kernel_for(const AttentionParams &params, CacheAlignment alignment) {
   if (generic_kernels_wanted() || !PAGEDATTN_SM_90A || device_facts().compute_capability != 90) return nullptr;
-  if (!fits_tensor_maps(params)) return nullptr;
-  const HopperDecodeKernels kernels = hopper_kernels(params.kv_dtype);
-  return std::find_if(kernels.begin(), kernels.end(),
-                      [&](const HopperDecodeKernel &kernel) { return kernel.decode.head_dim >= params.head_dim; });
+  if (!shape_fits_tensor_maps(params) || alignment == CacheAlignment::kAssumedBad) return nullptr;
+  if (alignment == CacheAlignment::kAsGiven && !strides_fit_tensor_maps(params)) return nullptr;
+  for (const HopperDecodeKernel &kernel : hopper_kernels(params.kv_dtype)) {
+    if (kernel.decode.head_dim >= params.head_dim) return &kernel;
+  }
+  return nullptr;
 }
 
 std::string make_kernel_table() {
@@ -107,14 +108,14 @@ std::string make_kernel_table() {
 
 }  // namespace
 
-AttentionSelection select_attention(const AttentionParams &params) {
+AttentionSelection select_attention(const AttentionParams &params, CacheAlignment alignment) {
   const int tile = head_dim_tile(params.head_dim);
   if (params.q_dtype == DType::kFloat32) {
     const AttentionKernel &kernel = attention_fma_float32(tile);
     return {kernel.name, nullptr, 1, {{&kernel}}};
   }
   const AttentionKernelPair &pair = mma_kernels(params.kv_dtype, tile);
-  const HopperDecodeKernel *const hopper = hopper_kernel_for(params);
+  const HopperDecodeKernel *const hopper = hopper_kernel_for(params, alignment);
   const AttentionKernel &few = hopper != nullptr ? hopper->decode : pair.few_rows;
   const int most_few = hopper != nullptr ? kHopperRows : kFewRows;
 

@@ -21,7 +21,10 @@ struct AttentionSelection {
   AttentionLaunch launches[2];
 };
 
-// Throws PA_ERROR_INVALID_ARGUMENT if the environment variable PAGEDATTN_CUDA_ARCH holds what it must not.
-AttentionSelection select_attention(const AttentionParams &params);
+// The kernels of Hopper ask for more of the caches' addresses and strides than the generic ones.
+enum class CacheAlignment { kAsGiven, kAssumedGood, kAssumedBad };
+
+// Throws PA_ERROR_INVALID_ARGUMENT if the environment variable PAGEDATTN_CUDA_ARCH matters and holds what it must not.
+AttentionSelection select_attention(const AttentionParams &params, CacheAlignment alignment = CacheAlignment::kAsGiven);
 
 }  // namespace pagedattn::cuda

@@ -4,7 +4,7 @@
 //
 // One persistent block a multiprocessor takes an equal share of all (sequence, KV head, KV tile) work
 // (work_schedule.cuh).  Four producer warps do nothing but find that work and ask the copy engine (TMA) for its tiles,
-// into a ring of 64 to 128 KB that runs on across the ends of segments, so that memory is never idle while results are
+// into a ring of 64 to 132 KB that runs on across the ends of segments, so that memory is never idle while results are
 // written.  Two groups of four warps compute by mma.sync, a segment each in turn: one writes results and fetches
 // queries while the other multiplies.  Within a group, warps that share query rows take the tiles in turn, each with a
 // state (m, l, O) of its own in registers, and nobody waits for anybody before the end. Bound: bytes of the cache.
@@ -16,7 +16,7 @@
 
 namespace pagedattn::cuda {
 
-// ---- the first warp ----------------------------------------------------------------------------------------------
+// ---- the producers ----------------------------------------------------------------------------------------------
 
 // Asks for the tiles of one segment after the other.  Producers take turns: each has those whose count, from the
 // kernel's first on, is its number.
@@ -33,8 +33,7 @@ class TileProducer {
     is_v_ = lane_ % 2 != 0;
     first_token_ = lane_ / pieces * params.box_tokens;
     active_ = first_token_ < Traits::kTokens;
-    column_ = params.box_columns > 1 ? column : 0;
-    element_ = params.box_columns > 1 ? 0 : column * (128 / Traits::kElementBytes);
+    element_ = column * (128 / Traits::kElementBytes);
     offset_ = (is_v_ ? Kv::kBytes : 0) + first_token_ / 8 * Kv::kEightRows + column * 1024;
   }
 
@@ -62,7 +61,7 @@ class TileProducer {
       const int token = first_token + first_token_, block = params_.block_size.divide(token);
       const int place = block - first_entry;
       const int near = __shfl_sync(kFullWarp, entries, place), far = __shfl_sync(kFullWarp, next_entries, place - 32);
-      const int corner[5] = {element_, token - block * static_cast<int>(params_.block_size.divisor), column_, kv_head,
+      const int corner[5] = {element_, token - block * static_cast<int>(params_.block_size.divisor), 0, kv_head,
                              clamp_to(place < 32 ? near : far, 0, params_.last_block)};
       // Boxes that nobody sees stay as they are.
       const bool seen = active_ && token < keys.end && token + params_.box_tokens > keys.begin;
@@ -88,7 +87,6 @@ class TileProducer {
   bool active_;
   int first_token_;
   int element_;
-  int column_;
   int offset_;
   uint32_t count_ = 0;  // of tiles so far
 };
@@ -103,6 +101,7 @@ __device__ void lead(const HopperDecodeParams &params, typename Traits::Shared &
   const auto tell = [&](const typename Traits::Segment &segment) {
     const uint32_t place = told % Traits::kSegments;
     wait(&shared.segment_empty[place], (told / Traits::kSegments & 1) ^ 1);
+    __syncwarp();
     if (threadIdx.x == 0) {
       shared.segments[place] = segment;
       arrive(&shared.segment_full[place]);
@@ -190,9 +189,11 @@ __device__ void compute(const HopperDecodeParams &params, typename Traits::Share
       __syncwarp();
       if (lane == 0) arrive(&shared.tile_empty[slot], Traits::kGroupWarps / row_tiles);
     }
+    __syncwarp();
     if (lane == 0) arrive(&shared.turn[(group_index + 1) % Traits::kGroups]);
     named_barrier<Traits::kGroupThreads>(barrier);  // the states overlay the queries
-    // Deterministic pieces of an item that is all this block's are joined, uncounted, by whoever has the last.
+    // Deterministic pieces of an item that is all this block's are joined, uncounted, by whoever has the last, and the
+    // next such item takes the same places.
     if (params.batch.deterministic && number > 0) {
       wait(&shared.finished[group_index], (number - 1) / Traits::kGroups & 1);
     }
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     for (int i = 0; i < Traits::kSegments; ++i) {
       init_barrier(&shared.segment_full[i], 1);
-      init_barrier(&shared.segment_empty[i], Traits::kProducers);  // of a group and all producers but the first
+      init_barrier(&shared.segment_empty[i], Traits::kProducers);  // but the first, and a group
     }
     publish_barriers();
   }
@@ -241,6 +242,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     take_registers<Traits::kMathRegisters>();
     compute<Traits>(params, shared);
   }
+#else
+  __trap();  // chosen only where it has been built for sm_90a
 #endif
 }
 

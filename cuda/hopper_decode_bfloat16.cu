@@ -1,8 +1,6 @@
 // The Hopper decode kernels for bfloat16 queries over bfloat16 caches.
 //
 // SPDX-License-Identifier: Apache-2.0
-#include <iterator>
-
 #include "hopper_decode.cuh"
 
 namespace pagedattn::cuda {
@@ -24,7 +22,7 @@ HopperDecodeKernels hopper_decode_bfloat16() {
       hopper_decode<__nv_bfloat16, 256>("hopper_decode_bfloat16_d256",
                                         "hopper_decode_bfloat16_d256+mma_bfloat16_d256_many_rows"),
   };
-  return {std::begin(kKernels), std::end(kKernels)};
+  return kKernels;
 }
 
 }  // namespace pagedattn::cuda

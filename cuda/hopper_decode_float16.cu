@@ -1,8 +1,6 @@
 // The Hopper decode kernels for float16 queries over float16 caches.
 //
 // SPDX-License-Identifier: Apache-2.0
-#include <iterator>
-
 #include "hopper_decode.cuh"
 
 namespace pagedattn::cuda {
@@ -17,7 +15,7 @@ HopperDecodeKernels hopper_decode_float16() {
       hopper_decode<__half, 192>("hopper_decode_float16_d192", "hopper_decode_float16_d192+mma_float16_d256_many_rows"),
       hopper_decode<__half, 256>("hopper_decode_float16_d256", "hopper_decode_float16_d256+mma_float16_d256_many_rows"),
   };
-  return {std::begin(kKernels), std::end(kKernels)};
+  return kKernels;
 }
 
 }  // namespace pagedattn::cuda

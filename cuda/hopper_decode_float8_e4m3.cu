@@ -1,8 +1,6 @@
 // The Hopper decode kernels for 16-bit queries over float8 e4m3 caches.
 //
 // SPDX-License-Identifier: Apache-2.0
-#include <iterator>
-
 #include "hopper_decode.cuh"
 
 namespace pagedattn::cuda {
@@ -18,7 +16,7 @@ HopperDecodeKernels hopper_decode_float8_e4m3() {
       hopper_decode<Float8E4M3, 256>("hopper_decode_float8_e4m3_d256",
                                      "hopper_decode_float8_e4m3_d256+mma_float8_e4m3_d256_many_rows"),
   };
-  return {std::begin(kKernels), std::end(kKernels)};
+  return kKernels;
 }
 
 }  // namespace pagedattn::cuda

@@ -1,8 +1,6 @@
 // The Hopper decode kernels for 16-bit queries over float8 e5m2 caches.
 //
 // SPDX-License-Identifier: Apache-2.0
-#include <iterator>
-
 #include "hopper_decode.cuh"
 
 namespace pagedattn::cuda {
@@ -18,7 +16,7 @@ HopperDecodeKernels hopper_decode_float8_e5m2() {
       hopper_decode<Float8E5M2, 256>("hopper_decode_float8_e5m2_d256",
                                      "hopper_decode_float8_e5m2_d256+mma_float8_e5m2_d256_many_rows"),
   };
-  return {std::begin(kKernels), std::end(kKernels)};
+  return kKernels;
 }
 
 }  // namespace pagedattn::cuda

@@ -75,6 +75,7 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
                                  : kHeadDim <= 192 ? 104
                                                    : 64) *
                                 1024 / (2 * KvTile::kBytes) / kProducers * kProducers;
+  static_assert(kSlots % kGroupWarps == 0, "a warp that waits for a slot took the tile before from it");
   static constexpr bool kHasUnseenRows = true;  // slots past a sequence's end come as they are
 
   using Cut = WorkCut<Shape>;

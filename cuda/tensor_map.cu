@@ -1,3 +1,5 @@
+// Encodes tensor maps with the driver's own function.
+//
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_runtime.h>
 
@@ -55,9 +57,12 @@ CUtensorMapL2promotion promotion(int64_t row_bytes) {
 
 }  // namespace
 
-bool fits_tensor_maps(const AttentionParams &params) {
-  return params.block_size % 8 == 0 && params.num_blocks > 0 && params.num_blocks < int64_t{1} << 31 &&
-         cache_fits(params, params.k_cache) && cache_fits(params, params.v_cache);
+bool shape_fits_tensor_maps(const AttentionParams &params) {
+  return params.block_size % 8 == 0 && params.num_blocks > 0 && params.num_blocks < int64_t{1} << 31;
+}
+
+bool strides_fit_tensor_maps(const AttentionParams &params) {
+  return cache_fits(params, params.k_cache) && cache_fits(params, params.v_cache);
 }
 
 CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, int tile_tokens) {

@@ -11,7 +11,8 @@
 namespace pagedattn::cuda {
 
 // Can the copy engine read both caches, eight tokens or more of one block at a time?
-bool fits_tensor_maps(const AttentionParams &params);
+bool shape_fits_tensor_maps(const AttentionParams &params);
+bool strides_fit_tensor_maps(const AttentionParams &params);
 
 // What it takes at once.  Elements past D come as zeros.
 struct CacheBox {

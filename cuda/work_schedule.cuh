@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "attention_params.cuh"
 
@@ -40,6 +41,8 @@ struct TileShape {
 
 // Of an item, in units, for loading queries and writing results.
 constexpr int kItemOverhead = 1;
+// The line is shorter than this, so that a sum of two positions has 31 bits.
+constexpr int kMaxUnits = 1 << 30;
 
 // Of numbers that are not negative.
 __host__ __device__ inline int ceil_divide(int a, int b) {
@@ -158,7 +161,7 @@ struct WorkCut {
     if (!deterministic) return Shape::kMinSegmentTiles;
     return larger(ceil_divide(item.num_kv_tiles(), Shape::kMaxPieces), Shape::kMinPieceTiles);
   }
-  __host__ __device__ int granules_in(const WorkItem &item, int tiles) const {
+  __host__ __device__ int granules_in(const WorkItem &item, int tiles) const {  // the common divisor a constant
     return deterministic ? ceil_divide(tiles, granule(item)) : ceil_divide(tiles, Shape::kMinSegmentTiles);
   }
   __host__ __device__ int num_granules(const WorkItem &item) const {
@@ -175,10 +178,11 @@ struct WorkCut {
     return granules_in(item, offset << unit_shift);
   }
 
-  // Where partial results lie.  A block has one place for a segment of the item that it found begun and one for the
-  // item that it leaves unfinished.  In deterministic mode a block has one for each piece of the item that it leaves
-  // unfinished, and as many for items of several pieces that are all its own, which it finishes one after the other
-  // while other blocks may already have done their part of the unfinished one.
+  // Where partial results lie.  Those of an item that several blocks share follow each other from two places a block
+  // on: the next such item begins in the block that ends this one, or behind it.  In deterministic mode a block has a
+  // place for each piece of the item that it leaves unfinished, and as many for items of several pieces that are all
+  // its own, which it finishes one after the other while other blocks may already have done their part of the
+  // unfinished one.
   __host__ __device__ static int places_per_block(bool deterministic) {
     return deterministic ? Shape::kDeterministicPlaces : 2;
   }
@@ -210,11 +214,6 @@ struct SegmentPlan {
   bool is_shared;    // with other blocks
   int first_owner;   // of the item; the arrivals of shared items are counted there
   int first_place;   // of its partial results
-  int place_step;    // 2: the first segment's place is the one behind
-
-  __host__ __device__ int place(int index) const {
-    return first_place + place_step * index + (place_step == 2 && index == 0 ? 1 : 0);
-  }
 };
 
 // Of the segment of an item that holds a granule in this range.  Most items begin and end in one range and cost no
@@ -227,9 +226,9 @@ __host__ __device__ SegmentPlan plan_of(const WorkItem &item, const WorkCut<Shap
     return position >= range.begin && position < range.end ? range.block : cut.owner(position);
   };
   const int first = owner(item.start), last = owner(last_granule);
-  if (!cut.deterministic) return {range.block - first, last - first + 1, last != first, first, 2 * first, 2};
+  if (!cut.deterministic) return {range.block - first, last - first + 1, last != first, first, 2 * first};
   const int place = first * Shape::kDeterministicPlaces + (last != first ? 0 : Shape::kMaxPieces);
-  return {granule, granules, last != first, first, place, 1};
+  return {granule, granules, last != first, first, place};
 }
 
 #ifdef __CUDACC__
@@ -261,6 +260,8 @@ template <class Shape, int kThreads>
 class WorkCursor {
   static constexpr int kWarps = kThreads / 32;
   static constexpr bool kOneTile = Shape::kOneTile;
+  // Query starts that make no sense may give the same tokens to many sequences, and these a line that outgrows 31 bits.
+  using Sum = std::conditional_t<kOneTile, int, int64_t>;
 
  public:
   struct Shared {
@@ -277,16 +278,17 @@ class WorkCursor {
   __device__ void begin() {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int chunk = ceil_divide(batch_.num_seqs, 32 * kWarps) * 32;  // sequences a warp
-    int cost = 0;
+    Sum cost = 0;
 #pragma unroll 1
     for (int k = 0; k < chunk; k += 32) cost += head_cost(load_or_none(warp * chunk + k + lane));
     cost = warp_sum(cost) * batch_.num_kv_heads;
-    if (lane == 0) shared_.warp_totals[warp] = cost;
+    if (lane == 0) shared_.warp_totals[warp] = static_cast<int>(cost < kMaxUnits ? cost : kMaxUnits);
     __syncthreads();
     if (threadIdx.x == 0) {
-      int total = 0;
+      Sum sum = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += shared_.warp_totals[w];
+      for (int w = 0; w < kWarps; ++w) sum += shared_.warp_totals[w];
+      const int total = sum < kMaxUnits ? static_cast<int>(sum) : 0;  // nothing, rather than anything
       const auto cut = WorkCut<Shape>::of(batch_, total, static_cast<int>(gridDim.x));
       const int block = static_cast<int>(blockIdx.x);
       const int begin = block * cut.quantum;  // less than 2^31: the line is, by a range at least

@@ -111,7 +111,7 @@ void check(int seed, int min_rows, int max_rows) {
     REQUIRE(first.is_shared || batch.deterministic);
     if (first.is_shared) REQUIRE(counters.insert(first.first_owner).second);
     for (int i = 0; i < first.num_segments; ++i) {
-      const int place = first.place(i), block = place / places_per_block;
+      const int place = first.first_place + i, block = place / places_per_block;
       REQUIRE(place >= 0 && block < random.num_blocks);
       if (first.is_shared) REQUIRE(places.insert(place).second);
       // A block's items of several pieces that are all its own take each other's places, but never a shared item's.
