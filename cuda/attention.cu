@@ -67,11 +67,6 @@ constexpr size_t kAlignment = 256;
 constexpr size_t kArrivalBytes = sizeof(uint32_t) * kMaxGrid;
 static_assert(kArrivalBytes % kAlignment == 0);
 
-int64_t most_rows(const AttentionParams &params) {
-  const int64_t group = params.num_q_heads / params.num_kv_heads;
-  return params.query_start_loc == nullptr ? group : params.num_tokens * group;
-}
-
 // Rows of a partial result, an even number; then its floats, O and pairs of m and l, whole 16 bytes.
 int place_rows(const AttentionKernel &kernel, const AttentionParams &params) {
   return static_cast<int>(std::min<int64_t>(kernel.rows, (most_rows(params) + 1) / 2 * 2));

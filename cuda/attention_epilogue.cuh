@@ -57,11 +57,11 @@ __device__ inline void store_output(const AttentionKernelParams &params, int64_t
 
 // Called by kThreads threads, numbered from zero, that meet at a barrier of their own.
 template <class Shape, int kThreads, int kHeadDim, int kMaxParts, int kStates, OutputType kOutputType,
-          int kStateColumns = kHeadDim, int kJoinedAtOnce = 8>
+          int kStateColumns_ = kHeadDim, int kJoinedAtOnce = 8>
 class Epilogue {
  public:
   static constexpr int kRows = Shape::kRows;
-  static constexpr int kStateColumns_ = kStateColumns;
+  static constexpr int kStateColumns = kStateColumns_;  // that are handed over at once
   // Eight extra floats put the rows that a quad of lanes writes together on different banks.
   static constexpr int kPitch = kStateColumns + 8;
   static constexpr int kStateFloats = kStates * kPitch;

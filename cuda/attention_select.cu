@@ -108,6 +108,11 @@ std::string make_kernel_table() {
 
 }  // namespace
 
+int64_t most_rows(const AttentionParams &params) {
+  const int64_t group = params.num_q_heads / params.num_kv_heads;
+  return params.query_start_loc == nullptr ? group : params.num_tokens * group;
+}
+
 AttentionSelection select_attention(const AttentionParams &params, CacheAlignment alignment) {
   const int tile = head_dim_tile(params.head_dim);
   if (params.q_dtype == DType::kFloat32) {
@@ -119,10 +124,9 @@ AttentionSelection select_attention(const AttentionParams &params, CacheAlignmen
   const AttentionKernel &few = hopper != nullptr ? hopper->decode : pair.few_rows;
   const int most_few = hopper != nullptr ? kHopperRows : kFewRows;
 
-  const int64_t group = params.num_q_heads / params.num_kv_heads;
-  const int64_t most_rows = params.query_start_loc == nullptr ? group : params.num_tokens * group;
-  if (most_rows <= most_few) return {few.name, hopper, 1, {{&few, 1, most_few}}};
-  if (group > most_few) return {pair.many_rows.name, nullptr, 1, {{&pair.many_rows}}};
+  if (most_rows(params) <= most_few) return {few.name, hopper, 1, {{&few, 1, most_few}}};
+  if (params.num_q_heads / params.num_kv_heads > most_few)
+    return {pair.many_rows.name, nullptr, 1, {{&pair.many_rows}}};
   return {hopper != nullptr ? hopper->with_many_rows : pair.both,
           hopper,
           2,

@@ -3,10 +3,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
+
 #include "attention_kernel.h"
 #include "params.h"
 
 namespace pagedattn::cuda {
+
+// Query rows a KV head that a sequence of the call may have.
+int64_t most_rows(const AttentionParams &params);
 
 struct AttentionLaunch {
   const AttentionKernel *kernel = nullptr;

@@ -122,13 +122,13 @@ __device__ void lead(const HopperDecodeParams &params, typename Traits::Shared &
       tell({true, item, tiles_of(item, cut, {granule, granule + step}), producer.count(), granule});
     }
   }
-  // One for each group of warps and for each producer.
+  // One for each group of warps; the other producers end with the first.
 #pragma unroll 1
   for (int i = 0; i < Traits::kGroups; ++i) tell({});
 }
 
-// Hears of segments, from the `first` on every kStep-th; function(segment) ends with the warp at one point, and
-// `arrives` says whether this thread tells that the segment's description is used no more.
+// Hears of segments, from the `first` on every kStep-th; function(segment, its number) ends with the warp at one point,
+// and `arrives` says whether this thread tells that the segment's description is used no more.
 template <class Traits, int kStep, class Function>
 __device__ void for_each_segment(typename Traits::Shared &shared, uint32_t first, bool arrives, Function &&function) {
 #pragma unroll 1

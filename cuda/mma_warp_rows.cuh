@@ -209,7 +209,7 @@ class WarpRows {
       float *const o = epilogue.state(state) - first_column;
 #pragma unroll
       for (int group = 0; group < kHeadDim / 16; ++group) {
-        if (group * 16 < first_column || group * 16 >= first_column + Epilogue::kStateColumns_) continue;
+        if (group * 16 < first_column || group * 16 >= first_column + Epilogue::kStateColumns) continue;
         const float (&even)[4] = o_[2 * group];
         const float (&odd)[4] = o_[2 * group + 1];
         if constexpr (Traits::kFloat8) {

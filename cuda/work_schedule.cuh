@@ -241,11 +241,6 @@ __device__ T warp_sum(T x) {
   return x;
 }
 
-__device__ inline float warp_max(float x) {
-  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, offset));
-  return x;
-}
-
 template <class T>
 __device__ T warp_inclusive_scan(T x, int lane) {
   for (int offset = 1; offset < 32; offset *= 2) {

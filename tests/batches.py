@@ -17,6 +17,15 @@ import numpy as np
 import reference
 from backends import Array, NumpyBackend, allocation, is_float8, offset_in
 
+# Types of queries and cache that the tensor cores serve.
+SIXTEEN_BIT_KINDS = (
+    ("float16", "float16"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float8_e4m3"),
+    ("bfloat16", "float8_e4m3"),
+    ("float16", "float8_e5m2"),
+    ("bfloat16", "float8_e5m2"),
+)
 LAYOUTS = ("NHD", "HND", "interleaved NHD", "interleaved HND", "packed heads", "padded", "K NHD, V HND")
 # Slices of larger arrays: rows that vector loads and tensor maps can take, and rows that they cannot.
 SLICES = ("one layer of many", "8 bytes off", "odd rows", "K whole, V in odd rows")

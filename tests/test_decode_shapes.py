@@ -14,19 +14,11 @@ import numpy as np
 import pytest
 from attention_check import check_batch, check_output_alone
 from backends import DTYPES, CupyBackend
-from batches import LAYOUTS, SLICES, Batch, is_poison, make_batch, poison, scale_for
+from batches import LAYOUTS, SIXTEEN_BIT_KINDS, SLICES, Batch, is_poison, make_batch, poison, scale_for
 from pairwise import case_id, pairwise
 
 pytestmark = pytest.mark.gpu
 
-KINDS = [
-    ("float16", "float16"),
-    ("bfloat16", "bfloat16"),
-    ("float16", "float8_e4m3"),
-    ("bfloat16", "float8_e4m3"),
-    ("float16", "float8_e5m2"),
-    ("bfloat16", "float8_e5m2"),
-]
 SEQ_LENS = [1, 15, 16, 17, 0, 63, 64, 65, 200, 700]
 
 
@@ -41,7 +33,7 @@ def queries(seq_lens: list[int], query_len: int) -> list[int]:
     return [min(query_len, n) if n else query_len for n in seq_lens]
 
 
-@pytest.mark.parametrize("kind", KINDS[1:3], ids="-".join)
+@pytest.mark.parametrize("kind", SIXTEEN_BIT_KINDS[1:3], ids="-".join)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 32, 33, 64, 65, 71, 128])
 def test_decode_of_any_group_matches_the_reference(
     cuda: CupyBackend, rng: np.random.Generator, group: int, kind: tuple[str, str]
@@ -57,13 +49,13 @@ def test_decode_of_any_group_matches_the_reference(
 def test_a_few_query_tokens_a_sequence_match_the_reference(
     cuda: CupyBackend, rng: np.random.Generator, query_len: int, group: int
 ) -> None:
-    kind = KINDS[(query_len + group) % len(KINDS)]
+    kind = SIXTEEN_BIT_KINDS[(query_len + group) % len(SIXTEEN_BIT_KINDS)]
     heads = {"num_q_heads": 2 * group, "num_kv_heads": 2, "head_dim": 128}
     batch = make_batch(rng, SEQ_LENS, queries(SEQ_LENS, query_len), **heads, **types(rng, kind, 2))
     check_batch(cuda, batch)
 
 
-@pytest.mark.parametrize("kind", KINDS[:3], ids="-".join)
+@pytest.mark.parametrize("kind", SIXTEEN_BIT_KINDS[:3], ids="-".join)
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 8, 16, 32, 64])
 def test_prompts_padding_speculation_and_decode_share_a_call(
     cuda: CupyBackend, rng: np.random.Generator, group: int, kind: tuple[str, str]
@@ -86,7 +78,7 @@ def test_prompts_padding_speculation_and_decode_share_a_call(
 
 PAIRWISE = pairwise(
     {
-        "kind": KINDS,
+        "kind": SIXTEEN_BIT_KINDS,
         "head_dim": [8, 24, 64, 72, 80, 96, 112, 120, 128, 160, 192, 200, 256],
         "block_size": [1, 3, 8, 16, 24, 32, 40, 48, 64, 128, 256],
         "rows": [(1, 1), (1, 4), (1, 5), (1, 8), (1, 16), (1, 64), (2, 1), (4, 4), (5, 3), (8, 8), (16, 4)],
@@ -146,7 +138,7 @@ def test_every_pair_of_options_of_decode_matches_the_reference(
         check_output_alone(cuda, batch, deterministic=deterministic)
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[4]], ids="-".join)
+@pytest.mark.parametrize("kind", [SIXTEEN_BIT_KINDS[0], SIXTEEN_BIT_KINDS[4]], ids="-".join)
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("query_len", [1, 4])
 @pytest.mark.parametrize(("block_size", "window"), [(8, 7), (16, 1), (16, 17), (64, 100), (256, 100), (3, 100)])

@@ -14,7 +14,7 @@ import reference
 from accuracy import assert_close, assert_lse_close, assert_same_bytes
 from attention_check import check_batch
 from backends import BFLOAT16, DTYPES, Array, NumpyBackend, is_float8
-from batches import LAYOUTS, Batch, make_batch, normal, poison, scale_for
+from batches import LAYOUTS, SIXTEEN_BIT_KINDS, Batch, make_batch, normal, poison, scale_for
 from pairwise import case_id, pairwise
 
 # Decode, speculative decode, chunk, full prefill, a sequence without new tokens and an empty one.
@@ -24,15 +24,7 @@ MIXED_QUERY_LENS = [1, 4, 40, 33, 0, 0, 1]
 
 PAIRWISE = pairwise(
     {
-        "dtypes": [
-            ("float32", "float32"),
-            ("float16", "float16"),
-            ("bfloat16", "bfloat16"),
-            ("float16", "float8_e4m3"),
-            ("bfloat16", "float8_e4m3"),
-            ("float16", "float8_e5m2"),
-            ("bfloat16", "float8_e5m2"),
-        ],
+        "dtypes": [("float32", "float32"), *SIXTEEN_BIT_KINDS],
         "head_dim": [8, 64, 72, 80, 128, 192, 256],
         "block_size": [1, 3, 8, 16, 17, 128],
         "group": [1, 3, 4, 5, 7, 8, 16],

@@ -12,7 +12,7 @@ import numpy as np
 import pagedattn
 from accuracy import assert_close, assert_lse_close, assert_same_bytes
 from backends import DTYPES, NumpyBackend, is_float8
-from batches import LAYOUTS, make_batch, output, poison, scale_for
+from batches import LAYOUTS, SIXTEEN_BIT_KINDS, make_batch, output, poison, scale_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,18 +32,7 @@ def lengths(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    dtype, kv_dtype = draw(
-        st.sampled_from(
-            [
-                ("float32", "float32"),
-                ("float16", "float16"),
-                ("bfloat16", "bfloat16"),
-                ("float16", "float8_e4m3"),
-                ("bfloat16", "float8_e4m3"),
-                ("bfloat16", "float8_e5m2"),
-            ]
-        )
-    )
+    dtype, kv_dtype = draw(st.sampled_from([("float32", "float32"), *SIXTEEN_BIT_KINDS]))
     num_kv_heads = draw(st.integers(1, 4))
     seq_lens, query_lens = draw(lengths())
     return {
