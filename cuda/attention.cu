@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -67,12 +68,16 @@ constexpr size_t kAlignment = 256;
 constexpr size_t kArrivalBytes = sizeof(uint32_t) * kMaxGrid;
 static_assert(kArrivalBytes % kAlignment == 0);
 
-// Rows of a partial result, an even number; then its floats, O and pairs of m and l, whole 16 bytes.
-int place_rows(const AttentionKernel &kernel, const AttentionParams &params) {
-  return static_cast<int>(std::min<int64_t>(kernel.rows, (most_rows(params) + 1) / 2 * 2));
+// Log 2 of the KV heads that an item may have, see work_schedule.cuh.
+int max_head_shift(const AttentionKernel &kernel, const AttentionParams &params) {
+  if (params.deterministic) return 0;
+  return std::min(kernel.max_head_shift, std::countr_zero(static_cast<uint32_t>(params.num_kv_heads)));
 }
+
+// Of a partial result.
 int place_floats(const AttentionKernel &kernel, const AttentionParams &params) {
-  return place_rows(kernel, params) * (kernel.head_dim + 2);
+  const int64_t rows = std::min<int64_t>(kernel.rows, most_rows(params) << max_head_shift(kernel, params));
+  return static_cast<int>(rows) * place_row_floats(kernel.head_dim);
 }
 
 size_t workspace_bytes(const AttentionSelection &selection, const AttentionParams &params) {
@@ -225,8 +230,9 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
   const AttentionSelection selection = select_attention(params);
   const size_t bytes = workspace_bytes(selection, params);
   if (params.workspace != nullptr && params.workspace_size < bytes + kAlignment) {
-    throw_invalid("paged_attention: `workspace` must have at least " + std::to_string(bytes + kAlignment) +
-                  " bytes; got " + std::to_string(params.workspace_size));
+    throw_invalid("paged_attention: `workspace` must have at least " +
+                  std::to_string(paged_attention_workspace_size(params)) + " bytes; got " +
+                  std::to_string(params.workspace_size));
   }
   record_kernel("paged_attention", selection.name);
   if (params.num_tokens == 0 || params.num_seqs == 0) return;
@@ -258,7 +264,7 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
     kernel_params.batch.min_rows = min_rows;
     kernel_params.batch.max_rows = max_rows;
     kernel_params.batch.unit_shift = shifts[i];
-    kernel_params.place_rows = place_rows(*kernel, params);
+    kernel_params.batch.max_head_shift = max_head_shift(*kernel, params);
     kernel_params.place_floats = place_floats(*kernel, params);
     if (selection.hopper != nullptr && kernel == &selection.hopper->decode) {
       launch_dependent(*kernel, arguments, stream);

@@ -65,6 +65,7 @@ class Epilogue {
   // Eight extra floats put the rows that a quad of lanes writes together on different banks.
   static constexpr int kPitch = kStateColumns + 8;
   static constexpr int kStateFloats = kStates * kPitch;
+  static constexpr int kPlaceFloats = place_row_floats(kHeadDim);
 
   // Small arrays beside the states, which in some kernels overlay the tiles.
   struct Shared {
@@ -83,25 +84,27 @@ class Epilogue {
     shared_.l[index] = l;
   }
 
-  // Ends a segment whose states are `parts` times `part_rows`, part_rows at least the item's rows.  `store_states(c)`
+  // Ends a segment whose states are `parts` times the `part_rows` first rows of the item's tile.  `store_states(c)`
   // stores the thread's share of the states' columns c ... c + kStateColumns - 1.
   template <class StoreStates>
   __device__ void finish(const WorkItem &item, const SegmentPlan &plan, int parts, int part_rows,
                          StoreStates &&store_states) const {
-    const int rows = min(num_rows(params_.batch, item.seq) - item.query_tile * kRows, kRows);
+    const Rows rows = rows_of(item);
     float *const place = place_of(plan.first_place + plan.segment);
 #pragma unroll 1
     for (int first = 0; first < kHeadDim; first += kStateColumns) {
       if (first > 0) meet();  // the columns before have been read
       store_states(first);
       meet();
-      for_each_quad(rows, first, kStateColumns, [&](int row, int column) {
-        const State joined = join_parts(row, column - first, parts, part_rows);
+      for_each_quad(rows, first, kStateColumns, [&](int index, int column) {
+        const TileRow row = rows.tile_row(index);
+        const State joined = join_parts((row.head << rows.head_shift) + row.row, column - first, parts, part_rows);
         if (plan.num_segments == 1) {
           write(item, row, column, joined);
         } else {
-          *reinterpret_cast<float4 *>(place + row * kHeadDim + column) = joined.o;
-          if (column == 0) *place_row(place, row) = {joined.m, joined.l};
+          float *const partial = place + index * kPlaceFloats;
+          *reinterpret_cast<float4 *>(partial + column) = joined.o;
+          if (column == 0) *reinterpret_cast<float2 *>(partial + kHeadDim) = {joined.m, joined.l};
         }
       });
     }
@@ -133,21 +136,43 @@ class Epilogue {
     }
   };
 
-  __device__ void meet() const { named_barrier<kThreads>(barrier_); }
+  __device__ void meet() const {
+    if (barrier_ == 0) {  // the whole block
+      __syncthreads();
+    } else {
+      named_barrier<kThreads>(barrier_);
+    }
+  }
 
   __device__ float *place_of(int index) const {
     return params_.partials + static_cast<uint32_t>(index * params_.place_floats);
   }
-  __device__ float2 *place_row(float *place, int row) const {
-    return reinterpret_cast<float2 *>(place + params_.place_floats) - params_.place_rows + row;
+
+  // The rows of an item that have a result, head after head.
+  struct Rows {
+    int of_head;
+    int heads;
+    int head_shift;  // log 2 of the rows of the tile that a head has
+
+    __device__ TileRow tile_row(int index) const {
+      if constexpr (Shape::kMaxHeadShift == 0) return {0, index};
+      static_assert(Shape::kMaxHeadShift <= 2);
+      const int head = (index >= of_head) + (index >= 2 * of_head) + (index >= 3 * of_head);
+      return {heads == 1 ? 0 : head, heads == 1 ? index : index - head * of_head};
+    }
+  };
+  __device__ Rows rows_of(const WorkItem &item) const {
+    const int rows = num_rows(params_.batch, item.seq);
+    if constexpr (Shape::kMaxHeadShift == 0) return {min(rows - item.query_tile * kRows, kRows), 1, 0};
+    return {rows, 1 << item.head_shift, head_rows_shift(rows)};
   }
 
   template <class Function>
-  __device__ void for_each_quad(int rows, int first, int columns, Function &&function) const {
-    const int quads = columns / 4;
-    for (int index = thread_; index < rows * quads; index += kThreads) {
-      const int row = index / quads, column = first + index % quads * 4;
-      if (column < params_.head_dim) function(row, column);
+  __device__ void for_each_quad(const Rows &rows, int first, int columns, Function &&function) const {
+    const int quads = columns / 4, count = rows.heads * rows.of_head * quads;
+    for (int index = thread_; index < count; index += kThreads) {
+      const int column = first + index % quads * 4;
+      if (column < params_.head_dim) function(index / quads, column);
     }
   }
 
@@ -168,11 +193,11 @@ class Epilogue {
   }
 
   // Normalises and stores four columns of a row, with the first of them the row's log-sum-exp.
-  __device__ void write(const WorkItem &item, int row, int column, const State &state) const {
-    const int query = params_.batch.group.divide(item.query_tile * kRows + row);
+  __device__ void write(const WorkItem &item, TileRow place, int column, const State &state) const {
+    const int row = item.query_tile * kRows + place.row, group = static_cast<int>(params_.batch.group.divisor);
+    const int query = params_.batch.group.divide(row), kv_head = item.kv_head + place.head;
     const int64_t token = item.seq.first_token + query;
-    const int head = item.kv_head * static_cast<int>(params_.batch.group.divisor) + item.query_tile * kRows + row -
-                     query * static_cast<int>(params_.batch.group.divisor);
+    const int head = kv_head * group + row - query * group;
     float largest = state.m, sum = state.l, factor = 1.0f;
     if (params_.sinks != nullptr) {
       // Over the larger of the two, so that a sink far above every score does not overflow.
@@ -185,7 +210,7 @@ class Epilogue {
       params_.lse[token * params_.lse_token_stride + head * params_.lse_head_stride] =
           sum == 0.0f ? negative_infinity() : (largest + log2f(sum)) * kLn2;
     }
-    factor = sum == 0.0f ? 0.0f : factor * params_.v_scale.of_head(item.kv_head) / sum;
+    factor = sum == 0.0f ? 0.0f : factor * params_.v_scale.of_head(kv_head) / sum;
     const float4 o = state.o;
     store_output<kOutputType>(params_, token * params_.out.token_stride + head * params_.out.head_stride + column,
                               {o.x * factor, o.y * factor, o.z * factor, o.w * factor});
@@ -206,36 +231,58 @@ class Epilogue {
     return shared_.last_to_arrive;
   }
 
-  // A thread four columns, several segments at a time: one after the other, the loads from L2 would take longer than
-  // all the rest.
-  __device__ void join_segments(const WorkItem &item, const SegmentPlan &plan, int rows) const {
-    constexpr int kAtOnce = kJoinedAtOnce;
-    for_each_quad(rows, 0, kHeadDim, [&](int row, int column) {
-      State sum;
+  // A thread has kJoinedAtOnce partial results of four columns of a row on their way at once, since loads from L2 one
+  // after the other would take longer than all the rest: of one row, or where segments are few of kQuads of its rows.
+  __device__ void join_segments(const WorkItem &item, const SegmentPlan &plan, const Rows &rows) const {
+    constexpr int kQuads = 4, kSegments = kJoinedAtOnce / kQuads, kQuadsOfRow = kHeadDim / 4;
+    const bool few = plan.num_segments <= kSegments;
+    const int count = rows.heads * rows.of_head * kQuadsOfRow, quads = few ? kQuads : 1;
 #pragma unroll 1
-      for (int first = 0; first < plan.num_segments; first += kAtOnce) {
-        float2 state[kAtOnce];
-        float4 o[kAtOnce];
+    for (int begin = thread_; begin < count; begin += quads * kThreads) {
+      State sums[kQuads];  // of a quad each, or of some segments of one
+#pragma unroll 1
+      for (int first = 0; first < plan.num_segments; first += kJoinedAtOnce) {
+        float2 state[kQuads][kSegments];
+        float4 o[kQuads][kSegments];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (first + i < plan.num_segments) {
-            float *const place = place_of(plan.first_place + first + i);
-            state[i] = load_from_l2(place_row(place, row));
-            o[i] = load_from_l2(reinterpret_cast<const float4 *>(place + row * kHeadDim + column));
-          } else {
-            state[i] = {negative_infinity(), 0.0f};
-            o[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int i = 0; i < kQuads; ++i) {
+          const int index = few ? begin + i * kThreads : begin, from = few ? 0 : first + i * kSegments;
+#pragma unroll
+          for (int k = 0; k < kSegments; ++k) {
+            state[i][k] = {negative_infinity(), 0.0f};
+            o[i][k] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (index < count && from + k < plan.num_segments) {
+              const float *const partial = place_of(plan.first_place + from + k) + index / kQuadsOfRow * kPlaceFloats;
+              state[i][k] = load_from_l2(reinterpret_cast<const float2 *>(partial + kHeadDim));
+              o[i][k] = load_from_l2(reinterpret_cast<const float4 *>(partial) + index % kQuadsOfRow);
+            }
           }
         }
-        float largest = sum.m;
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) largest = fmaxf(largest, state[i].x);
-        sum.raise(largest);
+        for (int i = 0; i < kQuads; ++i) {
+          float largest = sums[i].m;
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) sum.add(state[i].x, state[i].y, o[i]);
+          for (int k = 0; k < kSegments; ++k) largest = fmaxf(largest, state[i][k].x);
+          sums[i].raise(largest);
+#pragma unroll
+          for (int k = 0; k < kSegments; ++k) sums[i].add(state[i][k].x, state[i][k].y, o[i][k]);
+        }
       }
-      write(item, row, column, sum);
-    });
+      if (!few) {
+#pragma unroll
+        for (int i = 1; i < kQuads; ++i) {
+          sums[0].raise(fmaxf(sums[0].m, sums[i].m));
+          sums[0].add(sums[i].m, sums[i].l, sums[i].o);
+        }
+      }
+#pragma unroll 1
+      for (int index = begin; index < min(count, begin + quads * kThreads); index += kThreads) {
+        const int column = index % kQuadsOfRow * 4;
+        if (column < params_.head_dim) write(item, rows.tile_row(index / kQuadsOfRow), column, sums[0]);
+#pragma unroll
+        for (int i = 1; i < kQuads; ++i) sums[i - 1] = sums[i];
+      }
+    }
   }
 
   const AttentionKernelParams &params_;

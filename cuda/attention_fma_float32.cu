@@ -228,7 +228,7 @@ __device__ void attend(const AttentionKernelParams &params, typename Traits::Sha
   loader.look_up(copied_token(tiles.begin + 1));
 
   load_q<Traits>(params, item, shared.tiles.q);
-  fill_row_table<Traits::kThreads>(params, item, shared.rows, static_cast<int>(threadIdx.x));
+  fill_row_table<typename Traits::Shape, Traits::kThreads>(params, item, shared.rows, static_cast<int>(threadIdx.x));
   WarpRows<Traits> rows(params, item, shared);
 
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {

@@ -23,6 +23,7 @@ struct AttentionKernel {
   int tokens;                                   // its keys,
   int head_dim;                                 // and its columns
   int (*places_per_block)(bool deterministic);  // partial results in the workspace
+  int max_head_shift = 0;                       // an item has up to 2^this KV heads, if no more than `rows` rows
 };
 
 // For rows of at most 16 a KV head, and for more.
@@ -45,16 +46,17 @@ struct CacheRowLayout {
   int columns;
   int row_bytes;
   bool is_cut;  // into columns of 128 bytes
+  int heads;    // side by side
 };
 
-// For at most 64 rows a KV head.
+// For at most 64 rows a KV head, or 16 where rows of the cache have several heads.
 struct HopperDecodeKernel {
   AttentionKernel decode;
-  const char *with_many_rows;  // name of the launch with the other kernel for sequences of more rows
+  const char *with_many_rows;  // name of the launch with the other kernel for sequences of more rows; may be null
   CacheRowLayout rows;
 };
 
-// By rising head dimension.  Built for sm_90a alone.
+// By rising head dimension, those for several heads last.  Built for sm_90a alone.
 using HopperDecodeKernels = std::span<const HopperDecodeKernel>;
 HopperDecodeKernels hopper_decode_float16();
 HopperDecodeKernels hopper_decode_bfloat16();

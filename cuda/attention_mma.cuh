@@ -52,7 +52,7 @@ __device__ void attend_few_rows(const AttentionKernelParams &params, typename Tr
   }
 
   queries.store(params, shared.tiles.q, shared.rows);
-  fill_row_table<Traits::kThreads>(params, item, shared.rows, static_cast<int>(threadIdx.x));
+  fill_row_table<typename Traits::Shape, Traits::kThreads>(params, item, shared.rows, static_cast<int>(threadIdx.x));
   __syncthreads();
   WarpRows<Traits> rows(params);
   rows.begin(item, 0, shared.rows, shared.tiles.q);
@@ -112,7 +112,7 @@ __device__ void attend_many_rows(const AttentionKernelParams &params, typename T
 
   const int thread = static_cast<int>(threadIdx.x);
   load_queries<Traits>(params, item, Traits::kRows, shared.tiles.q, shared.rows, thread);
-  fill_row_table<Traits::kThreads>(params, item, shared.rows, thread);
+  fill_row_table<typename Traits::Shape, Traits::kThreads>(params, item, shared.rows, thread);
   __syncthreads();
   WarpRows<Traits> rows(params);
   rows.begin(item, warp * 16, shared.rows, shared.tiles.q);

@@ -34,8 +34,9 @@ struct Batch {
   int32_t num_tokens;              // T
   int32_t max_length;              // what a block table can hold; longer lengths are cut to it
   int32_t num_kv_heads;
-  FastDivisor group;  // query heads a KV head
-  int32_t min_rows;   // a KV head of the sequences that a kernel serves: it passes over those with fewer or more
+  int32_t max_head_shift;  // items may have up to 2^this KV heads, which divide all KV heads
+  FastDivisor group;       // query heads a KV head
+  int32_t min_rows;        // a KV head of the sequences that a kernel serves: it passes over those with fewer or more
   int32_t max_rows;
   int32_t window;      // 0: off
   int32_t unit_shift;  // KV tiles to cost units: 0, or what keeps the sum of all costs under 2^31
@@ -68,6 +69,9 @@ struct ScalePointer {
   }
 };
 
+// Of a row of a partial result: O, m, l and what makes it whole 16 bytes.
+__host__ __device__ constexpr int place_row_floats(int head_dim) { return head_dim + 4; }
+
 struct AttentionKernelParams {
   Batch batch;
   TokensPointer q;
@@ -93,8 +97,7 @@ struct AttentionKernelParams {
   bool out_wide;          // rows of out can be written four elements at a time
   bool q_is_bfloat16;     // read by the float8 kernels alone, which compute in float16 for either type
   float *partials;        // unfinished results, see attention_epilogue.cuh
-  int32_t place_rows;     // that the place of one of them has
-  int32_t place_floats;   // of O, then pairs of m and l
+  int32_t place_floats;   // that the place of one of them has
   uint32_t *arrivals;     // [grid] zero between launches
 };
 

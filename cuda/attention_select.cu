@@ -69,14 +69,29 @@ bool generic_kernels_wanted() {
   return wanted;
 }
 
+// A kernel whose items always have several heads reads them faster, but one block joins all the partial results of an
+// item: if these are few, a call of long sequences takes longer.  What a sequence gets must not depend on the batch if
+// results are to be deterministic.
+bool many_heads_pay(const AttentionParams &params, const HopperDecodeKernel &kernel) {
+  if (params.deterministic || most_rows(params) > kFewRows || !heads_fill_rows(params, kernel.rows)) return false;
+  constexpr int kMostSharers = 4;
+  return params.num_seqs * (params.num_kv_heads / kernel.rows.heads) * kMostSharers >=
+         device_facts().num_multiprocessors;
+}
+
 const HopperDecodeKernel *hopper_kernel_for(const AttentionParams &params, CacheAlignment alignment) {
   if (generic_kernels_wanted() || !PAGEDATTN_SM_90A || device_facts().compute_capability != 90) return nullptr;
   if (!shape_fits_tensor_maps(params) || alignment == CacheAlignment::kAssumedBad) return nullptr;
   if (alignment == CacheAlignment::kAsGiven && !strides_fit_tensor_maps(params)) return nullptr;
+  const HopperDecodeKernel *of_one_head = nullptr;
   for (const HopperDecodeKernel &kernel : hopper_kernels(params.kv_dtype)) {
-    if (kernel.decode.head_dim >= params.head_dim) return &kernel;
+    if (kernel.rows.heads > 1) {
+      if (many_heads_pay(params, kernel)) return &kernel;
+    } else if (of_one_head == nullptr && kernel.decode.head_dim >= params.head_dim) {
+      of_one_head = &kernel;
+    }
   }
-  return nullptr;
+  return of_one_head;
 }
 
 std::string make_kernel_table() {
@@ -91,7 +106,10 @@ std::string make_kernel_table() {
   for (const auto &[name, dtype] : types) {
     if (PAGEDATTN_SM_90A) {
       for (const HopperDecodeKernel &kernel : hopper_kernels(dtype)) {
-        add(name, kernel.decode.head_dim, ", at most 64 rows a KV head, sm_90", kernel.decode);
+        const bool many = kernel.rows.heads > 1;
+        add(name, kernel.decode.head_dim,
+            many ? ", at most 16 rows a KV head, many sequences, sm_90" : ", at most 64 rows a KV head, sm_90",
+            kernel.decode);
       }
     }
     for (int tile = 0; tile < kNumHeadDimTiles; ++tile) {

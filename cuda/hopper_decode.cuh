@@ -40,38 +40,41 @@ class TileProducer {
     offset_ = (is_v_ ? Kv::kBytes : 0) + first_token_ / 8 * Kv::kEightRows + column * 1024;
   }
 
-  __device__ uint32_t count() const { return count_; }
+  __device__ uint32_t count() const { return count_; }  // of slots so far
+
+  // To come before `ask_for`, which can then do something else before: the first table entries are on their way.
+  __device__ void look_up(const WorkItem &item, Range tiles) {
+    table_ = params_.block_tables + item.seq.index * params_.block_table_stride;
+    end_block_ = item.keys.end > 0 ? params_.block_size.divide(item.keys.end - 1) + 1 : 0;
+    first_entry_ = params_.block_size.divide(tiles.begin * Traits::kTokens);
+    entries_ = load_entries(first_entry_);
+    next_entries_ = load_entries(first_entry_ + 32);
+  }
 
   __device__ void ask_for(const WorkItem &item, Range tiles) {
-    const int32_t *const table = params_.block_tables + item.seq.index * params_.block_table_stride;
-    const int end_block = item.keys.end > 0 ? params_.block_size.divide(item.keys.end - 1) + 1 : 0;
     const Range keys = item.keys;
-    const int kv_head = item.kv_head;
-    const auto load_entries = [&](int first) { return first + lane_ < end_block ? table[first + lane_] : 0; };
-    // The lanes hold the table's next 64 entries, the second half on its way while the first is used.
-    int first_entry = params_.block_size.divide(tiles.begin * Traits::kTokens);
-    int entries = load_entries(first_entry), next_entries = load_entries(first_entry + 32);
-    const auto mine = [&](uint32_t count) { return count % Traits::kProducers == threadIdx.x / 32; };
+    const int first_head = item.kv_head / Traits::kTileHeads, slots = (1 << item.head_shift) / Traits::kTileHeads;
 #pragma unroll 1
-    for (int tile = tiles.begin; tile < tiles.end; ++tile, ++count_) {
+    for (int tile = tiles.begin; tile < tiles.end; ++tile, count_ += static_cast<uint32_t>(slots)) {
       const int first_token = tile * Traits::kTokens;
-      if (params_.block_size.divide(first_token) >= first_entry + 32) {
-        first_entry += 32;
-        entries = next_entries;
-        next_entries = load_entries(first_entry + 32);
+      if (params_.block_size.divide(first_token) >= first_entry_ + 32) {
+        first_entry_ += 32;
+        entries_ = next_entries_;
+        next_entries_ = load_entries(first_entry_ + 32);
       }
-      if (!mine(count_)) continue;
+      const auto head = static_cast<int>((threadIdx.x / 32 - count_) % Traits::kProducers);
+      if (head >= slots) continue;
       const int token = first_token + first_token_, block = params_.block_size.divide(token);
-      const int place = block - first_entry;
-      const int near = __shfl_sync(kFullWarp, entries, place), far = __shfl_sync(kFullWarp, next_entries, place - 32);
-      const int corner[5] = {element_, token - block * static_cast<int>(params_.block_size.divisor), 0, kv_head,
-                             clamp_to(place < 32 ? near : far, 0, params_.last_block)};
+      const int place = block - first_entry_;
+      const int near = __shfl_sync(kFullWarp, entries_, place), far = __shfl_sync(kFullWarp, next_entries_, place - 32);
+      const int corner[5] = {element_, token - block * static_cast<int>(params_.block_size.divisor), 0,
+                             first_head + head, clamp_to(place < 32 ? near : far, 0, params_.last_block)};
       // Boxes that nobody sees stay as they are.
       const bool seen = active_ && token < keys.end && token + params_.box_tokens > keys.begin;
       const int boxes = __popc(__ballot_sync(kFullWarp, seen));
 
-      const uint32_t slot = count_ % Traits::kSlots;
-      wait(&shared_.tile_empty[slot], (count_ / Traits::kSlots & 1) ^ 1);
+      const uint32_t count = count_ + static_cast<uint32_t>(head), slot = count % Traits::kSlots;
+      wait(&shared_.tile_empty[slot], (count / Traits::kSlots & 1) ^ 1);
       if (lane_ == 0) arrive_and_expect(&shared_.tile_full[slot], boxes * params_.box_bytes);
       __syncwarp();
       if (seen) {
@@ -82,6 +85,8 @@ class TileProducer {
   }
 
  private:
+  __device__ int load_entries(int first) const { return first + lane_ < end_block_ ? table_[first + lane_] : 0; }
+
   const HopperDecodeParams &params_;
   typename Traits::Shared &shared_;
   int lane_;
@@ -91,64 +96,101 @@ class TileProducer {
   int first_token_;
   int element_;
   int offset_;
-  uint32_t count_ = 0;  // of tiles so far
+  uint32_t count_ = 0;
+  // Of the segment's sequence: its table, where that ends, and the 64 entries from one on that the lanes hold, the
+  // second half on its way while the first is used.
+  const int32_t *table_;
+  int end_block_;
+  int first_entry_;
+  int entries_;
+  int next_entries_;
 };
 
-// The first producer walks the block's work and tells the others.
+// The segments of a block's range one after the other, for the first producer.
 template <class Traits>
-__device__ void lead(const HopperDecodeParams &params, typename Traits::Shared &shared,
-                     typename Traits::Cursor &cursor) {
+class SegmentSource {
+  using Segment = typename Traits::Segment;
+
+ public:
+  __device__ explicit SegmentSource(const typename Traits::Cursor &cursor) : cursor_(cursor) {
+    const LineRange &range = cursor.range();
+    more_items_ = range.begin < range.end;
+    stop_ = range.end;
+  }
+
+  // The next, whose slots are to begin with this one; not valid behind the last.
+  __device__ Segment next(uint32_t first_slot) {
+    const auto &cut = cursor_.cut();
+    if (granules_.begin >= granules_.end && !next_item()) return {};
+    const int step = cut.deterministic ? 1 : granules_.end - granules_.begin, granule = granules_.begin;
+    granules_.begin += step;
+    return {true, item_, tiles_of(item_, cut, {granule, granule + step}), first_slot, granule};
+  }
+
+ private:
+  // The item that the range ends in, and mostly cuts, comes first: it is joined while others are read, and the kernel's
+  // end waits for fewer partial results.
+  __device__ bool next_item() {
+    do {
+      if (!more_items_) return false;
+      if (found_ < 2) {
+        cursor_.find(found_ == 0, item_);
+      } else if (!cursor_.next(item_) || item_.start >= stop_) {
+        return false;
+      }
+      if (found_ == 0) {
+        stop_ = item_.start;
+        more_items_ = stop_ > cursor_.range().begin;
+      }
+      if (found_ < 2) ++found_;
+      granules_ = granules_of(item_, cursor_.cut(), cursor_.range());
+    } while (granules_.begin >= granules_.end);
+    return true;
+  }
+
+  const typename Traits::Cursor &cursor_;
+  WorkItem item_;
+  Range granules_{0, 0};  // of the item that are still to come
+  int found_ = 0;         // of the range's ends
+  int stop_;              // where the items that are still to come end
+  bool more_items_;
+};
+
+// The first producer finds the segments and tells all others; behind the last it tells each group that there are no
+// more.
+template <class Traits>
+__device__ void produce(const HopperDecodeParams &params, typename Traits::Shared &shared,
+                        const typename Traits::Cursor &cursor) {
   TileProducer<Traits> producer(params, shared);
-  const auto &cut = cursor.cut();
-  uint32_t told = 0;  // segments
-  const auto tell = [&](const typename Traits::Segment &segment) {
-    const uint32_t place = told % Traits::kSegments;
-    wait(&shared.segment_empty[place], (told / Traits::kSegments & 1) ^ 1);
-    __syncwarp();
-    if (threadIdx.x == 0) {
-      shared.segments[place] = segment;
-      arrive(&shared.segment_full[place]);
+  SegmentSource<Traits> source(cursor);
+  const bool leads = threadIdx.x < 32;
+  int ends = 0;
+#pragma unroll 1
+  for (uint32_t number = 0; ends < (leads ? Traits::kGroups : 1); ++number) {
+    const uint32_t place = number % Traits::kSegments, phase = number / Traits::kSegments & 1;
+    typename Traits::Segment segment;
+    if (leads) {
+      segment = source.next(producer.count());
+    } else {
+      wait(&shared.segment_full[place], phase);
+      segment = shared.segments[place];
+      arrive(&shared.segment_empty[place]);
     }
-    ++told;
-    if (segment.valid) producer.ask_for(segment.item, segment.tiles);
-  };
-  WorkItem item;
-#pragma unroll 1
-  for (bool found = cursor.first(item); found; found = cursor.next(item)) {
-    const Range granules = granules_of(item, cut, cursor.range());
-    const int step = cut.deterministic ? 1 : granules.end - granules.begin;
-#pragma unroll 1
-    for (int granule = granules.begin; granule < granules.end; granule += step) {
-      tell({true, item, tiles_of(item, cut, {granule, granule + step}), producer.count(), granule});
+    if (segment.valid) producer.look_up(segment.item, segment.tiles);
+    if (leads) {
+      wait(&shared.segment_empty[place], phase ^ 1);
+      if (threadIdx.x == 0) {
+        shared.segments[place] = segment;
+        arrive(&shared.segment_full[place]);
+      }
+    }
+    __syncwarp();
+    if (segment.valid) {
+      producer.ask_for(segment.item, segment.tiles);
+    } else {
+      ++ends;
     }
   }
-  // One for each group of warps; the other producers end with the first.
-#pragma unroll 1
-  for (int i = 0; i < Traits::kGroups; ++i) tell({});
-}
-
-// Hears of segments, from the `first` on every kStep-th; function(segment, its number) ends with the warp at one point,
-// and `arrives` says whether this thread tells that the segment's description is used no more.
-template <class Traits, int kStep, class Function>
-__device__ void for_each_segment(typename Traits::Shared &shared, uint32_t first, bool arrives, Function &&function) {
-#pragma unroll 1
-  for (uint32_t heard = first;; heard += kStep) {
-    const uint32_t place = heard % Traits::kSegments;
-    wait(&shared.segment_full[place], heard / Traits::kSegments & 1);
-    const typename Traits::Segment &segment = shared.segments[place];
-    if (!segment.valid) return;
-    function(segment, heard);
-    if (arrives) arrive(&shared.segment_empty[place]);
-  }
-}
-
-template <class Traits>
-__device__ void follow(const HopperDecodeParams &params, typename Traits::Shared &shared) {
-  TileProducer<Traits> producer(params, shared);
-  for_each_segment<Traits, 1>(shared, 0, threadIdx.x % 32 == 0, [&](const typename Traits::Segment &segment, uint32_t) {
-    producer.ask_for(segment.item, segment.tiles);
-    __syncwarp();
-  });
 }
 
 // ---- the warps that compute --------------------------------------------------------------------------------------
@@ -162,13 +204,13 @@ __device__ void compute(const HopperDecodeParams &params, typename Traits::Share
   const typename Traits::BlockEpilogue epilogue(params, group.epilogue, group.states, thread, barrier);
   const auto attend = [&](const typename Traits::Segment &segment, uint32_t number) {
     const WorkItem &item = segment.item;
-    // Warps hold 16 rows each; those with the same rows, a party, take turns at the tiles.
-    const int item_rows = num_rows(params.batch, item.seq);
-    const int row_tiles = item_rows <= 16 ? 1 : item_rows <= 32 ? 2 : 4, parties = Traits::kGroupWarps / row_tiles;
-    const int row_tile = warp % row_tiles, party = warp / row_tiles;
+    // Warps hold 16 rows each, which are of one head; those with the same rows take turns at the tiles.
+    const int head_rows = 1 << head_rows_shift(num_rows(params.batch, item.seq)), heads = 1 << item.head_shift;
+    const int row_tiles = heads * head_rows / 16, parties = Traits::kGroupWarps / row_tiles;
+    const int row_tile = warp % row_tiles, party = warp / row_tiles, head = row_tile * 16 / head_rows;
 
-    load_queries<Traits>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
-    fill_row_table<Traits::kGroupThreads>(params, item, group.rows, thread);
+    load_queries<Traits, 4>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
+    fill_row_table<typename Traits::Shape, Traits::kGroupThreads>(params, item, group.rows, thread);
     if (thread == 0) group.plan = plan_of(item, shared.cursor.cut, shared.cursor.range, segment.granule);
     named_barrier<Traits::kGroupThreads>(barrier);
     WarpRows<Traits> rows(params);
@@ -180,7 +222,9 @@ __device__ void compute(const HopperDecodeParams &params, typename Traits::Share
     const int num_tiles = segment.tiles.end - segment.tiles.begin;
 #pragma unroll 1
     for (int tile = party; tile < num_tiles; tile += parties) {
-      const uint32_t count = segment.first_tile + static_cast<uint32_t>(tile), slot = count % Traits::kSlots;
+      const uint32_t count =
+          segment.first_slot + static_cast<uint32_t>(Traits::kTileHeads > 1 ? tile : tile * heads + head);
+      const uint32_t slot = count % Traits::kSlots;
       const int token = (segment.tiles.begin + tile) * Traits::kTokens;
       wait(&shared.tile_full[slot], count / Traits::kSlots & 1);
       if (rows.sees(token)) {
@@ -190,7 +234,7 @@ __device__ void compute(const HopperDecodeParams &params, typename Traits::Share
         rows.multiply_p_v(s, shared.ring[slot][1], token);
       }
       __syncwarp();
-      if (lane == 0) arrive(&shared.tile_empty[slot], Traits::kGroupWarps / row_tiles);
+      if (lane == 0) arrive(&shared.tile_empty[slot], Traits::kGroupWarps * 16 / head_rows / Traits::kTileHeads);
     }
     __syncwarp();
     if (lane == 0) arrive(&shared.turn[(group_index + 1) % Traits::kGroups]);
@@ -202,9 +246,41 @@ __device__ void compute(const HopperDecodeParams &params, typename Traits::Share
     }
     epilogue.finish(item, group.plan, parties, 16 * row_tiles,
                     [&](int column) { rows.store_state(epilogue, (party * row_tiles + row_tile) * 16, column); });
-    if (thread == 0) arrive(&shared.finished[(group_index + 1) % Traits::kGroups]);
+    if (params.batch.deterministic && thread == 0) arrive(&shared.finished[(group_index + 1) % Traits::kGroups]);
   };
-  for_each_segment<Traits, Traits::kGroups>(shared, static_cast<uint32_t>(group_index), thread == 0, attend);
+  for (auto number = static_cast<uint32_t>(group_index);; number += Traits::kGroups) {
+    const uint32_t place = number % Traits::kSegments;
+    wait(&shared.segment_full[place], number / Traits::kSegments & 1);
+    if (!shared.segments[place].valid) return;
+    attend(shared.segments[place], number);
+    arrive(&shared.segment_empty[place]);
+  }
+}
+
+// The second warp does so, while the first looks for work.
+template <class Traits>
+__device__ void init_barriers(const HopperDecodeParams &params, typename Traits::Shared &shared) {
+  static_assert(Traits::kSlots <= 32 && Traits::kSegments <= 32 && Traits::kGroups <= 32);
+  if (threadIdx.x / 32 != 1) return;
+  const int i = static_cast<int>(threadIdx.x) % 32;
+  if (i == 0) {
+    prefetch_tensor_map(&params.k_map);
+    prefetch_tensor_map(&params.v_map);
+  }
+  if (i < Traits::kSlots) {
+    init_barrier(&shared.tile_full[i], 1);
+    init_barrier(&shared.tile_empty[i], Traits::kGroupWarps);
+  }
+  if (i < Traits::kGroups) {
+    init_barrier(&shared.turn[i], Traits::kGroupWarps);
+    init_barrier(&shared.finished[i], 1);
+  }
+  if (i < Traits::kSegments) {
+    init_barrier(&shared.segment_full[i], 1);
+    // All threads that look at it: the producers but for the first, and a group.
+    init_barrier(&shared.segment_empty[i], 32 * (Traits::kProducers - 1) + Traits::kGroupThreads);
+  }
+  publish_barriers();
 }
 
 template <class Traits>
@@ -213,34 +289,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char shared_memory[];
   auto &shared = *reinterpret_cast<typename Traits::Shared *>(shared_memory);
-  if (threadIdx.x == 0) {
-    prefetch_tensor_map(&params.k_map);
-    prefetch_tensor_map(&params.v_map);
-    for (int i = 0; i < Traits::kSlots; ++i) {
-      init_barrier(&shared.tile_full[i], 1);
-      init_barrier(&shared.tile_empty[i], Traits::kGroupWarps);
-    }
-    for (int i = 0; i < Traits::kGroups; ++i) {
-      init_barrier(&shared.turn[i], Traits::kGroupWarps);
-      init_barrier(&shared.finished[i], 1);
-    }
-    for (int i = 0; i < Traits::kSegments; ++i) {
-      init_barrier(&shared.segment_full[i], 1);
-      init_barrier(&shared.segment_empty[i], Traits::kProducers);  // but the first, and a group
-    }
-    publish_barriers();
-  }
+  init_barriers<Traits>(params, shared);
   wait_for_previous_kernels();
   typename Traits::Cursor cursor(params.batch, shared.cursor);
   cursor.begin();
+  __syncthreads();
   let_next_kernel_start();
   if (threadIdx.x < 32 * Traits::kProducers) {
     give_registers<Traits::kProducerRegisters>();
-    if (threadIdx.x < 32) {
-      lead<Traits>(params, shared, cursor);
-    } else {
-      follow<Traits>(params, shared);
-    }
+    produce<Traits>(params, shared, cursor);
   } else {
     take_registers<Traits::kMathRegisters>();
     compute<Traits>(params, shared);
@@ -250,13 +307,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #endif
 }
 
-template <class CacheElement, int kHeadDim>
-HopperDecodeKernel hopper_decode(const char *name, const char *with_many_rows) {
-  using Traits = HopperDecodeTraits<CacheElement, kHeadDim>;
+// Without `with_many_rows`, the kernel serves calls of at most 16 rows a KV head.
+template <class CacheElement, int kHeadDim, int kTileHeads = 1>
+HopperDecodeKernel hopper_decode(const char *name, const char *with_many_rows = nullptr) {
+  using Traits = HopperDecodeTraits<CacheElement, kHeadDim, kTileHeads>;
   return {{name, reinterpret_cast<const void *>(&hopper_decode_kernel<Traits>), Traits::kThreads,
-           sizeof(typename Traits::Shared), Traits::kRows, Traits::kTokens, kHeadDim, &Traits::Cut::places_per_block},
+           sizeof(typename Traits::Shared), Traits::kRows, Traits::kTokens, kHeadDim, &Traits::Cut::places_per_block,
+           Traits::Shape::kMaxHeadShift},
           with_many_rows,
-          {Traits::KvTile::kColumns, Traits::KvTile::kRowBytes, Traits::KvTile::kCut}};
+          {Traits::KvTile::kColumns, Traits::KvTile::kRowBytes, Traits::KvTile::kCut, kTileHeads}};
 }
 
 }  // namespace pagedattn::cuda

@@ -21,6 +21,9 @@ HopperDecodeKernels hopper_decode_bfloat16() {
                                         "hopper_decode_bfloat16_d192+mma_bfloat16_d256_many_rows"),
       hopper_decode<__nv_bfloat16, 256>("hopper_decode_bfloat16_d256",
                                         "hopper_decode_bfloat16_d256+mma_bfloat16_d256_many_rows"),
+      hopper_decode<__nv_bfloat16, 80, 4>("hopper_decode_bfloat16_d80_4_heads"),
+      hopper_decode<__nv_bfloat16, 96, 4>("hopper_decode_bfloat16_d96_4_heads"),
+      hopper_decode<__nv_bfloat16, 112, 4>("hopper_decode_bfloat16_d112_4_heads"),
   };
   return kKernels;
 }

@@ -14,6 +14,9 @@ HopperDecodeKernels hopper_decode_float16() {
       hopper_decode<__half, 128>("hopper_decode_float16_d128", "hopper_decode_float16_d128+mma_float16_d128_many_rows"),
       hopper_decode<__half, 192>("hopper_decode_float16_d192", "hopper_decode_float16_d192+mma_float16_d256_many_rows"),
       hopper_decode<__half, 256>("hopper_decode_float16_d256", "hopper_decode_float16_d256+mma_float16_d256_many_rows"),
+      hopper_decode<__half, 80, 4>("hopper_decode_float16_d80_4_heads"),
+      hopper_decode<__half, 96, 4>("hopper_decode_float16_d96_4_heads"),
+      hopper_decode<__half, 112, 4>("hopper_decode_float16_d112_4_heads"),
   };
   return kKernels;
 }

@@ -15,6 +15,7 @@ HopperDecodeKernels hopper_decode_float8_e4m3() {
                                      "hopper_decode_float8_e4m3_d192+mma_float8_e4m3_d256_many_rows"),
       hopper_decode<Float8E4M3, 256>("hopper_decode_float8_e4m3_d256",
                                      "hopper_decode_float8_e4m3_d256+mma_float8_e4m3_d256_many_rows"),
+      hopper_decode<Float8E4M3, 192, 4>("hopper_decode_float8_e4m3_d192_4_heads"),
   };
   return kKernels;
 }

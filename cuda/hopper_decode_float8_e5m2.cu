@@ -15,6 +15,7 @@ HopperDecodeKernels hopper_decode_float8_e5m2() {
                                      "hopper_decode_float8_e5m2_d192+mma_float8_e5m2_d256_many_rows"),
       hopper_decode<Float8E5M2, 256>("hopper_decode_float8_e5m2_d256",
                                      "hopper_decode_float8_e5m2_d256+mma_float8_e5m2_d256_many_rows"),
+      hopper_decode<Float8E5M2, 192, 4>("hopper_decode_float8_e5m2_d192_4_heads"),
   };
   return kKernels;
 }

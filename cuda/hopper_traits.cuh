@@ -43,7 +43,9 @@ struct BoxTile {
   }
 };
 
-template <class CacheElement_, int kHeadDim_>
+// kTileHeads_ heads of a token that follow each other in memory may be one row of a tile, where the row of one would
+// fill no whole columns.
+template <class CacheElement_, int kHeadDim_, int kTileHeads_ = 1>
 struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   using CacheElement = CacheElement_;
   using Types = MmaTypes<CacheElement>;
@@ -51,9 +53,20 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   static constexpr int kElementBytes = sizeof(typename Types::Storage);
 
   static constexpr int kRows = 64;  // query rows of an item, in up to four tiles of 16
-  static constexpr int kTokens = kHeadDim * kElementBytes <= 256 ? 32 : 16;
+  static constexpr int kTileHeads = kTileHeads_;
+  static constexpr int kHeadBytes = kHeadDim * kElementBytes;
+  static constexpr int kTokens = kTileHeads == 1 && kHeadBytes <= 256 ? 32 : 16;
   static constexpr int kWarpTokens = kTokens;
-  using Shape = TileShape<kRows, kTokens, true, 128 / kTokens, 8, 512 / kTokens>;
+  struct Shape : TileShape<kRows, kTokens, true> {
+    static constexpr int kMinSegmentTiles = 128 / kTokens;
+    static constexpr int kMaxPieces = 8;
+    static constexpr int kMinPieceTiles = 512 / kTokens;
+    // Several KV heads an item where it has few tiles, or a head few bytes a token.
+    static constexpr int kMaxHeadShift = 2;
+    static constexpr int kLeastHeadShift = kTileHeads > 1 ? kMaxHeadShift : 0;
+    static constexpr int kMaxTilesOfMany = kHeadBytes < 256 ? kMaxUnits : 256 / kTokens;
+  };
+  static_assert(kTileHeads == 1 << Shape::kLeastHeadShift);
 
   static constexpr int kProducers = 4;  // warps that ask for tiles, the block's first
   static constexpr int kGroups = 2;     // of warps that compute
@@ -67,15 +80,18 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   static_assert(32 * kProducers * kProducerRegisters + kGroups * kGroupThreads * kMathRegisters <= 64 * 1024);
 
   using QTile = BoxTile<kRows, kHeadDim * 2>;
-  using KvTile = BoxTile<kTokens, kHeadDim * kElementBytes>;
+  using KvTile = BoxTile<kTokens, kHeadBytes * kTileHeads>;
+  static_assert(kTileHeads == 1 || KvTile::kCut);
   static constexpr bool kQInRegisters = kHeadDim <= 128;
   // Of the ring, a multiple of the producers, so that a slot is always filled by the same; the rest of shared memory
   // keeps queries and states.
-  static constexpr int kSlots = (kHeadDim <= 128   ? 132
+  static constexpr int kSlots = (kHeadDim <= 80    ? 160
+                                 : kHeadDim <= 128 ? 132
                                  : kHeadDim <= 192 ? 104
                                                    : 64) *
                                 1024 / (2 * KvTile::kBytes) / kProducers * kProducers;
-  static_assert(kSlots % kGroupWarps == 0, "a warp that waits for a slot took the tile before from it");
+  static_assert(kSlots >= kProducers && kSlots % kGroupWarps == 0,
+                "a warp that waits for a slot took the tile before from it");
   static constexpr bool kHasUnseenRows = true;  // slots past a sequence's end come as they are
 
   using Cut = WorkCut<Shape>;
@@ -89,7 +105,7 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
     bool valid;  // false: there are no more
     WorkItem item;
     Range tiles;
-    uint32_t first_tile;  // counted from the kernel's first
+    uint32_t first_slot;  // counted from the kernel's first
     int granule;
   };
   static constexpr int kSegments = 2 * kGroups;  // those in work and the next

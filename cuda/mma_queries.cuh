@@ -71,12 +71,14 @@ class QueryChunks {
     const int rows = num_rows(params.batch, item.seq), group = static_cast<int>(params.batch.group.divisor);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int packed_row = item.query_tile * Traits::kRows + row(i);
+      const TileRow place = tile_row<typename Traits::Shape>(params.batch, item, row(i));
+      const int packed_row = item.query_tile * Traits::kRows + place.row;
       chunks_[i] = {};
-      if (row(i) < Traits::kRows && packed_row < rows && chunk(i) * 8 < params.head_dim) {
+      if (row(i) < Traits::kRows && place.head < 1 << item.head_shift && packed_row < rows &&
+          chunk(i) * 8 < params.head_dim) {
         const int query = params.batch.group.divide(packed_row);
         const int64_t token = item.seq.first_token + query;
-        const int64_t head = item.kv_head * group + packed_row - query * group;
+        const int64_t head = (item.kv_head + place.head) * group + packed_row - query * group;
         const auto *q = static_cast<const uint16_t *>(params.q.data);
         chunks_[i] = load_q_chunk(params, q + token * params.q.token_stride + head * params.q.head_stride, chunk(i));
       }
@@ -119,14 +121,14 @@ class QueryChunks {
 template <class Traits>
 using AllQueryChunks = QueryChunks<Traits, QueryChunks<Traits, 1>::chunks_of_thread(Traits::kRows)>;
 
-// The first `rows` of them, a few at a time: tall tiles have too many for the registers.
-template <class Traits>
+// The first `rows` of them, kAtOnce at a time: tall tiles have too many for the registers.
+template <class Traits, int kAtOnce = 2>
 __device__ void load_queries(const AttentionKernelParams &params, const WorkItem &item, int rows, char *q_tile,
                              RowTable<Traits::kRows> &table, int thread) {
-  using Pair = QueryChunks<Traits, 2>;
+  using Some = QueryChunks<Traits, kAtOnce>;
 #pragma unroll 1
-  for (int first = 0; first < Pair::chunks_of_thread(rows); first += 2) {
-    Pair chunks(first, thread);
+  for (int first = 0; first < Some::chunks_of_thread(rows); first += kAtOnce) {
+    Some chunks(first, thread);
     chunks.fetch(params, item);
     chunks.store(params, q_tile, table);
   }

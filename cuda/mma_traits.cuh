@@ -41,6 +41,7 @@ struct MmaTraits : MmaTypes<CacheElement_> {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kQThreads = kThreads;     // that load queries
+  static constexpr int kTileHeads = 1;           // that a row of a KV tile has side by side
   static constexpr bool kHasUnseenRows = false;  // the loader makes zeros of rows of V that no query sees
   static constexpr int kElementBytes = sizeof(typename Types::Storage);
 

@@ -34,11 +34,13 @@ class WarpRows {
     keys_ = item.keys;
     row_ = first_row + lane_ / 4;
     const Range first = table_->keys[first_row], last = table_->keys[first_row + 15];
-    const bool any = item.query_tile * Traits::kRows + first_row < num_rows(params_.batch, item.seq);
+    const TileRow place = tile_row<typename Traits::Shape>(params_.batch, item, first_row);
+    const bool any = item.query_tile * Traits::kRows + place.row < num_rows(params_.batch, item.seq);
     visible_to_any_ = any ? Range{first.begin, last.end} : Range{0, 0};
     visible_to_all_ = {last.begin, first.end};
 
-    const float scale = params_.k_scale.of_head(item.kv_head) * params_.scale;
+    const float scale = params_.k_scale.of_head(item.kv_head + place.head) * params_.scale;
+    if constexpr (Traits::kTileHeads > 1) first_chunk_ = place.head * (Kv::kChunks / Traits::kTileHeads);
     pre_scale_ = params_.softcap > 0.0f ? scale / params_.softcap : scale * kLog2E;
     // The largest score is that of the largest product only if their ratio is positive.
     transform_ =
@@ -84,7 +86,7 @@ class WarpRows {
 #pragma unroll
         for (int t = 0; t < kTokens / 16; ++t) {
           uint32_t raw[4];
-          load_matrices(raw, Kv::down(Kv::along(k, step), t * 16));
+          load_matrices(raw, Kv::down(Kv::along(k, chunk(step)), t * 16));
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             uint32_t b0, b1;
@@ -103,7 +105,7 @@ class WarpRows {
 #pragma unroll
         for (int t = 0; t < kTokens / 16; ++t) {
           uint32_t b[4];
-          load_matrices(b, Kv::down(Kv::along(k, 2 * step), t * 16));
+          load_matrices(b, Kv::down(Kv::along(k, chunk(2 * step)), t * 16));
           multiply_add<Math>(s[2 * t], q, b[0], b[1]);
           multiply_add<Math>(s[2 * t + 1], q, b[2], b[3]);
         }
@@ -171,7 +173,7 @@ class WarpRows {
 #pragma unroll
         for (int group = 0; group < kHeadDim / 16; group += 2) {
           uint32_t raw[4];
-          load_matrices_transposed(raw, Kv::down(Kv::along(v, group), t * 16));
+          load_matrices_transposed(raw, Kv::down(Kv::along(v, chunk(group)), t * 16));
           if constexpr (Traits::kHasUnseenRows) clear_unseen(raw, seen);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -187,7 +189,7 @@ class WarpRows {
 #pragma unroll
         for (int group = 0; group < kHeadDim / 16; ++group) {
           uint32_t b[4];
-          load_matrices_transposed(b, Kv::down(Kv::along(v, 2 * group), t * 16));
+          load_matrices_transposed(b, Kv::down(Kv::along(v, chunk(2 * group)), t * 16));
           if constexpr (Traits::kHasUnseenRows) clear_unseen(b, seen);
           multiply_add<Math>(o_[2 * group], a, b[0], b[1]);
           multiply_add<Math>(o_[2 * group + 1], a, b[2], b[3]);
@@ -224,6 +226,12 @@ class WarpRows {
   }
 
  private:
+  // Where an even chunk of the warp's head is in a row of a KV tile.
+  __device__ int chunk(int index) const {
+    if constexpr (Traits::kTileHeads == 1) return index;
+    return first_chunk_ + index;
+  }
+
   // Which of the lane's 16-bit values of V belong to keys that some row sees: those of keys 2c and 2c + 1 from `token`
   // on, c = lane % 4, and those of 2c + 8 and 2c + 9.
   __device__ void find_seen(uint32_t (&seen)[2], int token) const {
@@ -297,6 +305,7 @@ class WarpRows {
   const RowTable<Traits::kRows> *table_;
   int row_;  // the lane's rows of the tile are this and the eighth after it
   SharedAddress q_fragment_;
+  int first_chunk_;       // of the warp's head in a row of a KV tile
   Range keys_;            // that any row of the tile sees
   Range visible_to_any_;  // of the warp's rows
   Range visible_to_all_;

@@ -22,17 +22,20 @@ struct RowTable {
 
 // Rows past the sequence's last are given its keys, so that they ask for no masks of their own.  To be called by
 // kThreads threads, numbered from zero.
-template <int kThreads, int kRows>
-__device__ void fill_row_table(const AttentionKernelParams &params, const WorkItem &item, RowTable<kRows> &rows,
+template <class Shape, int kThreads>
+__device__ void fill_row_table(const AttentionKernelParams &params, const WorkItem &item, RowTable<Shape::kRows> &rows,
                                int thread) {
   const Batch &batch = params.batch;
   const int last_row = num_rows(batch, item.seq) - 1, group = static_cast<int>(batch.group.divisor);
-  for (int row = thread; row < kRows; row += kThreads) {
-    const int packed_row = min(item.query_tile * kRows + row, last_row);
+  for (int row = thread; row < Shape::kRows; row += kThreads) {
+    const TileRow place = tile_row<Shape>(batch, item, row);
+    const int packed_row = min(item.query_tile * Shape::kRows + place.row, last_row);
     const int query = batch.group.divide(packed_row);
     rows.keys[row] = visible_keys(batch, item.seq, query);
     rows.position[row] = item.seq.length - item.seq.num_queries + query;
-    const int head = item.kv_head * group + packed_row - query * group;
+    // Rows of no head of the item take its last's place in no result, but must not read past the slopes.
+    const int kv_head = item.kv_head + min(place.head, (1 << item.head_shift) - 1);
+    const int head = kv_head * group + packed_row - query * group;
     rows.slope[row] = params.alibi_slopes == nullptr ? 0.0f : params.alibi_slopes[head] * kLog2E;
   }
 }

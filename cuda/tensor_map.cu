@@ -65,11 +65,17 @@ bool strides_fit_tensor_maps(const AttentionParams &params) {
   return cache_fits(params, params.k_cache) && cache_fits(params, params.v_cache);
 }
 
+bool heads_fill_rows(const AttentionParams &params, const CacheRowLayout &rows) {
+  return params.head_dim * rows.heads * dtype_size(params.kv_dtype) == rows.columns * rows.row_bytes &&
+         params.num_kv_heads % rows.heads == 0 && params.k_cache.head_stride == params.head_dim &&
+         params.v_cache.head_stride == params.head_dim;
+}
+
 CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, int tile_tokens) {
   const auto size = static_cast<int>(dtype_size(params.kv_dtype));
-  const bool is_full = params.head_dim * size == rows.columns * rows.row_bytes;
+  const bool is_full = params.head_dim * rows.heads * size == rows.columns * rows.row_bytes;
   return {rows.columns > 1 ? 8 : std::gcd(params.block_size, tile_tokens), is_full ? rows.columns : 1,
-          rows.row_bytes / size, rows.is_cut};
+          rows.row_bytes / size, rows.is_cut, rows.heads};
 }
 
 CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, const CacheBox &box) {
@@ -80,9 +86,9 @@ CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, 
   const auto columns = static_cast<cuuint32_t>(box.columns), elements = static_cast<cuuint32_t>(box.elements);
   const cuuint64_t extents[5] = {
       columns > 1 ? elements : static_cast<cuuint64_t>(params.head_dim), static_cast<cuuint64_t>(params.block_size),
-      columns, static_cast<cuuint64_t>(params.num_kv_heads), static_cast<cuuint64_t>(params.num_blocks)};
+      columns, static_cast<cuuint64_t>(params.num_kv_heads / box.heads), static_cast<cuuint64_t>(params.num_blocks)};
   const cuuint64_t strides[4] = {stride(cache.token_stride, params.block_size), kColumnBytes,
-                                 stride(cache.head_stride, params.num_kv_heads),
+                                 stride(cache.head_stride * box.heads, params.num_kv_heads),
                                  stride(cache.block_stride, params.num_blocks)};
   const cuuint32_t box_extents[5] = {elements, static_cast<cuuint32_t>(box.tokens), columns, 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
@@ -91,7 +97,7 @@ CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, 
       encoder()(&map, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, cache.data,
                 extents, strides, box_extents, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 box.is_cut ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                promotion(params.head_dim * static_cast<int64_t>(size)), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                promotion(params.head_dim * box.heads * static_cast<int64_t>(size)), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error(PA_ERROR_CUDA, "paged_attention: cuTensorMapEncodeTiled failed with CUDA driver error " +
                                    std::to_string(static_cast<int>(result)));

@@ -13,6 +13,10 @@
 // are made of pieces of a length that the item alone decides, a block does the pieces that begin in its range, and each
 // piece is a partial result of its own.
 //
+// Neighbouring KV heads of a sequence of few rows may make one item, of as many times the cost, whose tile has rows for
+// each: their keys lie side by side in memory, which reads them faster together.  Not so where too many blocks would
+// share the item, since one of them joins all its partial results, nor with deterministic results.
+//
 // What becomes one partial result is a segment of its item: a block's share, or a piece.  Its place in the workspace
 // follows from the item and the segment's number, so whoever merges knows where to look without being told.
 #pragma once
@@ -24,23 +28,27 @@
 
 namespace pagedattn::cuda {
 
-// The tile of one kernel.
-template <int kRows_, int kTokens_, bool kOneTile_, int kMinSegmentTiles_ = kRows_ <= 16 ? 2 : 4,
-          int kMaxPieces_ = kRows_ <= 16 ? 8 : 4, int kMinPieceTiles_ = 8>
+// The tile of one kernel, and what may be changed in it by a struct of its own.
+template <int kRows_, int kTokens_, bool kOneTile_>
 struct TileShape {
   static constexpr int kRows = kRows_;         // query rows an item
   static constexpr int kTokens = kTokens_;     // keys a KV tile
   static constexpr bool kOneTile = kOneTile_;  // the rows of a sequence that the kernel serves never need more
   // Shorter segments are not worth their merge.
-  static constexpr int kMinSegmentTiles = kMinSegmentTiles_;
+  static constexpr int kMinSegmentTiles = kRows <= 16 ? 2 : 4;
   // Pieces of an item in deterministic mode.  Tall tiles are many, and their partial results large.
-  static constexpr int kMaxPieces = kMaxPieces_;
-  static constexpr int kDeterministicPlaces = 2 * kMaxPieces;  // a block
-  static constexpr int kMinPieceTiles = kMinPieceTiles_;
+  static constexpr int kMaxPieces = kRows <= 16 ? 8 : 4;
+  static constexpr int kMinPieceTiles = 8;
+  // Log 2 of an item's KV heads, which are more than the least if it has few KV tiles; 0 unless kOneTile.
+  static constexpr int kMaxHeadShift = 0;
+  static constexpr int kLeastHeadShift = 0;
+  static constexpr int kMaxTilesOfMany = 0;
 };
 
 // Of an item, in units, for loading queries and writing results.
 constexpr int kItemOverhead = 1;
+// Blocks that an item of several KV heads may be shared by, about.
+constexpr int kMostSharers = 4;
 // The line is shorter than this, so that a sum of two positions has 31 bits.
 constexpr int kMaxUnits = 1 << 30;
 
@@ -112,15 +120,21 @@ __host__ __device__ inline int units_of(const Batch &batch, int tiles) {
   return static_cast<int>((static_cast<uint32_t>(tiles) + (1u << batch.unit_shift) - 1) >> batch.unit_shift);
 }
 
+// Of each head of an item of so many KV tiles.
+__host__ __device__ inline int cost_of(const Batch &batch, int kv_tiles) {
+  return units_of(batch, kv_tiles) + kItemOverhead;
+}
+
 template <class Shape>
 __host__ __device__ int tile_cost(const Batch &batch, const Sequence &seq, int tile) {
   const Range tiles = kv_tiles<Shape>(tile_keys<Shape>(batch, seq, tile));
-  return units_of(batch, tiles.end - tiles.begin) + kItemOverhead;
+  return cost_of(batch, tiles.end - tiles.begin);
 }
 
 struct WorkItem {
   Sequence seq;
-  int kv_head;
+  int kv_head;  // the first of 2^head_shift
+  int head_shift;
   int query_tile;
   Range keys;      // that any of its rows sees
   Range kv_tiles;  // that hold them
@@ -129,10 +143,20 @@ struct WorkItem {
   __host__ __device__ int num_kv_tiles() const { return kv_tiles.end - kv_tiles.begin; }
 };
 
+// Of a sequence of this many rows a KV head, log 2 of the rows of a tile that each KV head has: tiles of 16 rows that
+// hold them, one, two or four.
+__host__ __device__ inline int head_rows_shift(int rows) { return rows <= 16 ? 4 : rows <= 32 ? 5 : 6; }
+
+// Of a tile, which of the item's KV heads a row belongs to, and its number among the rows of that head.
+struct TileRow {
+  int head;
+  int row;
+};
 template <class Shape>
-__host__ __device__ WorkItem make_item(const Batch &batch, const Sequence &seq, int kv_head, int tile, int start) {
-  const Range keys = tile_keys<Shape>(batch, seq, tile);
-  return {seq, kv_head, tile, keys, kv_tiles<Shape>(keys), start};
+__host__ __device__ TileRow tile_row(const Batch &batch, const WorkItem &item, int row) {
+  if constexpr (Shape::kMaxHeadShift == 0) return {0, row};
+  const int shift = head_rows_shift(num_rows(batch, item.seq));
+  return {row >> shift, row & ((1 << shift) - 1)};
 }
 
 // The cuts of the line into a range for each block, and which segments of an item they make.
@@ -143,12 +167,15 @@ __host__ __device__ WorkItem make_item(const Batch &batch, const Sequence &seq, 
 // is a segment.
 template <class Shape>
 struct WorkCut {
-  int quantum;  // length of a range
+  int quantum;             // length of a range
+  int most_of_many_heads;  // cost of an item of several KV heads
   int unit_shift;
   bool deterministic;
 
   __host__ __device__ static WorkCut of(const Batch &batch, int total, int num_blocks) {
-    return {larger(ceil_divide(total, num_blocks), units_of(batch, Shape::kMinSegmentTiles)), batch.unit_shift,
+    const int least = units_of(batch, Shape::kMinSegmentTiles) << Shape::kLeastHeadShift;
+    const int quantum = larger(ceil_divide(total, num_blocks), least);
+    return {quantum, quantum > kMaxUnits / kMostSharers ? kMaxUnits : quantum * kMostSharers, batch.unit_shift,
             batch.deterministic};
   }
 
@@ -168,12 +195,12 @@ struct WorkCut {
     return item.num_kv_tiles() == 0 ? 1 : granules_in(item, item.num_kv_tiles());
   }
   __host__ __device__ int granule_start(const WorkItem &item, int index) const {
-    return item.start + (index * granule(item) >> unit_shift);
+    return item.start + (index * granule(item) >> unit_shift << item.head_shift);
   }
   // The item's first granule that begins at a position or behind it.
   __host__ __device__ int first_granule_from(const WorkItem &item, int position) const {
-    const int offset = position - item.start;
-    if (offset <= 0) return 0;
+    if (position <= item.start) return 0;
+    const int offset = (position - item.start + (1 << item.head_shift) - 1) >> item.head_shift;  // of each head
     if (offset > item.num_kv_tiles() >> unit_shift) return num_granules(item);
     return granules_in(item, offset << unit_shift);
   }
@@ -184,9 +211,29 @@ struct WorkCut {
   // its own, which it finishes one after the other while other blocks may already have done their part of the
   // unfinished one.
   __host__ __device__ static int places_per_block(bool deterministic) {
-    return deterministic ? Shape::kDeterministicPlaces : 2;
+    return deterministic ? 2 * Shape::kMaxPieces : 2;
   }
 };
+
+// Of a sequence's KV heads, log 2 of how many make an item.
+template <class Shape>
+__host__ __device__ int head_shift(const Batch &batch, const WorkCut<Shape> &cut, const Sequence &seq, int kv_tiles) {
+  if constexpr (Shape::kMaxHeadShift == Shape::kLeastHeadShift) return Shape::kMaxHeadShift;
+  const int rows_shift = head_rows_shift(num_rows(batch, seq)), cost = cost_of(batch, kv_tiles);
+  int shift = kv_tiles > Shape::kMaxTilesOfMany ? 0 : batch.max_head_shift;
+  while (shift > 0 && (Shape::kRows >> shift >> rows_shift == 0 || cost << shift > cut.most_of_many_heads ||
+                       units_of(batch, Shape::kMinSegmentTiles) << shift > cut.quantum)) {
+    --shift;
+  }
+  return shift;
+}
+
+// The item of a sequence's first KV head, were it at the line's start.
+template <class Shape>
+__host__ __device__ WorkItem make_item(const Batch &batch, const WorkCut<Shape> &cut, const Sequence &seq, int tile) {
+  const Range keys = tile_keys<Shape>(batch, seq, tile), tiles = kv_tiles<Shape>(keys);
+  return {seq, 0, head_shift(batch, cut, seq, tiles.end - tiles.begin), tile, keys, tiles, 0};
+}
 
 // A block's range of the line.
 struct LineRange {
@@ -227,7 +274,7 @@ __host__ __device__ SegmentPlan plan_of(const WorkItem &item, const WorkCut<Shap
   };
   const int first = owner(item.start), last = owner(last_granule);
   if (!cut.deterministic) return {range.block - first, last - first + 1, last != first, first, 2 * first};
-  const int place = first * Shape::kDeterministicPlaces + (last != first ? 0 : Shape::kMaxPieces);
+  const int place = first * 2 * Shape::kMaxPieces + (last != first ? 0 : Shape::kMaxPieces);
   return {granule, granules, last != first, first, place};
 }
 
@@ -262,15 +309,94 @@ class WorkCursor {
   struct Shared {
     WorkCut<Shape> cut;
     LineRange range;  // the block's
-    int sequence;     // one that starts where or before the range does
+    Sequence few[2];  // if sequences are few, those that the range begins and ends in, and where they start
+    int few_starts[2];
+    int sequence;  // if they are many, one that starts where or before the range does
     int sequence_start;
     int warp_totals[kWarps];
   };
 
   __device__ WorkCursor(const Batch &batch, Shared &shared) : batch_(batch), shared_(shared) {}
 
-  // Measures the line and finds the block's range.  Called by the whole block; ends with a barrier.
+  // Measures the line and finds the block's range.  Called by the whole block, which may look at these behind its next
+  // barrier; the first warp may at once.
   __device__ void begin() {
+    if (batch_.num_seqs > 32) {
+      measure_many();
+    } else if (threadIdx.x < 32) {
+      measure_few();
+    }
+  }
+
+  __device__ const WorkCut<Shape> &cut() const { return shared_.cut; }
+  __device__ const LineRange &range() const { return shared_.range; }
+
+  // The rest is for the first warp.  Its lanes are given and get the same values.
+
+  // The item that the range, if it is not empty, begins or ends in.
+  __device__ void find(bool last, WorkItem &item) const {
+    const int target = last ? shared_.range.end - 1 : shared_.range.begin;
+    int start = batch_.num_seqs > 32 ? shared_.sequence_start : shared_.few_starts[last];
+    const Sequence seq = batch_.num_seqs > 32 ? find_sequence(target, start) : shared_.few[last];
+    if constexpr (kOneTile) {
+      item = make_item(batch_, shared_.cut, seq, 0);
+      const int cost = cost_of(batch_, item.num_kv_tiles()), head = head_at(target - start, cost);
+      item.kv_head = head >> item.head_shift << item.head_shift;
+      item.start = start + item.kv_head * cost;
+    } else {
+      const int cost = warp_head_cost(seq), kv_head = head_at(target - start, cost);
+      start += kv_head * cost;
+      const int tile = find_tile(target, seq, start);
+      item = make_item(batch_, shared_.cut, seq, tile);
+      item.kv_head = kv_head;
+      item.start = start;
+    }
+  }
+
+  __device__ int end_of(const WorkItem &item) const {
+    return item.start + (cost_of(batch_, item.num_kv_tiles()) << item.head_shift);
+  }
+
+  // The next item of the range; false if there is none.
+  __device__ bool next(WorkItem &item) const {
+    const int start = end_of(item);
+    if (start >= shared_.range.end) return false;
+    Sequence seq = item.seq;
+    int kv_head = item.kv_head, tile = item.query_tile + 1;
+    if (kOneTile || tile == num_query_tiles<Shape>(batch_, seq)) {
+      tile = 0;
+      kv_head += 1 << item.head_shift;
+      if (kv_head == batch_.num_kv_heads) {
+        kv_head = 0;
+        if (!find_next_sequence(seq)) return false;
+      }
+    }
+    if (!kOneTile || kv_head == 0) item = make_item(batch_, shared_.cut, seq, tile);
+    item.kv_head = kv_head;
+    item.start = start;
+    return true;
+  }
+
+ private:
+  __device__ void set_few(int which, const Sequence &seq, int start) const {
+    shared_.few[which] = seq;
+    shared_.few_starts[which] = start;
+  }
+
+  __device__ Sequence load_or_none(int index) const {
+    return index < batch_.num_seqs ? load_sequence(batch_, index) : Sequence{0, 0, 0, 0};
+  }
+
+  // Where a line of this length is cut, and the block's range of it.
+  __device__ void cut_line(Sum length) {
+    const int total = length < kMaxUnits ? static_cast<int>(length) : 0;  // nothing, rather than anything
+    shared_.cut = WorkCut<Shape>::of(batch_, total, static_cast<int>(gridDim.x));
+    const int block = static_cast<int>(blockIdx.x), quantum = shared_.cut.quantum;
+    const int begin = block * quantum;  // less than 2^31: the line is, by a range at least
+    shared_.range = {block, begin, smaller(begin + quantum, total)};
+  }
+
+  __device__ void measure_many() {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int chunk = ceil_divide(batch_.num_seqs, 32 * kWarps) * 32;  // sequences a warp
     Sum cost = 0;
@@ -283,57 +409,29 @@ class WorkCursor {
       Sum sum = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += shared_.warp_totals[w];
-      const int total = sum < kMaxUnits ? static_cast<int>(sum) : 0;  // nothing, rather than anything
-      const auto cut = WorkCut<Shape>::of(batch_, total, static_cast<int>(gridDim.x));
-      const int block = static_cast<int>(blockIdx.x);
-      const int begin = block * cut.quantum;  // less than 2^31: the line is, by a range at least
-      shared_.cut = cut;
-      shared_.range = {block, begin, smaller(begin + cut.quantum, total)};
+      cut_line(sum);
       int start = 0, w = 0;
 #pragma unroll 1
-      while (w < kWarps - 1 && start + shared_.warp_totals[w] <= begin) start += shared_.warp_totals[w++];
+      while (w < kWarps - 1 && start + shared_.warp_totals[w] <= shared_.range.begin) start += shared_.warp_totals[w++];
       shared_.sequence = w * chunk;
       shared_.sequence_start = start;
     }
     __syncthreads();
   }
 
-  __device__ const WorkCut<Shape> &cut() const { return shared_.cut; }
-  __device__ const LineRange &range() const { return shared_.range; }
-
-  // The rest is for the first warp.  Its lanes are given and get the same values.
-
-  // The item that the range begins in; false if there is none.
-  __device__ bool first(WorkItem &item) const {
-    const int target = shared_.range.begin;
-    if (target >= shared_.range.end) return false;
-    int start = 0, kv_head = 0, tile = 0;
-    const Sequence seq = find_sequence(target, start);
-    find_tile(target, seq, kv_head, tile, start);
-    item = make_item<Shape>(batch_, seq, kv_head, tile, start);
-    return true;
-  }
-
-  // The next item of the range; false if there is none.
-  __device__ bool next(WorkItem &item) const {
-    Sequence seq = item.seq;
-    int kv_head = item.kv_head, tile = item.query_tile + 1;
-    const int start = item.start + units_of(batch_, item.num_kv_tiles()) + kItemOverhead;
-    if (start >= shared_.range.end) return false;
-    if (kOneTile || tile == num_query_tiles<Shape>(batch_, seq)) {
-      tile = 0;
-      if (++kv_head == batch_.num_kv_heads) {
-        kv_head = 0;
-        if (!find_next_sequence(seq)) return false;
-      }
-    }
-    item = make_item<Shape>(batch_, seq, kv_head, tile, start);
-    return true;
-  }
-
- private:
-  __device__ Sequence load_or_none(int index) const {
-    return index < batch_.num_seqs ? load_sequence(batch_, index) : Sequence{0, 0, 0, 0};
+  // A sequence a lane: nothing has to be looked at twice.
+  __device__ void measure_few() {
+    const int lane = static_cast<int>(threadIdx.x);
+    const Sequence seq = load_or_none(lane);
+    const Sum cost = static_cast<Sum>(head_cost(seq)) * batch_.num_kv_heads;
+    const Sum end = warp_inclusive_scan(cost, lane), length = __shfl_sync(kFullWarp, end, 31);
+    if (lane == 0) cut_line(length);
+    __syncwarp();
+    const int start = static_cast<int>(end - cost);
+    const int first = shared_.range.begin, last = shared_.range.end - 1;
+    if (start <= first && first < end) set_few(0, seq, start);
+    if (start <= last && last < end) set_few(1, seq, start);
+    __syncwarp();
   }
 
   // Cost of one KV head of each lane's sequence.  Lanes work alone while tiles are few; a sequence of many is summed by
@@ -365,10 +463,9 @@ class WorkCursor {
     return warp_sum(cost);
   }
 
-  // The sequence that a position lies in and where it starts.
+  // The sequence that a position lies in, and where it starts, given where shared_.sequence does.
   __device__ Sequence find_sequence(int target, int &start) const {
     const int lane = static_cast<int>(threadIdx.x);
-    start = shared_.sequence_start;
 #pragma unroll 1
     for (int base = shared_.sequence; base < batch_.num_seqs; base += 32) {
       const Sequence candidate = load_or_none(base + lane);
@@ -385,27 +482,26 @@ class WorkCursor {
     return {0, 0, 0, 0};
   }
 
-  // The KV head and tile of the sequence that the position lies in, and where this item starts.
-  __device__ void find_tile(int target, const Sequence &seq, int &kv_head, int &tile, int &start) const {
-    const int cost = kOneTile ? tile_cost<Shape>(batch_, seq, 0) : warp_head_cost(seq);
-    kv_head = static_cast<int>(static_cast<uint32_t>(target - start) / static_cast<uint32_t>(cost));
-    start += kv_head * cost;
-    tile = 0;
-    if constexpr (!kOneTile) {
-      const int tiles = num_query_tiles<Shape>(batch_, seq), lane = static_cast<int>(threadIdx.x);
-      for (int base = 0; base < tiles; base += 32) {
-        const int mine = base + lane < tiles ? tile_cost<Shape>(batch_, seq, base + lane) : 0;
-        const int scanned = warp_inclusive_scan(mine, lane);
-        const uint32_t beyond = __ballot_sync(kFullWarp, start + scanned > target);
-        if (beyond != 0) {
-          const int source = __ffs(static_cast<int>(beyond)) - 1;
-          start += __shfl_sync(kFullWarp, scanned - mine, source);
-          tile = base + source;
-          return;
-        }
-        start += __shfl_sync(kFullWarp, scanned, 31);
+  // The KV head at so many units from its sequence's start.
+  __device__ static int head_at(int offset, int cost) {
+    return static_cast<int>(static_cast<uint32_t>(offset) / static_cast<uint32_t>(cost));
+  }
+
+  // The tile of a head that the position lies in, and where it starts, given where the head does.
+  __device__ int find_tile(int target, const Sequence &seq, int &start) const {
+    const int tiles = num_query_tiles<Shape>(batch_, seq), lane = static_cast<int>(threadIdx.x);
+    for (int base = 0; base < tiles; base += 32) {
+      const int mine = base + lane < tiles ? tile_cost<Shape>(batch_, seq, base + lane) : 0;
+      const int scanned = warp_inclusive_scan(mine, lane);
+      const uint32_t beyond = __ballot_sync(kFullWarp, start + scanned > target);
+      if (beyond != 0) {
+        const int source = __ffs(static_cast<int>(beyond)) - 1;
+        start += __shfl_sync(kFullWarp, scanned - mine, source);
+        return base + source;
       }
+      start += __shfl_sync(kFullWarp, scanned, 31);
     }
+    return 0;
   }
 
   // Sequences that another kernel serves, or that have no queries, are passed over 32 at a time.
@@ -469,7 +565,9 @@ class BlockCursor {
  private:
   __device__ void go_on(bool first) {
     WorkItem item = shared_.item;
-    const bool valid = first ? cursor_.first(item) : cursor_.next(item);
+    const LineRange &range = cursor_.range();
+    const bool valid = first ? range.begin < range.end : cursor_.next(item);
+    if (first && valid) cursor_.find(false, item);
     __syncwarp();  // every lane has read the item
     if (threadIdx.x == 0) {
       shared_.valid = valid;

@@ -1,6 +1,7 @@
 // How the CUDA kernels divide a batch: for random batches, every tile is done once, and partial results never collide.
 //
 // SPDX-License-Identifier: Apache-2.0
+#include <bit>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -43,29 +44,73 @@ struct RandomBatch {
     batch.num_seqs = num_seqs;
     batch.num_tokens = starts.back();
     batch.max_length = 1 << 15;
-    batch.num_kv_heads = 1 + up_to(4);
+    const int kv_heads[] = {1, 2, 3, 4, 5, 6, 8};
+    batch.num_kv_heads = kv_heads[up_to(6)];
     batch.group = FastDivisor::of(1 + up_to(20));
     batch.window = up_to(1) == 0 ? 0 : 1 + up_to(2000);
     batch.unit_shift = up_to(1) == 0 ? 0 : up_to(6);
     batch.causal = up_to(3) > 0;
     batch.deterministic = up_to(1) == 0;
+    batch.max_head_shift =
+        batch.deterministic ? 0 : smaller(2, std::countr_zero(static_cast<unsigned>(batch.num_kv_heads)));
   }
 };
 
+template <int kTokens, int kHeadShift, int kTiles>
+struct HopperShape : TileShape<64, kTokens, true> {
+  static constexpr int kMinSegmentTiles = 128 / kTokens;
+  static constexpr int kMaxPieces = 8;
+  static constexpr int kMinPieceTiles = 512 / kTokens;
+  static constexpr int kMaxHeadShift = kHeadShift;
+  static constexpr int kMaxTilesOfMany = kTiles;
+};
+
+int shared_items_of_many_heads = 0;  // that the batches had
+
 template <class Shape>
-std::vector<WorkItem> items_of(const Batch &batch, int &total) {
-  std::vector<WorkItem> items;
-  total = 0;
+int line_length(const Batch &batch) {
+  int length = 0;
   for (int i = 0; i < batch.num_seqs; ++i) {
     const Sequence seq = load_sequence(batch, i);
-    for (int head = 0; head < batch.num_kv_heads; ++head) {
-      for (int tile = 0; tile < num_query_tiles<Shape>(batch, seq); ++tile) {
-        items.push_back(make_item<Shape>(batch, seq, head, tile, total));
-        total += tile_cost<Shape>(batch, seq, tile);
+    for (int tile = 0; tile < num_query_tiles<Shape>(batch, seq); ++tile) {
+      length += tile_cost<Shape>(batch, seq, tile) * batch.num_kv_heads;
+    }
+  }
+  return length;
+}
+
+template <class Shape>
+std::vector<WorkItem> items_of(const Batch &batch, const WorkCut<Shape> &cut) {
+  std::vector<WorkItem> items;
+  int start = 0;
+  for (int i = 0; i < batch.num_seqs; ++i) {
+    const Sequence seq = load_sequence(batch, i);
+    const int tiles = num_query_tiles<Shape>(batch, seq);
+    if (tiles == 0) continue;
+    const int heads = 1 << make_item(batch, cut, seq, 0).head_shift;
+    for (int head = 0; head < batch.num_kv_heads; head += heads) {
+      for (int tile = 0; tile < tiles; ++tile) {
+        items.push_back(make_item(batch, cut, seq, tile));
+        items.back().kv_head = head;
+        items.back().start = start;
+        start += tile_cost<Shape>(batch, seq, tile) * heads;
       }
     }
   }
   return items;
+}
+
+// Every row that an item's heads have has a place of its own in the item's tile.
+template <class Shape>
+void check_rows(const Batch &batch, const WorkItem &item, int seed) {
+  const int heads = 1 << item.head_shift, rows = num_rows(batch, item.seq);
+  REQUIRE(item.kv_head + heads <= batch.num_kv_heads);
+  std::set<std::pair<int, int>> found;
+  for (int row = 0; row < Shape::kRows; ++row) {
+    const TileRow place = tile_row<Shape>(batch, item, row);
+    if (place.head < heads && item.query_tile * Shape::kRows + place.row < rows) found.emplace(place.head, place.row);
+  }
+  REQUIRE(static_cast<int>(found.size()) == heads * smaller(rows - item.query_tile * Shape::kRows, Shape::kRows));
 }
 
 template <class Shape>
@@ -74,12 +119,17 @@ void check(int seed, int min_rows, int max_rows) {
   Batch &batch = random.batch;
   batch.min_rows = min_rows;
   batch.max_rows = max_rows;
-  int total = 0;
-  const std::vector<WorkItem> items = items_of<Shape>(batch, total);
+  const int total = line_length<Shape>(batch);
   const auto cut = WorkCut<Shape>::of(batch, total, random.num_blocks);
+  const std::vector<WorkItem> items = items_of(batch, cut);
+  if (!items.empty()) {
+    const WorkItem &last = items.back();
+    REQUIRE(last.start + (cost_of(batch, last.num_kv_tiles()) << last.head_shift) == total);
+  }
   const int places_per_block = cut.places_per_block(batch.deterministic);
   std::set<int> places, counters;  // of items that several blocks share
   for (const WorkItem &item : items) {
+    check_rows<Shape>(batch, item, seed);
     std::map<int, Range> segments;
     std::set<int> owners;
     SegmentPlan first{};
@@ -108,6 +158,7 @@ void check(int seed, int min_rows, int max_rows) {
     }
     REQUIRE(next == item.kv_tiles.end);
     if (first.num_segments == 1) continue;
+    if (item.head_shift > 0) ++shared_items_of_many_heads;
     REQUIRE(first.is_shared || batch.deterministic);
     if (first.is_shared) REQUIRE(counters.insert(first.first_owner).second);
     for (int i = 0; i < first.num_segments; ++i) {
@@ -124,10 +175,12 @@ void check(int seed, int min_rows, int max_rows) {
 
 int main() {
   for (int seed = 0; seed < 1500; ++seed) {
-    check<TileShape<64, 32, true, 4, 8, 16>>(seed, 1, 64);
-    check<TileShape<64, 16, true, 8, 8, 32>>(seed, 1, 64);
+    check<HopperShape<32, 2, kMaxUnits>>(seed, 1, 64);
+    check<HopperShape<32, 2, 8>>(seed, 1, 64);
+    check<HopperShape<16, 0, 0>>(seed, 1, 64);
     check<TileShape<16, 64, true>>(seed, 1, 16);
     check<TileShape<64, 64, false>>(seed, 17, 1 << 30);
   }
+  require(shared_items_of_many_heads > 100, "many items have several heads and owners", -1);
   std::puts("all hold");
 }
