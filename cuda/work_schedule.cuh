@@ -185,11 +185,14 @@ struct WorkCut {
 
   // Tiles.  A constant for all items but in deterministic mode.
   __host__ __device__ int granule(const WorkItem &item) const {
-    if (!deterministic) return Shape::kMinSegmentTiles;
+    if (!deterministic) [[likely]]
+      return Shape::kMinSegmentTiles;
     return larger(ceil_divide(item.num_kv_tiles(), Shape::kMaxPieces), Shape::kMinPieceTiles);
   }
   __host__ __device__ int granules_in(const WorkItem &item, int tiles) const {  // the common divisor a constant
-    return deterministic ? ceil_divide(tiles, granule(item)) : ceil_divide(tiles, Shape::kMinSegmentTiles);
+    if (!deterministic) [[likely]]
+      return ceil_divide(tiles, Shape::kMinSegmentTiles);
+    return ceil_divide(tiles, granule(item));
   }
   __host__ __device__ int num_granules(const WorkItem &item) const {
     return item.num_kv_tiles() == 0 ? 1 : granules_in(item, item.num_kv_tiles());
@@ -220,12 +223,13 @@ template <class Shape>
 __host__ __device__ int head_shift(const Batch &batch, const WorkCut<Shape> &cut, const Sequence &seq, int kv_tiles) {
   if constexpr (Shape::kMaxHeadShift == Shape::kLeastHeadShift) return Shape::kMaxHeadShift;
   const int rows_shift = head_rows_shift(num_rows(batch, seq)), cost = cost_of(batch, kv_tiles);
-  int shift = kv_tiles > Shape::kMaxTilesOfMany ? 0 : batch.max_head_shift;
-  while (shift > 0 && (Shape::kRows >> shift >> rows_shift == 0 || cost << shift > cut.most_of_many_heads ||
-                       units_of(batch, Shape::kMinSegmentTiles) << shift > cut.quantum)) {
-    --shift;
-  }
-  return shift;
+  if (kv_tiles > Shape::kMaxTilesOfMany) return 0;
+  const auto fits = [&](int shift) {
+    return shift <= batch.max_head_shift && Shape::kRows >> shift >> rows_shift != 0 &&
+           cost << shift <= cut.most_of_many_heads && units_of(batch, Shape::kMinSegmentTiles) << shift <= cut.quantum;
+  };
+  static_assert(Shape::kMaxHeadShift <= 2);
+  return fits(1) + fits(2);  // what fits twice fits once
 }
 
 // The item of a sequence's first KV head, were it at the line's start.
