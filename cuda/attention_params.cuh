@@ -34,7 +34,7 @@ struct Batch {
   int32_t num_tokens;              // T
   int32_t max_length;              // what a block table can hold; longer lengths are cut to it
   int32_t num_kv_heads;
-  int32_t max_head_shift;  // items may have up to 2^this KV heads, which divide all KV heads
+  int32_t max_head_shift;  // items may have up to 2^this KV heads, which divide all KV heads; some kernels' always do
   FastDivisor group;       // query heads a KV head
   int32_t min_rows;        // a KV head of the sequences that a kernel serves: it passes over those with fewer or more
   int32_t max_rows;

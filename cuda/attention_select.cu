@@ -70,12 +70,12 @@ bool generic_kernels_wanted() {
 }
 
 // A kernel whose items always have several heads reads them faster, but one block joins all the partial results of an
-// item: if these are few, a call of long sequences takes longer.  What a sequence gets must not depend on the batch if
-// results are to be deterministic.
+// item: if sequences are few, or one is far longer than the others, which the host does not know, that takes longer.
+// What a sequence gets must not depend on the batch if results are to be deterministic.
 bool many_heads_pay(const AttentionParams &params, const HopperDecodeKernel &kernel) {
   if (params.deterministic || most_rows(params) > kFewRows || !heads_fill_rows(params, kernel.rows)) return false;
   constexpr int kMostSharers = 4;
-  return params.num_seqs * (params.num_kv_heads / kernel.rows.heads) * kMostSharers >=
+  return int64_t{params.num_seqs} * (params.num_kv_heads / kernel.rows.heads) * kMostSharers >=
          device_facts().num_multiprocessors;
 }
 

@@ -1,4 +1,5 @@
-// Paged decode on Hopper: sequences of at most 64 query rows a KV head, 16-bit queries, 16-bit or float8 caches.
+// Paged decode on Hopper: sequences of at most 64 query rows a KV head, or 16 where four heads of the cache are read as
+// one row; 16-bit queries, 16-bit or float8 caches.
 //
 // SPDX-License-Identifier: Apache-2.0
 //

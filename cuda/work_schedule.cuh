@@ -14,8 +14,9 @@
 // piece is a partial result of its own.
 //
 // Neighbouring KV heads of a sequence of few rows may make one item, of as many times the cost, whose tile has rows for
-// each: their keys lie side by side in memory, which reads them faster together.  Not so where too many blocks would
-// share the item, since one of them joins all its partial results, nor with deterministic results.
+// each: their keys lie side by side in memory, which reads them faster together.  Unless the kernel can do no other,
+// not so where too many blocks would share the item, since one of them joins all its partial results; and never with
+// deterministic results.
 //
 // What becomes one partial result is a segment of its item: a block's share, or a piece.  Its place in the workspace
 // follows from the item and the segment's number, so whoever merges knows where to look without being told.
@@ -39,7 +40,8 @@ struct TileShape {
   // Pieces of an item in deterministic mode.  Tall tiles are many, and their partial results large.
   static constexpr int kMaxPieces = kRows <= 16 ? 8 : 4;
   static constexpr int kMinPieceTiles = 8;
-  // Log 2 of an item's KV heads, which are more than the least if it has few KV tiles; 0 unless kOneTile.
+  // Log 2 of an item's KV heads, which are more than the least if few blocks share it and it has at most so many KV
+  // tiles; 0 unless kOneTile.
   static constexpr int kMaxHeadShift = 0;
   static constexpr int kLeastHeadShift = 0;
   static constexpr int kMaxTilesOfMany = 0;
@@ -423,7 +425,7 @@ class WorkCursor {
     __syncthreads();
   }
 
-  // A sequence a lane: nothing has to be looked at twice.
+  // A sequence a lane: no length has to be looked at twice.
   __device__ void measure_few() {
     const int lane = static_cast<int>(threadIdx.x);
     const Sequence seq = load_or_none(lane);

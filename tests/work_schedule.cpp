@@ -64,6 +64,9 @@ struct HopperShape : TileShape<64, kTokens, true> {
   static constexpr int kMaxHeadShift = kHeadShift;
   static constexpr int kMaxTilesOfMany = kTiles;
 };
+struct FourHeadsShape : HopperShape<16, 2, kMaxUnits> {
+  static constexpr int kLeastHeadShift = 2;
+};
 
 int shared_items_of_many_heads = 0;  // that the batches had
 
@@ -114,9 +117,14 @@ void check_rows(const Batch &batch, const WorkItem &item, int seed) {
 }
 
 template <class Shape>
-void check(int seed, int min_rows, int max_rows) {
+void check(int seed, int min_rows, int max_rows, int heads = 1) {
   RandomBatch random(seed);
   Batch &batch = random.batch;
+  if (heads > 1) {  // always so many an item, as such kernels are chosen
+    batch.num_kv_heads = heads * (1 + seed % 3);
+    batch.max_head_shift = std::countr_zero(static_cast<unsigned>(heads));
+    batch.deterministic = false;
+  }
   batch.min_rows = min_rows;
   batch.max_rows = max_rows;
   const int total = line_length<Shape>(batch);
@@ -178,6 +186,7 @@ int main() {
     check<HopperShape<32, 2, kMaxUnits>>(seed, 1, 64);
     check<HopperShape<32, 2, 8>>(seed, 1, 64);
     check<HopperShape<16, 0, 0>>(seed, 1, 64);
+    check<FourHeadsShape>(seed, 1, 16, 4);
     check<TileShape<16, 64, true>>(seed, 1, 16);
     check<TileShape<64, 64, false>>(seed, 17, 1 << 30);
   }
