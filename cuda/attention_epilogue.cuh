@@ -98,7 +98,7 @@ class Epilogue {
       meet();
       for_each_quad(rows, first, kStateColumns, [&](int index, int column) {
         const TileRow row = rows.tile_row(index);
-        const State joined = join_parts((row.head << rows.head_shift) + row.row, column - first, parts, part_rows);
+        const State joined = join_parts((row.head << rows.tile_shift) + row.row, column - first, parts, part_rows);
         if (plan.num_segments == 1) {
           write(item, row, column, joined);
         } else {
@@ -152,7 +152,7 @@ class Epilogue {
   struct Rows {
     int of_head;
     int heads;
-    int head_shift;  // log 2 of the rows of the tile that a head has
+    int tile_shift;  // log 2 of the rows of the tile that a head has
 
     __device__ TileRow tile_row(int index) const {
       if constexpr (Shape::kMaxHeadShift == 0) return {0, index};

@@ -15,6 +15,7 @@
 #include "runtime.h"
 #include "status.h"
 #include "tensor_map.h"
+#include "work_schedule.cuh"
 
 namespace pagedattn::cuda {
 namespace {
@@ -74,7 +75,6 @@ bool generic_kernels_wanted() {
 // What a sequence gets must not depend on the batch if results are to be deterministic.
 bool many_heads_pay(const AttentionParams &params, const HopperDecodeKernel &kernel) {
   if (params.deterministic || most_rows(params) > kFewRows || !heads_fill_rows(params, kernel.rows)) return false;
-  constexpr int kMostSharers = 4;
   return int64_t{params.num_seqs} * (params.num_kv_heads / kernel.rows.heads) * kMostSharers >=
          device_facts().num_multiprocessors;
 }
