@@ -228,10 +228,9 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   check_limits(params);
   const AttentionSelection selection = select_attention(params);
-  const size_t bytes = workspace_bytes(selection, params);
-  if (params.workspace != nullptr && params.workspace_size < bytes + kAlignment) {
-    throw_invalid("paged_attention: `workspace` must have at least " +
-                  std::to_string(paged_attention_workspace_size(params)) + " bytes; got " +
+  const size_t bytes = paged_attention_workspace_size(params);  // whatever these caches' alignment
+  if (params.workspace != nullptr && params.workspace_size < bytes) {
+    throw_invalid("paged_attention: `workspace` must have at least " + std::to_string(bytes) + " bytes; got " +
                   std::to_string(params.workspace_size));
   }
   record_kernel("paged_attention", selection.name);
@@ -252,7 +251,7 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
     shifts[i] = unit_shift(*selection.launches[i].kernel, params, kernel_params.batch.max_length);
   }
   std::optional<StreamMemory> own_memory;
-  if (params.workspace == nullptr) own_memory.emplace(bytes + kAlignment, stream);
+  if (params.workspace == nullptr) own_memory.emplace(bytes, stream);
   char *const workspace = align_up(params.workspace == nullptr ? own_memory->data() : params.workspace);
   if (own_memory) check_cuda(cudaMemsetAsync(workspace, 0, kArrivalBytes, stream), "cudaMemsetAsync");
 
@@ -262,7 +261,8 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
   for (int i = 0; i < selection.num_launches; ++i) {
     const auto &[kernel, min_rows, max_rows] = selection.launches[i];
     kernel_params.batch.min_rows = min_rows;
-    kernel_params.batch.max_rows = max_rows;
+    // Places of partial results have room for no more than the call says.
+    kernel_params.batch.max_rows = static_cast<int32_t>(std::min<int64_t>(max_rows, most_rows(params)));
     kernel_params.batch.unit_shift = shifts[i];
     kernel_params.batch.max_head_shift = max_head_shift(*kernel, params);
     kernel_params.place_floats = place_floats(*kernel, params);

@@ -127,8 +127,7 @@ std::string make_kernel_table() {
 }  // namespace
 
 int64_t most_rows(const AttentionParams &params) {
-  const int64_t group = params.num_q_heads / params.num_kv_heads;
-  return params.query_start_loc == nullptr ? group : params.num_tokens * group;
+  return params.max_query_len * (params.num_q_heads / params.num_kv_heads);
 }
 
 AttentionSelection select_attention(const AttentionParams &params, CacheAlignment alignment) {

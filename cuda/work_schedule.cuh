@@ -104,6 +104,7 @@ __host__ __device__ int num_query_tiles(const Batch &batch, const Sequence &seq)
 // The keys that any row of a query tile sees.
 template <class Shape>
 __host__ __device__ Range tile_keys(const Batch &batch, const Sequence &seq, int tile) {
+  if constexpr (Shape::kOneTile) return {visible_keys(batch, seq, 0).begin, seq.length};  // the last row sees the last
   const int first_row = tile * Shape::kRows;
   const int rows = num_rows(batch, seq);
   const int last_row = (rows - first_row > Shape::kRows ? first_row + Shape::kRows : rows) - 1;

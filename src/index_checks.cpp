@@ -53,16 +53,22 @@ std::string seq_len_error(const int32_t *seq_lens, int64_t seq, const BlockTable
   return entry("seq_lens", seq) + " must be in 0 ... " + num(capacity) + got(len);
 }
 
-std::string query_start_loc_error(const int32_t *starts, int64_t num_seqs, int64_t num_tokens) {
+std::string query_start_loc_error(const AttentionParams &p) {
   const char *name = "query_start_loc";
+  const int32_t *starts = p.query_start_loc;
   if (starts[0] != 0) return entry(name, 0) + " must be 0" + got(starts[0]);
-  for (int64_t seq = 0; seq < num_seqs; ++seq) {
-    if (starts[seq + 1] >= starts[seq]) continue;
-    return entry(name, seq + 1) + " must be at least " + entry(name, seq) + " = " + num(starts[seq]) +
-           got(starts[seq + 1]);
+  for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
+    const int64_t start = starts[seq], next = starts[seq + 1];
+    if (next < start) {
+      return entry(name, seq + 1) + " must be at least " + entry(name, seq) + " = " + num(start) + got(next);
+    }
+    if (next - start > p.max_query_len && next <= p.num_tokens) {
+      return entry(name, seq + 1) + " must be at most " + entry(name, seq) +
+             " + `max_query_len` = " + num(start + p.max_query_len) + got(next);
+    }
   }
-  if (starts[num_seqs] == num_tokens) return "";
-  return "`query_start_loc`[B] must be T = " + num(num_tokens) + got(starts[num_seqs]);
+  if (starts[p.num_seqs] == p.num_tokens) return "";
+  return "`query_start_loc`[B] must be T = " + num(p.num_tokens) + got(starts[p.num_seqs]);
 }
 
 // The first key that any row of a sequence sees.
@@ -172,7 +178,7 @@ std::string attention_index_error(const AttentionParams &p) {
   const BlockTables tables = {p.block_tables, p.block_table_stride, p.max_blocks_per_seq, p.block_size, p.num_blocks};
   const int32_t *starts = p.query_start_loc;
   if (starts != nullptr) {
-    if (std::string error = query_start_loc_error(starts, p.num_seqs, p.num_tokens); !error.empty()) return error;
+    if (std::string error = query_start_loc_error(p); !error.empty()) return error;
   }
   for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
     if (std::string error = seq_len_error(p.seq_lens, seq, tables); !error.empty()) return error;

@@ -63,8 +63,9 @@ struct AttentionParams {
   void *workspace = nullptr;  // CUDA only; zero at first use.  Null: allocate on the stream
   size_t workspace_size = 0;
 
-  int64_t num_tokens = 0;  // T
-  int32_t num_seqs = 0;    // B
+  int64_t num_tokens = 0;     // T
+  int32_t num_seqs = 0;       // B
+  int64_t max_query_len = 0;  // at most T
   int32_t num_q_heads = 0;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;  // a multiple of 8, at most 256

@@ -55,6 +55,11 @@ void validate_queries(const Checker &check, const pa_attention_args &args, Atten
                "given unless every sequence has one query token (T = num_seqs = " + std::to_string(num_seqs) + ")",
                "none with T = " + std::to_string(p->num_tokens));
   }
+  if (args.max_query_len < 0) {
+    check.fail("max_query_len", "at least 1 (absent: not known)", std::to_string(args.max_query_len));
+  }
+  const int64_t most = args.query_start_loc == nullptr ? 1 : p->num_tokens;
+  p->max_query_len = args.max_query_len == 0 ? most : std::min(args.max_query_len, most);
 }
 
 void validate_options(const Checker &check, const pa_attention_args &args, AttentionParams *p) {

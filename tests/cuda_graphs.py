@@ -43,7 +43,7 @@ def refill(target: Array, source: np.ndarray) -> None:
 
 def workspace_for(cuda: CupyBackend, calls: list[tuple[list[Array], dict[str, Any]]]) -> Array:
     """Return a workspace, zero, that suffices for each of the calls' arguments."""
-    names = ("query_start_loc", "kv_dtype", "deterministic")
+    names = ("query_start_loc", "max_query_len", "kv_dtype", "deterministic")
     sizes = [
         pagedattn.paged_attention_workspace_size(*args, **{name: options[name] for name in names if name in options})
         for args, options in calls

@@ -242,6 +242,7 @@ struct AttentionOptions : CacheOptions {
   std::optional<Tensor<const float, 1>> sinks;
   std::optional<Tensor<float, 2>> lse;
   std::optional<Tensor<std::uint8_t, 1>> workspace;
+  std::optional<std::int64_t> max_query_len;
   std::optional<double> scale;  // of the scores; default 1 / sqrt(head_dim)
   std::optional<std::int64_t> window;
   double softcap = 0.0;
@@ -286,6 +287,7 @@ pa_attention_args attention_args(const Tensor<Q, 3> &q, const PagedCache<KV> &ca
   args.lse = optional(options.lse);
   args.workspace = optional(options.workspace);
   if (options.scale) args.scale = *options.scale;
+  if (options.max_query_len) args.max_query_len = *options.max_query_len;
   if (options.window) args.window = *options.window;
   args.softcap = options.softcap;
   args.causal = options.causal;

@@ -60,6 +60,7 @@ def paged_attention(
     out: typing.Any,
     lse: typing.Any,
     workspace: typing.Any,
+    max_query_len: int,
     scale: typing.Any,
     window: int,
     softcap: typing.Any,
@@ -76,6 +77,7 @@ def paged_attention_workspace_size(
     block_tables: typing.Any,
     seq_lens: typing.Any,
     query_start_loc: typing.Any,
+    max_query_len: int,
     kv_dtype: int,
     deterministic: typing.Any,
 ) -> int: ...

@@ -31,6 +31,7 @@ def paged_attention(
     seq_lens: Any,
     *,
     query_start_loc: Any = None,
+    max_query_len: int | None = None,
     scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -66,6 +67,10 @@ def paged_attention(
         Tokens in the cache of each sequence, its query tokens included.
     query_start_loc : int32 array [B + 1], optional
         First row of each sequence in q, and T.  Absent: one query token a sequence.
+    max_query_len : int, optional
+        Query tokens that no sequence has more of.  Where it is small (speculative decoding), the GPU runs one kernel
+        instead of two.  A sequence that has more is an error where values are verified, see ``check``, and its rows
+        of ``out`` and ``lse`` are left as they were where they are not.
     scale : float, optional
         Of the scores; ``D ** -0.5`` by default.
     causal : bool
@@ -147,6 +152,7 @@ def paged_attention(
         out,
         lse,
         workspace,
+        0 if max_query_len is None else whole_number(operation, "max_query_len", max_query_len, 1),
         scale,
         0 if window is None else whole_number(operation, "window", window, 1),
         softcap,
@@ -167,6 +173,7 @@ def paged_attention_workspace_size(
     seq_lens: Any,
     *,
     query_start_loc: Any = None,
+    max_query_len: int | None = None,
     kv_dtype: Any = None,
     deterministic: bool = False,
 ) -> int:
@@ -191,6 +198,7 @@ def paged_attention_workspace_size(
         block_tables,
         seq_lens,
         query_start_loc,
+        0 if max_query_len is None else whole_number(operation, "max_query_len", max_query_len, 1),
         0 if kv_dtype is None else dtype_code(operation, "kv_dtype", kv_dtype),
         deterministic,
     )

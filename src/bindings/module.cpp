@@ -80,12 +80,14 @@ struct AttentionInputs {
 
 void paged_attention(Object q, Object k_cache, Object v_cache, Object block_tables, Object seq_lens,
                      Object query_start_loc, Object alibi_slopes, Object sinks, Object k_scale, Object v_scale,
-                     Object out, Object lse, Object workspace, Object scale, Object window, Object softcap,
-                     Object causal, Object kv_dtype, Object deterministic, Object check, Object stream) {
+                     Object out, Object lse, Object workspace, Object max_query_len, Object scale, Object window,
+                     Object softcap, Object causal, Object kv_dtype, Object deterministic, Object check,
+                     Object stream) {
   constexpr const char *operation = "paged_attention";
   pa_attention_args args;
   pa_attention_args_init(&args);
   if (!scale.is_none()) args.scale = number(operation, "scale", scale);
+  args.max_query_len = integer(max_query_len);
   args.window = integer(window);
   args.softcap = number(operation, "softcap", softcap);
   args.causal = flag(operation, "causal", causal);
@@ -113,11 +115,12 @@ void paged_attention(Object q, Object k_cache, Object v_cache, Object block_tabl
 }
 
 std::size_t paged_attention_workspace_size(Object q, Object k_cache, Object v_cache, Object block_tables,
-                                           Object seq_lens, Object query_start_loc, Object kv_dtype,
-                                           Object deterministic) {
+                                           Object seq_lens, Object query_start_loc, Object max_query_len,
+                                           Object kv_dtype, Object deterministic) {
   constexpr const char *operation = "paged_attention";
   pa_attention_args args;
   pa_attention_args_init(&args);
+  args.max_query_len = integer(max_query_len);
   args.kv_dtype = static_cast<int32_t>(integer(kv_dtype));
   args.deterministic = flag(operation, "deterministic", deterministic);
   const Call call = call_on(operation, py::none(), q);
@@ -285,12 +288,12 @@ PyMethodDef operations[] = {
         "paged_attention",
         "paged_attention(q: object, k_cache: object, v_cache: object, block_tables: object, seq_lens: object, "
         "query_start_loc: object, alibi_slopes: object, sinks: object, k_scale: object, v_scale: object, out: object, "
-        "lse: object, workspace: object, scale: object, window: int, softcap: object, causal: object, kv_dtype: int, "
-        "deterministic: object, check: object, stream: object) -> None"),
+        "lse: object, workspace: object, max_query_len: int, scale: object, window: int, softcap: object, causal: "
+        "object, kv_dtype: int, deterministic: object, check: object, stream: object) -> None"),
     positional<&paged_attention_workspace_size>(
         "paged_attention_workspace_size",
         "paged_attention_workspace_size(q: object, k_cache: object, v_cache: object, block_tables: object, seq_lens: "
-        "object, query_start_loc: object, kv_dtype: int, deterministic: object) -> int"),
+        "object, query_start_loc: object, max_query_len: int, kv_dtype: int, deterministic: object) -> int"),
     positional<&merge_states>(
         "merge_states", "merge_states(outs: object, lses: object, out: object, lse: object, stream: object) -> None"),
     positional<&reshape_and_cache>(

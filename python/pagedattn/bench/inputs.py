@@ -77,7 +77,7 @@ class Inputs:
         """
         lens = self.seq_lens if seq_lens is None else seq_lens
         arrays = (self.q, self.k_cache, self.v_cache, self.block_tables, lens)
-        options: dict[str, Any] = {"query_start_loc": self.query_start_loc}
+        options: dict[str, Any] = {"query_start_loc": self.query_start_loc, "max_query_len": max(self.case.q_lens)}
         if self.case.kv_dtype in FP8_DTYPES:
             options["kv_dtype"] = self.case.kv_dtype
         size = pagedattn.paged_attention_workspace_size(*arrays, **options)
