@@ -57,9 +57,13 @@ void with_access(int64_t bytes, F &&f) {
   }
 }
 
-inline unsigned checked_unsigned(int64_t value, const char *what) {
-  if (value <= std::numeric_limits<int32_t>::max()) return static_cast<unsigned>(value);
+inline int checked_int(int64_t value, const char *what) {
+  if (value <= std::numeric_limits<int32_t>::max()) return static_cast<int>(value);
   throw Error(PA_ERROR_UNSUPPORTED, std::string("too many ") + what + " for one launch: " + std::to_string(value));
+}
+
+inline unsigned checked_unsigned(int64_t value, const char *what) {
+  return static_cast<unsigned>(checked_int(value, what));
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -81,12 +85,6 @@ inline unsigned blocks_over_rows(int64_t num_rows, int64_t rows_per_block) {
   return checked_unsigned(ceil_div(num_rows, rows_per_block), "rows");
 }
 
-// 64-bit division costs about a hundred instructions, and almost every dividend fits in 32 bits.
-__device__ inline int64_t quotient(int64_t dividend, int64_t divisor) {
-  if (((static_cast<uint64_t>(dividend) | static_cast<uint64_t>(divisor)) >> 32) == 0) {
-    return static_cast<uint32_t>(dividend) / static_cast<uint32_t>(divisor);
-  }
-  return dividend / divisor;
-}
+__device__ inline void prefetch_to_l2(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 }  // namespace pagedattn::cuda

@@ -11,59 +11,47 @@
 
 namespace pagedattn::cuda {
 
+// Where heads lie from the base on, which is a parameter of its own: layers share strides.
 struct TokenRows {
-  char *data;
   int64_t token_stride;  // bytes
   int64_t head_stride;   // bytes
 
-  __device__ char *head(int64_t token, unsigned head) const {
-    return data + token * token_stride + static_cast<int64_t>(head) * head_stride;
+  __device__ char *head(void *base, int64_t token, int head) const {
+    return static_cast<char *>(base) + token * token_stride + head * head_stride;
   }
 };
 
 struct CacheRows {
-  char *data;
   int64_t block_stride;  // bytes
   int64_t token_stride;  // bytes
   int64_t head_stride;   // bytes
 
-  __device__ char *head(int64_t block, int64_t offset, unsigned head) const {
-    return data + block * block_stride + offset * token_stride + static_cast<int64_t>(head) * head_stride;
+  __device__ char *head(void *base, int64_t block, int64_t offset, int head) const {
+    return static_cast<char *>(base) + block * block_stride + offset * token_stride + head * head_stride;
   }
 };
 
 inline TokenRows token_rows(const TokensView &view, DType dtype) {
   const int64_t size = dtype_size(dtype);
-  return {static_cast<char *>(view.data), view.token_stride * size, view.head_stride * size};
+  return {view.token_stride * size, view.head_stride * size};
 }
 
 inline CacheRows cache_rows(const CacheView &view, DType dtype) {
   const int64_t size = dtype_size(dtype);
-  return {static_cast<char *>(view.data), view.block_stride * size, view.token_stride * size, view.head_stride * size};
+  return {view.block_stride * size, view.token_stride * size, view.head_stride * size};
 }
 
-// The widest access into both, where heads have `head_bytes`.
-inline int64_t token_access(const TokenRows &a, const TokenRows &b, int64_t num_tokens, int64_t num_heads,
-                            int64_t head_bytes) {
-  AccessWidth width(head_bytes);
-  for (const TokenRows &rows : {a, b}) {
-    width.address(rows.data);
-    width.stride(rows.token_stride, num_tokens);
-    width.stride(rows.head_stride, num_heads);
-  }
-  return width.bytes();
+// What an access into such rows must divide, beside their addresses.
+inline void include_strides(AccessWidth *width, const TokenRows &rows, int64_t num_tokens, int64_t num_heads) {
+  width->stride(rows.token_stride, num_tokens);
+  width->stride(rows.head_stride, num_heads);
 }
 
-inline int64_t cache_access(const CacheRows &a, const CacheRows &b, int64_t num_blocks, int64_t block_size,
-                            int64_t num_heads, int64_t head_bytes) {
-  AccessWidth width(head_bytes);
-  for (const CacheRows &rows : {a, b}) {
-    width.address(rows.data);
-    width.stride(rows.block_stride, num_blocks);
-    width.stride(rows.token_stride, block_size);
-    width.stride(rows.head_stride, num_heads);
-  }
-  return width.bytes();
+inline void include_strides(AccessWidth *width, const CacheRows &rows, int64_t num_blocks, int64_t block_size,
+                            int64_t num_heads) {
+  width->stride(rows.block_stride, num_blocks);
+  width->stride(rows.token_stride, block_size);
+  width->stride(rows.head_stride, num_heads);
 }
 
 // What happens to elements on their way.  `From` and `To` are what one thread reads and writes at a time.

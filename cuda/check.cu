@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda_backend.h"
+#include "host_memory.h"
 #include "index_checks.h"
 #include "runtime.h"
 #include "status.h"
@@ -23,12 +24,7 @@ namespace {
 class IndexReader {
  public:
   IndexReader(const char *operation, void *stream) : stream_(static_cast<cudaStream_t>(stream)) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    const cudaError_t error = cudaStreamIsCapturing(stream_, &status);
-    // The implicit case is the legacy stream while another stream is being captured.
-    if (error != cudaErrorStreamCaptureImplicit) check_cuda(error, "cudaStreamIsCapturing");
-    if (error == cudaSuccess && status == cudaStreamCaptureStatusNone) return;
-    cudaGetLastError();
+    if (!is_capturing(stream_)) return;
     throw_invalid(
         std::string(operation) +
         ": checked mode cannot run while the stream is being captured; pass `check` = 0 (False) for calls that "
@@ -101,6 +97,19 @@ std::string check_reshape_and_cache(const ReshapeAndCacheParams &params, void *s
   host.slot_mapping = reader.read(params.slot_mapping, params.num_tokens);
   reader.wait();
   return reshape_and_cache_index_error(host);
+}
+
+std::string check_rope_and_cache(const RopeAndCacheParams &params, void *stream) {
+  IndexReader reader("rope_and_cache", stream);
+  RopeAndCacheParams host = params;
+  host.write.slot_mapping = reader.read(params.write.slot_mapping, params.write.num_tokens);
+  if (params.long_positions) {
+    host.positions = reader.read(static_cast<const int64_t *>(params.positions), params.write.num_tokens);
+  } else {
+    host.positions = reader.read(static_cast<const int32_t *>(params.positions), params.write.num_tokens);
+  }
+  reader.wait();
+  return rope_and_cache_index_error(host);
 }
 
 std::string check_copy_blocks(const CopyBlocksParams &params, void *stream) {

@@ -65,7 +65,7 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
 };
 
 // The scale of one KV head.
-__device__ inline float scale_of(const Scale &scale, unsigned head) {
+__device__ inline float scale_of(const Scale &scale, int head) {
   return scale.ptr == nullptr ? scale.value : scale.ptr[scale.per_head ? head : 0];
 }
 

@@ -15,6 +15,7 @@
 #include "access.cuh"
 #include "convert.cuh"
 #include "cuda_backend.h"
+#include "divisor.cuh"
 #include "runtime.h"
 
 namespace pagedattn::cuda {
@@ -45,7 +46,7 @@ struct Args {
   int64_t out_lse_head_stride;
   float *state;  // [num_rows, head_dim + 2]: maximum, denominator, sums; null where one launch does
   int64_t num_rows;
-  int32_t num_heads;
+  IndexDivisor num_heads;
   int32_t head_dim;
 };
 static_assert(sizeof(Args) <= 4000);
@@ -73,8 +74,8 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreadsPerBlock) merge_states_kernel(const __grid_constant__ Args args) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= args.num_rows) return;
-  const int64_t token = quotient(row, args.num_heads);
-  const int64_t head = row - token * args.num_heads;
+  int64_t head = row;
+  const int64_t token = args.num_heads.split(&head);
   float *state = args.state == nullptr ? nullptr : args.state + row * (args.head_dim + int64_t{2});
 
   RowState before = {kMinusInfinity, 0.0f};
@@ -181,7 +182,7 @@ void merge_states(const MergeStatesParams &p, void *stream_pointer) {
   args.out_lse_token_stride = p.out_lse_token_stride;
   args.out_lse_head_stride = p.out_lse_head_stride;
   args.num_rows = p.num_tokens * p.num_heads;
-  args.num_heads = p.num_heads;
+  args.num_heads = IndexDivisor::of(std::max(p.num_heads, 1));
   args.head_dim = p.head_dim;
   if (args.num_rows == 0) return record_kernel("merge_states", name);
 

@@ -213,7 +213,12 @@ const char *kernel_table() {
                                    "reshape_and_cache\tfloat8 cache\tcuda::reshape_and_cache_quantize\n"
                                    "copy_blocks\tcontiguous blocks\tcuda::copy_blocks_contiguous\n"
                                    "copy_blocks\tstrided blocks\tcuda::copy_blocks_strided\n"
-                                   "swap_blocks\tany\tcuda::swap_blocks_memcpy\n"
+                                   "swap_blocks\tfew large copies, captured calls\tcuda::swap_blocks_memcpy\n"
+                                   "swap_blocks\tscattered blocks\tcuda::swap_blocks_kernel\n"
+                                   "swap_blocks\tpageable host memory (slower)\tcuda::swap_blocks_pageable\n"
+                                   "swap_blocks\tPAGEDATTN_SWAP=batch\tcuda::swap_blocks_batch\n"
+                                   "rope_and_cache\tcache of the source's type\tcuda::rope_and_cache_copy\n"
+                                   "rope_and_cache\tfloat8 cache\tcuda::rope_and_cache_quantize\n"
                                    "gather_kv\toutput of the cache's type\tcuda::gather_kv_copy\n"
                                    "gather_kv\twider output of a float8 cache\tcuda::gather_kv_dequantize\n";
   return table.c_str();

@@ -1,24 +1,43 @@
-// swap_blocks: blocks copied between host and device, or between devices, by the copy engines.
+// swap_blocks: blocks copied between host and device, or within a device, by the way that suits them.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// The pairs are known on the host, so the work is to ask for few, large copies.  Pairs that step by one block in source
-// and destination alike make one copy: plain where their blocks touch, two-dimensional where a gap follows each block.
-// A block that is not one run of bytes takes a two-dimensional copy over its innermost dimension for each index of the
-// others.
+// The pairs are known on the host.  Where a few large copies do, the copy engines get them, and no multiprocessor has
+// to do with it: pairs that step by one block in source and destination alike make one copy, plain where their blocks
+// touch, two-dimensional where a gap follows each block.  Scattered blocks would take a copy each, a microsecond or two
+// of the host's time and of the engine's; those go to a kernel that reads and writes page-locked memory by itself
+// (swap_kernel.cu).  What the kernel cannot reach, pageable memory, takes a copy a run, through the driver's own
+// buffers, and so does a swap that is being captured, because a graph keeps the addresses of its copies but not a
+// buffer of pairs.
 //
-// Bound by the link.  CUDA finds out from the addresses what kind of memory it has been given.
+// PAGEDATTN_SWAP = kernel, kernel:N (thread blocks), memcpy or batch (cudaMemcpyBatchAsync) takes the choice away where
+// the memory is page-locked, to compare them.
 #include <cuda_runtime_api.h>
+
+#include <cstdlib>
+#include <string>
+#include <vector>
 
 #include "block_runs.h"
 #include "cuda_backend.h"
+#include "host_memory.h"
 #include "runtime.h"
 #include "status.h"
+#include "swap_kernel.h"
 
 namespace pagedattn::cuda {
 namespace {
 
 constexpr int64_t kMaxPitch = 0x7fffffff;  // cudaDevAttrMaxPitch of every device so far
+// So many copies are enqueued in less time than preparing the kernel takes.
+constexpr int64_t kFewCopies = 8;
+// Thread blocks of the kernel, of 16 KB in flight each: what reading host memory needs and, since writes to it are not
+// waited for, half as many for writing.
+constexpr int64_t kBlocksFromHost = 24;
+constexpr int64_t kBlocksToHost = 12;
+constexpr int64_t kBlocksPerMultiprocessor = 4;  // within the device, where nothing is to be left to others
+
+// ---- by copies ------------------------------------------------------------------------------------------------------
 
 struct Copy {
   char *dst;
@@ -51,7 +70,8 @@ void enqueue(Copy copy, const RunDim &dim, cudaStream_t stream) {
 }
 
 // One block, run by run.
-void enqueue_strided_block(char *dst, const char *src, const BlockRuns &runs, cudaStream_t stream) {
+template <class Visit>
+void visit_strided_block(char *dst, const char *src, const BlockRuns &runs, Visit visit) {
   const RunDim &inner = runs.dims[0];
   for (int64_t i = 0; i < runs.dims[3].extent; ++i) {
     for (int64_t j = 0; j < runs.dims[2].extent; ++j) {
@@ -60,7 +80,7 @@ void enqueue_strided_block(char *dst, const char *src, const BlockRuns &runs, cu
             i * runs.dims[3].dst_stride + j * runs.dims[2].dst_stride + k * runs.dims[1].dst_stride;
         const int64_t src_offset =
             i * runs.dims[3].src_stride + j * runs.dims[2].src_stride + k * runs.dims[1].src_stride;
-        enqueue({dst + dst_offset, src + src_offset, runs.run_bytes}, inner, stream);
+        visit(Copy{dst + dst_offset, src + src_offset, runs.run_bytes}, inner);
       }
     }
   }
@@ -76,34 +96,216 @@ int64_t consecutive_pairs(const CopyBlocksParams &p, int64_t first) {
   return count;
 }
 
-void swap_cache(const CopyBlocksParams &p, int64_t cache, const BlockRuns &runs, cudaStream_t stream) {
+// Calls visit(copy, dim) for copies that make up the swap, each of which is repeated along `dim`.
+template <class Visit>
+void visit_copies(const CopyBlocksParams &p, const BlockRuns &runs, Visit visit) {
   const int64_t src_block_bytes = p.src_block_stride * p.block.element_size;
   const int64_t dst_block_bytes = p.dst_block_stride * p.block.element_size;
-  const auto *src_base = static_cast<const char *>(p.src[cache]);
-  auto *dst_base = static_cast<char *>(p.dst[cache]);
-  for (int64_t pair = 0; pair < p.num_pairs;) {
-    const int64_t count = consecutive_pairs(p, pair);
-    const char *src = src_base + p.mapping[2 * pair] * src_block_bytes;
-    char *dst = dst_base + p.mapping[2 * pair + 1] * dst_block_bytes;
-    if (runs.num_dims == 0) {
-      enqueue({dst, src, runs.run_bytes}, {count, src_block_bytes, dst_block_bytes}, stream);
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        enqueue_strided_block(dst + i * dst_block_bytes, src + i * src_block_bytes, runs, stream);
+  for (int64_t cache = 0; cache < p.num_caches; ++cache) {
+    const auto *src_base = static_cast<const char *>(p.src[cache]);
+    auto *dst_base = static_cast<char *>(p.dst[cache]);
+    for (int64_t pair = 0; pair < p.num_pairs;) {
+      const int64_t count = consecutive_pairs(p, pair);
+      const char *src = src_base + p.mapping[2 * pair] * src_block_bytes;
+      char *dst = dst_base + p.mapping[2 * pair + 1] * dst_block_bytes;
+      if (runs.num_dims == 0) {
+        visit(Copy{dst, src, runs.run_bytes}, RunDim{count, src_block_bytes, dst_block_bytes});
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          visit_strided_block(dst + i * dst_block_bytes, src + i * src_block_bytes, runs, visit);
+        }
       }
+      pair += count;
     }
-    pair += count;
   }
+}
+
+// Whether the copies number at most kFewCopies, found out by looking at no more pairs than that takes.
+bool takes_few_copies(const CopyBlocksParams &p, const BlockRuns &runs) {
+  if (p.num_caches > kFewCopies || runs.num_dims > 0) return false;
+  int64_t copies = 0;
+  for (int64_t pair = 0; pair < p.num_pairs; pair += consecutive_pairs(p, pair)) {
+    copies += p.num_caches;
+    if (copies > kFewCopies) return false;
+  }
+  return true;
+}
+
+void swap_by_memcpy(const CopyBlocksParams &p, const BlockRuns &runs, cudaStream_t stream) {
+  visit_copies(p, runs, [stream](const Copy &copy, const RunDim &dim) { enqueue(copy, dim, stream); });
+}
+
+#if CUDART_VERSION >= 12080
+void swap_by_batch(const CopyBlocksParams &p, const BlockRuns &runs, cudaStream_t stream) {
+  std::vector<void *> dst;
+  std::vector<const void *> src;
+  std::vector<size_t> bytes;
+  visit_copies(p, runs, [&](const Copy &copy, const RunDim &dim) {
+    const bool touch = dim.src_stride == copy.bytes && dim.dst_stride == copy.bytes;
+    for (int64_t i = 0; i < (touch ? 1 : dim.extent); ++i) {
+      dst.push_back(copy.dst + i * dim.dst_stride);
+      src.push_back(copy.src + i * dim.src_stride);
+      bytes.push_back(static_cast<size_t>(touch ? copy.bytes * dim.extent : copy.bytes));
+    }
+  });
+  cudaMemcpyAttributes attributes = {};
+  attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+  attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
+  size_t first = 0;
+#if CUDART_VERSION >= 13000
+  const cudaError_t error =
+      cudaMemcpyBatchAsync(dst.data(), src.data(), bytes.data(), bytes.size(), &attributes, &first, 1, stream);
+#else
+  size_t failed = 0;
+  const cudaError_t error = cudaMemcpyBatchAsync(dst.data(), const_cast<void **>(src.data()), bytes.data(),
+                                                 bytes.size(), &attributes, &first, 1, &failed, stream);
+#endif
+  check_cuda(error, "cudaMemcpyBatchAsync");
+}
+#else
+void swap_by_batch(const CopyBlocksParams &, const BlockRuns &, cudaStream_t) {
+  throw Error(PA_ERROR_UNSUPPORTED, "PAGEDATTN_SWAP=batch needs a build with CUDA 12.8 or later");
+}
+#endif
+
+// ---- what is to be swapped ------------------------------------------------------------------------------------------
+
+// The caches of one side in host memory: whether the device reaches them, and the allocations that hold them.
+class HostSide {
+ public:
+  HostSide(const CopyBlocksParams &p, void *const *caches, const int64_t *strides, int64_t block_stride,
+           int64_t num_blocks) {
+    int64_t last = (num_blocks - 1) * block_stride;
+    for (int d = 0; d < p.block.ndim; ++d) last += (p.block.shape[d] - 1) * strides[d];
+    const int64_t last_byte = (last + 1) * p.block.element_size - 1;
+    for (int64_t i = 0; i < p.num_caches; ++i) {
+      auto *const data = static_cast<char *>(caches[i]);
+      void *mapped = data;
+      const bool known = !allocations_.empty() && allocations_.back()->holds(data);
+      if (auto allocation = known ? nullptr : find_host_allocation(data)) {
+        allocations_.push_back(std::move(allocation));
+      } else if (!known) {
+        // Memory that others have locked may be so in part.
+        mapped = device_address(data);
+        if (device_address(data + last_byte) == nullptr) mapped = nullptr;
+      }
+      mapped_.push_back(mapped);
+      reachable_ = reachable_ && mapped != nullptr;
+    }
+  }
+
+  bool reachable() const { return reachable_; }
+  void *const *mapped() const { return mapped_.data(); }
+  void used_on(cudaStream_t stream) const {
+    for (const auto &allocation : allocations_) allocation->used_on(stream);
+  }
+
+ private:
+  // Null for memory that is not page-locked.
+  static void *device_address(const void *host) {
+    cudaPointerAttributes attributes;
+    check_cuda(cudaPointerGetAttributes(&attributes, host), "cudaPointerGetAttributes");
+    return attributes.devicePointer;
+  }
+
+  std::vector<void *> mapped_;
+  std::vector<std::shared_ptr<HostAllocation>> allocations_;
+  bool reachable_ = true;
+};
+
+// Tells the host's allocations at the end of a call, even one that fails half way, that the stream uses them.
+class UseOnStream {
+ public:
+  UseOnStream(const std::vector<HostSide> &sides, cudaStream_t stream, bool capturing)
+      : sides_(sides), stream_(stream), capturing_(capturing) {}
+  ~UseOnStream() {
+    if (capturing_) return;  // nothing runs yet, and when a graph will is its owner's to know
+    try {
+      for (const HostSide &side : sides_) side.used_on(stream_);
+    } catch (const std::exception &) {
+      cudaStreamSynchronize(stream_);
+    }
+  }
+  UseOnStream(const UseOnStream &) = delete;
+  UseOnStream &operator=(const UseOnStream &) = delete;
+
+ private:
+  const std::vector<HostSide> &sides_;
+  cudaStream_t stream_;
+  bool capturing_;
+};
+
+// ---- the choice -----------------------------------------------------------------------------------------------------
+
+enum class Way { kKernel, kMemcpy, kBatch };
+
+struct Choice {
+  Way way;
+  int64_t thread_blocks;
+};
+
+int64_t thread_blocks(const CopyBlocksParams &p) {
+  if (p.src_on_host) return kBlocksFromHost;
+  if (p.dst_on_host) return kBlocksToHost;
+  return kBlocksPerMultiprocessor * device_facts().num_multiprocessors;
+}
+
+Choice choose(const CopyBlocksParams &p, const BlockRuns &runs) {
+  const char *const value = std::getenv("PAGEDATTN_SWAP");
+  const std::string forced = value == nullptr ? "" : value;
+  if (forced.empty()) return {takes_few_copies(p, runs) ? Way::kMemcpy : Way::kKernel, thread_blocks(p)};
+  if (forced == "kernel") return {Way::kKernel, thread_blocks(p)};
+  if (forced == "memcpy") return {Way::kMemcpy, 0};
+  if (forced == "batch") return {Way::kBatch, 0};
+  const int64_t count = forced.starts_with("kernel:") ? std::strtol(forced.c_str() + 7, nullptr, 10) : 0;
+  if (count >= 1 && count <= 0xffff) return {Way::kKernel, count};
+  throw_invalid("PAGEDATTN_SWAP: must be kernel, kernel:N with 1 <= N <= 65535, memcpy or batch; got `" + forced + "`");
+}
+
+const char *swap(const CopyBlocksParams &p, const BlockRuns &runs, bool reachable, bool capturing,
+                 cudaStream_t stream) {
+  if (!reachable) {
+    swap_by_memcpy(p, runs, stream);
+    return "cuda::swap_blocks_pageable";
+  }
+  const Choice choice = capturing ? Choice{Way::kMemcpy, 0} : choose(p, runs);
+  switch (choice.way) {
+    case Way::kKernel:
+      swap_by_kernel(p, runs, choice.thread_blocks, stream);
+      return "cuda::swap_blocks_kernel";
+    case Way::kBatch:
+      swap_by_batch(p, runs, stream);
+      return "cuda::swap_blocks_batch";
+    case Way::kMemcpy:
+      break;
+  }
+  swap_by_memcpy(p, runs, stream);
+  return "cuda::swap_blocks_memcpy";
 }
 
 }  // namespace
 
-void swap_blocks(const CopyBlocksParams &p, void *stream) {
-  const BlockRuns runs = runs_of(p.block);
-  for (int64_t cache = 0; cache < p.num_caches && runs.run_bytes > 0; ++cache) {
-    swap_cache(p, cache, runs, static_cast<cudaStream_t>(stream));
+void swap_blocks(const CopyBlocksParams &params, void *stream_pointer) {
+  const BlockRuns runs = runs_of(params.block);
+  auto *stream = static_cast<cudaStream_t>(stream_pointer);
+  CopyBlocksParams p = params;
+  const char *name = "cuda::swap_blocks_memcpy";
+  if (p.num_pairs > 0 && runs.run_bytes > 0) {
+    std::vector<HostSide> sides;
+    if (p.src_on_host) {
+      sides.emplace_back(p, p.src, p.block.src_strides, p.src_block_stride, p.num_src_blocks);
+      p.src = sides.back().mapped();
+    } else if (p.dst_on_host) {
+      sides.emplace_back(p, p.dst, p.block.dst_strides, p.dst_block_stride, p.num_dst_blocks);
+      p.dst = sides.back().mapped();
+    }
+    const bool reachable = sides.empty() || sides.back().reachable();
+    const bool capturing = is_capturing(stream);
+    const UseOnStream use(sides, stream, capturing);
+    name = swap(reachable ? p : params, runs, reachable, capturing, stream);
   }
-  record_kernel("swap_blocks", "cuda::swap_blocks_memcpy");
+  if (p.event != nullptr) check_cuda(cudaEventRecord(static_cast<cudaEvent_t>(p.event), stream), "cudaEventRecord");
+  record_kernel("swap_blocks", name);
 }
 
 }  // namespace pagedattn::cuda

@@ -123,6 +123,15 @@ void pa_reshape_and_cache_args_init(pa_reshape_and_cache_args *args) {
   args->k_scale_value = 1.0;
   args->v_scale_value = 1.0;
   args->check = -1;
+  args->num_layers = 1;
+}
+
+void pa_rope_and_cache_args_init(pa_rope_and_cache_args *args) {
+  *args = {};
+  args->struct_size = sizeof *args;
+  args->k_scale_value = 1.0;
+  args->v_scale_value = 1.0;
+  args->check = -1;
 }
 
 void pa_copy_blocks_args_init(pa_copy_blocks_args *args) {
@@ -183,8 +192,9 @@ pa_status pa_merge_states(const pa_merge_states_args *given, pa_error *error) {
 pa_status pa_reshape_and_cache(const pa_reshape_and_cache_args *given, pa_error *error) {
   return guarded("reshape_and_cache", error, [&] {
     const auto args = complete("reshape_and_cache", given, pa_reshape_and_cache_args_init);
-    ReshapeAndCacheParams p;
-    const Placement placement = validate_reshape_and_cache(args, &p);
+    ValidatedWrite write;
+    const ReshapeAndCacheParams &p = write.params;
+    const Placement placement = validate_reshape_and_cache(args, &write);
     dispatch(
         placement,
         [&] {
@@ -194,6 +204,23 @@ pa_status pa_reshape_and_cache(const pa_reshape_and_cache_args *given, pa_error 
         PA_ON_CUDA(if (placement.check_indices)
                        throw_if_bad("reshape_and_cache", cuda::check_reshape_and_cache(p, args.stream));
                    cuda::reshape_and_cache(p, args.stream)));
+  });
+}
+
+pa_status pa_rope_and_cache(const pa_rope_and_cache_args *given, pa_error *error) {
+  return guarded("rope_and_cache", error, [&] {
+    const auto args = complete("rope_and_cache", given, pa_rope_and_cache_args_init);
+    RopeAndCacheParams p;
+    const Placement placement = validate_rope_and_cache(args, &p);
+    dispatch(
+        placement,
+        [&] {
+          throw_if_bad("rope_and_cache", rope_and_cache_index_error(p));
+          cpu::rope_and_cache(p);
+        },
+        PA_ON_CUDA(if (placement.check_indices)
+                       throw_if_bad("rope_and_cache", cuda::check_rope_and_cache(p, args.stream));
+                   cuda::rope_and_cache(p, args.stream)));
   });
 }
 
@@ -228,6 +255,32 @@ pa_status pa_swap_blocks(const pa_swap_blocks_args *given, pa_error *error) {
           record_kernel("swap_blocks", "cpu_copy_blocks");
         },
         PA_ON_CUDA(cuda::swap_blocks(copy.params, args.stream)));
+  });
+}
+
+pa_status pa_host_alloc(size_t bytes, int32_t device, void **data, pa_error *error) {
+  return guarded("host_alloc", error, [&] {
+    if (data == nullptr) throw_invalid("host_alloc: `data` is NULL");
+    *data = nullptr;
+    if (bytes == 0) throw_invalid("host_alloc: `bytes` must be at least 1; got 0");
+#if PAGEDATTN_HAS_CUDA
+    const cuda::DeviceGuard guard(device);
+    *data = cuda::allocate_host_memory(bytes);
+#else
+    (void)device;
+    throw Error(PA_ERROR_UNSUPPORTED, "this build of pagedattn has no CUDA kernels, and page-locked memory serves none");
+#endif
+  });
+}
+
+pa_status pa_host_free(void *data, pa_error *error) {
+  return guarded("host_free", error, [&] {
+    if (data == nullptr) return;
+#if PAGEDATTN_HAS_CUDA
+    cuda::free_host_memory(data);
+#else
+    throw_invalid("`data` must be what host_alloc gave and nobody has freed");
+#endif
   });
 }
 

@@ -30,6 +30,7 @@ void paged_attention(const AttentionParams &params, void *stream);
 size_t paged_attention_workspace_size(const AttentionParams &params);
 void merge_states(const MergeStatesParams &params, void *stream);
 void reshape_and_cache(const ReshapeAndCacheParams &params, void *stream);
+void rope_and_cache(const RopeAndCacheParams &params, void *stream);
 void copy_blocks(const CopyBlocksParams &params, void *stream);  // mapping on the device
 void swap_blocks(const CopyBlocksParams &params, void *stream);  // mapping on the host; any direction
 void gather_kv(const GatherKvParams &params, void *stream);
@@ -39,8 +40,13 @@ void gather_kv(const GatherKvParams &params, void *stream);
 // got -1").  Throw PA_ERROR_INVALID_ARGUMENT if the stream is being captured.
 std::string check_attention(const AttentionParams &params, void *stream);
 std::string check_reshape_and_cache(const ReshapeAndCacheParams &params, void *stream);
+std::string check_rope_and_cache(const RopeAndCacheParams &params, void *stream);
 std::string check_copy_blocks(const CopyBlocksParams &params, void *stream);
 std::string check_gather_kv(const GatherKvParams &params, void *stream);
+
+// Page-locked memory of the current device.  Freeing waits for the swaps that use it.
+void *allocate_host_memory(size_t bytes);
+void free_host_memory(void *data);
 
 // Throws PA_ERROR_NO_DEVICE, with the reason, where the device cannot be used.  Cheap after the first call.
 void require_usable_device(int device);

@@ -81,26 +81,41 @@ int64_t first_visible_key(const AttentionParams &p, int64_t seq_len, int64_t num
 
 int64_t blocks_for(int64_t tokens, int64_t block_size) { return (tokens + block_size - 1) / block_size; }
 
-// A set of non-negative numbers: open addressing at a load of at most one half, so memory follows the number of entries
-// and not the size of the cache.
+// A set of numbers in [0, limit): a byte a number where that is little memory for each entry, else open addressing at a
+// load of at most one half, so that memory follows the number of entries and not the size of the cache.
 class IndexSet {
  public:
-  explicit IndexSet(int64_t max_entries)
-      : shift_(64 - static_cast<int>(std::bit_width(2 * static_cast<uint64_t>(max_entries) | 1))),
-        places_(size_t{1} << (64 - shift_), kEmpty) {}
+  IndexSet(int64_t limit, int64_t max_entries)
+      : dense_(limit <= kBytesPerEntry * max_entries),
+        shift_(64 - static_cast<int>(std::bit_width(2 * static_cast<uint64_t>(max_entries) | 1))) {
+    if (dense_) {
+      marks_.resize(static_cast<size_t>(limit));
+    } else {
+      places_.assign(size_t{1} << (64 - shift_), kEmpty);
+    }
+  }
 
   // Whether `value` was new.
   bool insert(int64_t value) {
+    if (dense_) {
+      uint8_t &mark = marks_[static_cast<size_t>(value)];
+      const bool fresh = mark == 0;
+      mark = 1;
+      return fresh;
+    }
     int64_t &place = places_[find(value)];
     if (place == value) return false;
     place = value;
     return true;
   }
 
-  bool contains(int64_t value) const { return places_[find(value)] == value; }
+  bool contains(int64_t value) const {
+    return dense_ ? marks_[static_cast<size_t>(value)] != 0 : places_[find(value)] == value;
+  }
 
  private:
   static constexpr int64_t kEmpty = -1;
+  static constexpr int64_t kBytesPerEntry = 32;  // what open addressing takes at most
 
   // Where `value` is or belongs.  Fibonacci hashing spreads runs of consecutive slots.
   size_t find(int64_t value) const {
@@ -109,7 +124,9 @@ class IndexSet {
     return place;
   }
 
+  bool dense_;
   int shift_;
+  std::vector<uint8_t> marks_;
   std::vector<int64_t> places_;
 };
 
@@ -136,11 +153,11 @@ std::string block_mapping_error(const CopyBlocksParams &p, bool same_caches) {
   for (int64_t pair = 0; pair < p.num_pairs; ++pair) {
     if (std::string error = block_pair_error(p, pair); !error.empty()) return error;
   }
-  IndexSet read(same_caches ? p.num_pairs : 0);
+  IndexSet read(same_caches ? p.num_src_blocks : 0, same_caches ? p.num_pairs : 0);
   if (same_caches) {
     for (int64_t pair = 0; pair < p.num_pairs; ++pair) read.insert(source(p, pair));
   }
-  IndexSet written(p.num_pairs);
+  IndexSet written(p.num_dst_blocks, p.num_pairs);
   for (int64_t pair = 0; pair < p.num_pairs; ++pair) {
     const int64_t dst = destination(p, pair);
     int64_t other = 0;
@@ -198,7 +215,7 @@ std::string attention_index_error(const AttentionParams &p) {
 std::string reshape_and_cache_index_error(const ReshapeAndCacheParams &p) {
   const int64_t num_slots = p.num_blocks * p.block_size;
   const int64_t *slots = p.slot_mapping;
-  IndexSet written(p.num_tokens);
+  IndexSet written(num_slots, p.num_tokens);
   for (int64_t token = 0; token < p.num_tokens; ++token) {
     const int64_t slot = slots[token];
     if (slot < 0) continue;
@@ -211,6 +228,16 @@ std::string reshape_and_cache_index_error(const ReshapeAndCacheParams &p) {
            entry("slot_mapping", other - slots) + " writes too";
   }
   return "";
+}
+
+std::string rope_and_cache_index_error(const RopeAndCacheParams &p) {
+  for (int64_t token = 0; token < p.write.num_tokens; ++token) {
+    const int64_t position = p.position(token);
+    if (position >= 0 && position < p.max_position) continue;
+    return entry("positions", token) + " must be in 0 ... max_position - 1 = " + num(p.max_position - 1) +
+           got(position);
+  }
+  return reshape_and_cache_index_error(p.write);
 }
 
 std::string copy_blocks_index_error(const CopyBlocksParams &p) { return block_mapping_error(p, true); }

@@ -19,6 +19,9 @@ std::string attention_index_error(const AttentionParams &params);
 
 std::string reshape_and_cache_index_error(const ReshapeAndCacheParams &params);
 
+// Positions too: every token's, also of one without a slot, must be in the table of cosines and sines.
+std::string rope_and_cache_index_error(const RopeAndCacheParams &params);
+
 // Source and destination are the same caches, so a block that is written must not be read either.
 std::string copy_blocks_index_error(const CopyBlocksParams &params);
 

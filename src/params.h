@@ -101,14 +101,26 @@ struct MergeStatesParams {
   DType dtype = DType::kFloat32;
 };
 
+// What differs from layer to layer where one call serves many.
+struct LayerPointers {
+  void *key = nullptr;
+  void *value = nullptr;
+  void *k_cache = nullptr;
+  void *v_cache = nullptr;
+};
+
 struct ReshapeAndCacheParams {
-  TokensView key;    // [>= T, Hkv, D] of src_dtype
+  TokensView key;    // [>= T, Hkv, D] of src_dtype; its pointer, like the next three, is layer 0's
   TokensView value;  // likewise
   CacheView k_cache;
   CacheView v_cache;
+  int64_t num_layers = 1;
+  const LayerPointers *layers = nullptr;  // host array of num_layers
   const int64_t *slot_mapping = nullptr;  // [T]
   Scale k_scale;
   Scale v_scale;
+  int64_t k_scale_layer_stride = 0;  // of k_scale.ptr
+  int64_t v_scale_layer_stride = 0;
   int64_t num_tokens = 0;  // T
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;  // any size >= 1
@@ -116,6 +128,27 @@ struct ReshapeAndCacheParams {
   int32_t block_size = 0;
   DType src_dtype = DType::kFloat32;
   DType kv_dtype = DType::kFloat32;
+};
+
+// reshape_and_cache of one layer, whose keys are rotated on the way.  query and query_out may be the same.
+struct RopeAndCacheParams {
+  ReshapeAndCacheParams write;
+  TokensView query;      // [>= T, Hq, D] of src_dtype, where num_q_heads > 0
+  TokensView query_out;  // likewise
+  int32_t num_q_heads = 0;
+  const void *positions = nullptr;  // [T] of int64 or int32
+  bool long_positions = false;
+  const void *cos_sin = nullptr;  // [max_position, rotary_dim]: cosines, then sines
+  int64_t cos_sin_stride = 0;     // elements
+  DType cos_sin_dtype = DType::kFloat32;
+  int64_t max_position = 0;
+  int32_t rotary_dim = 0;  // even, at most head_dim, which is even too
+  bool interleaved = false;
+
+  int64_t position(int64_t token) const {
+    return long_positions ? static_cast<const int64_t *>(positions)[token]
+                          : int64_t{static_cast<const int32_t *>(positions)[token]};
+  }
 };
 
 // The inner layout of one block: up to four dimensions behind the block dimension, in elements of element_size bytes.
@@ -129,7 +162,8 @@ struct BlockLayout {
   int64_t contiguous_bytes = 0;
 };
 
-// copy_blocks (src == dst arrays, one device) and swap_blocks (any pair of memories) alike.
+// copy_blocks (src == dst arrays, one device) and swap_blocks (any pair of memories) alike.  On CUDA, swap_blocks alone
+// looks at what follows the mapping.
 struct CopyBlocksParams {
   int64_t num_caches = 0;
   void *const *src = nullptr;    // host array of num_caches base pointers
@@ -141,6 +175,9 @@ struct CopyBlocksParams {
   BlockLayout block;
   const int64_t *mapping = nullptr;  // [num_pairs, 2] contiguous; device memory for copy_blocks on CUDA, else host
   int64_t num_pairs = 0;
+  bool src_on_host = false;
+  bool dst_on_host = false;
+  void *event = nullptr;  // a cudaEvent_t to be recorded behind the copies, or null
 };
 
 struct GatherKvParams {

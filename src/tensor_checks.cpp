@@ -206,30 +206,32 @@ void Checker::disjoint(const char *argument, const pa_tensor &written, const cha
   fail(argument, "memory apart from `" + std::string(other_argument) + "`", "overlapping arrays");
 }
 
-void Checker::disjoint_lists(const char *argument, const pa_tensor *written, int64_t num_written,
-                             const char *other_argument, const pa_tensor *others, int64_t num_others) const {
+void Checker::disjoint_lists(std::initializer_list<List> lists) const {
   struct Listed {
-    const pa_tensor *tensor;
+    const List *list;
     int64_t index;
-    bool is_written;
-    uintptr_t start() const { return reinterpret_cast<uintptr_t>(tensor->data); }
-    uintptr_t end() const { return start() + static_cast<uintptr_t>(extent_bytes(*tensor)); }
+    uintptr_t start, end;
+    const pa_tensor &tensor() const { return list->tensors[index]; }
+    std::string name() const { return std::string(list->argument) + "[" + std::to_string(index) + "]"; }
   };
   std::vector<Listed> all;
-  all.reserve(static_cast<size_t>(num_written + num_others));
-  for (int64_t i = 0; i < num_written; ++i) all.push_back({&written[i], i, true});
-  for (int64_t i = 0; i < num_others; ++i) all.push_back({&others[i], i, false});
+  for (const List &list : lists) {
+    for (int64_t i = 0; i < list.count; ++i) {
+      const Span span(list.tensors[i]);
+      all.push_back({&list, i, span.start, span.end});
+    }
+  }
   // In the order of addresses only the next few can reach into one another: a model has over a hundred caches.
-  std::sort(all.begin(), all.end(), [](const Listed &a, const Listed &b) { return a.start() < b.start(); });
-  const auto name = [&](const Listed &listed) {
-    return std::string(listed.is_written ? argument : other_argument) + "[" + std::to_string(listed.index) + "]";
-  };
+  std::sort(all.begin(), all.end(), [](const Listed &a, const Listed &b) { return a.start < b.start; });
   for (size_t i = 0; i < all.size(); ++i) {
-    for (size_t j = i + 1; j < all.size() && all[j].start() < all[i].end(); ++j) {
+    for (size_t j = i + 1; j < all.size() && all[j].start < all[i].end; ++j) {
       // The message names the written one, of two written ones the later.
-      const bool i_first = all[i].is_written && (!all[j].is_written || all[i].index > all[j].index);
+      const bool i_later = all[i].list == all[j].list ? all[i].index > all[j].index : all[i].list > all[j].list;
+      const bool i_first = all[i].list->written && (!all[j].list->written || i_later);
       const Listed &culprit = i_first ? all[i] : all[j], &victim = i_first ? all[j] : all[i];
-      if (culprit.is_written) disjoint(name(culprit).c_str(), *culprit.tensor, name(victim).c_str(), victim.tensor);
+      if (culprit.list->written && may_overlap(culprit.tensor(), victim.tensor())) {
+        disjoint(culprit.name().c_str(), culprit.tensor(), victim.name().c_str(), &victim.tensor());
+      }
     }
   }
 }

@@ -52,10 +52,14 @@ class Checker {
   void disjoint(const char *argument, const pa_tensor &written, const char *other_argument,
                 const pa_tensor *other) const;
 
-  // The arrays of a list that is written share memory neither with each other nor with those of another list, which may
-  // be empty.
-  void disjoint_lists(const char *argument, const pa_tensor *written, int64_t num_written, const char *other_argument,
-                      const pa_tensor *others, int64_t num_others) const;
+  // The arrays of lists that are written share memory neither with each other nor with those of the other lists.
+  struct List {
+    const char *argument;
+    const pa_tensor *tensors;
+    int64_t count;
+    bool written;
+  };
+  void disjoint_lists(std::initializer_list<List> lists) const;
 
   int32_t fits_int32(const char *argument, const char *symbol, int64_t value) const;
   void flag(const char *argument, int32_t value) const;  // 0 or 1

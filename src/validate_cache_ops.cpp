@@ -1,4 +1,4 @@
-// merge_states, reshape_and_cache, copy_blocks, swap_blocks, gather_kv.
+// merge_states, copy_blocks, swap_blocks, gather_kv.
 //
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
@@ -10,12 +10,6 @@
 #include "validate.h"
 
 namespace pagedattn {
-
-namespace {
-
-std::string indexed(const char *name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
-}  // namespace
 
 Placement validate_merge_states(const pa_merge_states_args &args, ValidatedMerge *merge) {
   Checker check("merge_states");
@@ -76,54 +70,6 @@ Placement validate_merge_states(const pa_merge_states_args &args, ValidatedMerge
   return placement_of(check, 0);
 }
 
-Placement validate_reshape_and_cache(const pa_reshape_and_cache_args &args, ReshapeAndCacheParams *p) {
-  Checker check("reshape_and_cache");
-  check.set_device("key", args.key);
-  check.check_mode(args.check);
-  check.shaped("key", args.key, {{"T"}, {"num_kv_heads"}, {"head_dim"}});
-  const int64_t *shape = args.key->shape;
-  check.shaped("value", args.value, {{"T", shape[0]}, {"num_kv_heads", shape[1]}, {"head_dim", shape[2]}});
-  check.unit_last_stride("key", *args.key);
-  check.unit_last_stride("value", *args.value);
-  p->src_dtype = wide_dtype(check, "key", *args.key, args.kv_dtype);
-  if (wide_dtype(check, "value", *args.value, args.kv_dtype) != p->src_dtype) {
-    check.fail("value", std::string("of the type of `key`, ") + dtype_name(args.key->dtype), tensor_text(*args.value));
-  }
-  validate_cache_pair(check, args.k_cache, args.v_cache, shape[1], shape[2], args.kv_dtype, p);
-  if (p->kv_dtype != p->src_dtype && !is_float8(p->kv_dtype)) {
-    check.fail("k_cache",
-               std::string("of the type of `key`, ") + dtype_name(static_cast<int32_t>(p->src_dtype)) + ", or float8",
-               dtype_name(static_cast<int32_t>(p->kv_dtype)));
-  }
-  p->k_scale = cache_scale(check, "k_scale", args.k_scale, args.k_scale_value, p->kv_dtype, p->num_kv_heads);
-  p->v_scale = cache_scale(check, "v_scale", args.v_scale, args.v_scale_value, p->kv_dtype, p->num_kv_heads);
-
-  check.vector("slot_mapping", args.slot_mapping, PA_INT64, {"T"});
-  p->num_tokens = args.slot_mapping->shape[0];
-  if (p->num_tokens > shape[0]) {
-    check.fail("slot_mapping", "no longer than `key`, of " + std::to_string(shape[0]) + " tokens",
-               std::to_string(p->num_tokens) + " slots");
-  }
-  p->slot_mapping = static_cast<const int64_t *>(args.slot_mapping->data);
-  p->key = tokens_view(*args.key);
-  p->value = tokens_view(*args.value);
-
-  struct Written {
-    const char *name;
-    const pa_tensor *cache;
-  };
-  for (const Written &written : {Written{"k_cache", args.k_cache}, Written{"v_cache", args.v_cache}}) {
-    check.output(written.name, *written.cache);
-    check.disjoint(written.name, *written.cache, "key", args.key);
-    check.disjoint(written.name, *written.cache, "value", args.value);
-    check.disjoint(written.name, *written.cache, "slot_mapping", args.slot_mapping);
-    check.disjoint(written.name, *written.cache, "k_scale", args.k_scale);
-    check.disjoint(written.name, *written.cache, "v_scale", args.v_scale);
-  }
-  check.disjoint("v_cache", *args.v_cache, "k_cache", args.k_cache);
-  return placement_of(check, args.check);
-}
-
 namespace {
 
 // A block of `src` and `dst` as far as one run of bytes describes both.
@@ -160,19 +106,11 @@ void set_mapping(const Checker &check, const pa_tensor *mapping, CopyBlocksParam
   p->num_pairs = mapping->shape[0];
 }
 
-// Element strides, since caches of one call share a layout.
-void same_layout(const Checker &check, const std::string &name, const pa_tensor &tensor, const std::string &first_name,
-                 const pa_tensor &first, bool with_num_blocks) {
-  bool same = tensor.ndim == first.ndim && tensor.dtype == first.dtype;
-  for (int32_t i = 0; same && i < tensor.ndim; ++i) {
-    same = (tensor.shape[i] == first.shape[i] || (i == 0 && !with_num_blocks)) &&
-           (tensor.strides[i] == first.strides[i] || tensor.shape[i] == 1 || !with_num_blocks);
-  }
-  if (same) return;
-  check.fail(name.c_str(),
-             with_num_blocks ? "of the type, shape and strides of `" + first_name + "`, " + tensor_text(first)
-                             : "of the type and block shape of `" + first_name + "`, " + tensor_text(first),
-             tensor_text(tensor));
+// Strides and numbers of blocks may differ between the sides of a swap.
+void same_blocks(const Checker &check, const pa_tensor &src, const pa_tensor &dst) {
+  bool same = dst.ndim == src.ndim && dst.dtype == src.dtype;
+  for (int32_t i = 1; same && i < dst.ndim; ++i) same = dst.shape[i] == src.shape[i];
+  if (!same) check.fail("dst[0]", "of the type and block shape of `src[0]`, " + tensor_text(src), tensor_text(dst));
 }
 
 void cache_of_blocks(const Checker &check, const char *name, const pa_tensor &cache) {
@@ -191,7 +129,7 @@ Placement validate_copy_blocks(const pa_copy_blocks_args &args, ValidatedCopy *c
   for (int64_t i = 0; i < args.num_caches; ++i) {
     const std::string name = indexed("caches", i);
     cache_of_blocks(check, name.c_str(), args.caches[i]);
-    same_layout(check, name, args.caches[i], "caches[0]", args.caches[0], true);
+    same_layout(check, name, args.caches[i], "caches[0]", args.caches[0]);
     check.output(name.c_str(), args.caches[i]);
     copy->src.push_back(args.caches[i].data);
   }
@@ -201,7 +139,7 @@ Placement validate_copy_blocks(const pa_copy_blocks_args &args, ValidatedCopy *c
   for (int64_t i = 0; i < args.num_caches; ++i) {
     check.disjoint(indexed("caches", i).c_str(), args.caches[i], "block_mapping", args.block_mapping);
   }
-  check.disjoint_lists("caches", args.caches, args.num_caches, "", nullptr, 0);
+  check.disjoint_lists({{"caches", args.caches, args.num_caches, true}});
   set_block_layout(args.caches[0], args.caches[0], element_size(args.caches[0].dtype), &p);
   p.num_caches = args.num_caches;
   p.src = copy->src.data();
@@ -224,15 +162,15 @@ Placement validate_swap_blocks(const pa_swap_blocks_args &args, ValidatedCopy *c
     const std::string src_name = indexed("src", i), dst_name = indexed("dst", i);
     cache_of_blocks(src_check, src_name.c_str(), args.src[i]);
     cache_of_blocks(dst_check, dst_name.c_str(), args.dst[i]);
-    same_layout(host, src_name, args.src[i], "src[0]", args.src[0], true);
-    same_layout(host, dst_name, args.dst[i], "dst[0]", args.dst[0], true);
+    same_layout(host, src_name, args.src[i], "src[0]", args.src[0]);
+    same_layout(host, dst_name, args.dst[i], "dst[0]", args.dst[0]);
     dst_check.output(dst_name.c_str(), args.dst[i]);
     dst_check.disjoint(dst_name.c_str(), args.dst[i], "block_mapping", args.block_mapping);
     copy->src.push_back(args.src[i].data);
     copy->dst.push_back(args.dst[i].data);
   }
-  dst_check.disjoint_lists("dst", args.dst, args.num_caches, "src", args.src, args.num_caches);
-  same_layout(host, "dst[0]", args.dst[0], "src[0]", args.src[0], false);
+  dst_check.disjoint_lists({{"src", args.src, args.num_caches, false}, {"dst", args.dst, args.num_caches, true}});
+  same_blocks(host, args.src[0], args.dst[0]);
   if (src_check.on_cuda() && dst_check.on_cuda() && src_check.device_id() != dst_check.device_id()) {
     host.fail("dst", "on the device of `src` or on the host", device_text(PA_CUDA, dst_check.device_id()));
   }
@@ -240,6 +178,12 @@ Placement validate_swap_blocks(const pa_swap_blocks_args &args, ValidatedCopy *c
   p.num_caches = args.num_caches;
   p.src = copy->src.data();
   p.dst = copy->dst.data();
+  p.src_on_host = !src_check.on_cuda();
+  p.dst_on_host = !dst_check.on_cuda();
+  if (args.event != nullptr && p.src_on_host && p.dst_on_host) {
+    host.fail("event", "absent for host arrays, which have been copied on return", "an event");
+  }
+  p.event = args.event;
   return placement_of(src_check.on_cuda() ? src_check : dst_check, 1);
 }
 

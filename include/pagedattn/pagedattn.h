@@ -156,23 +156,61 @@ PA_API pa_status pa_merge_states(const pa_merge_states_args *args, pa_error *err
 /** \brief Arguments of pa_reshape_and_cache. */
 typedef struct pa_reshape_and_cache_args {
   size_t struct_size;
-  const pa_tensor *key;          /**< [T', Hkv, D] float32, float16 or bfloat16; T' >= T, rows past T are ignored */
+  const pa_tensor *key;     /**< array of num_layers tensors [T', Hkv, D] float32, float16 or bfloat16, of one
+                                 shape, type and strides; T' >= T, rows past T are ignored */
+  const pa_tensor *value;   /**< like key; its strides may differ */
+  const pa_tensor *k_cache; /**< array of num_layers tensors [N, S, Hkv, D] of key's type, or float8 (any key type),
+                                 of one shape, type and strides */
+  const pa_tensor *v_cache; /**< like k_cache; its strides may differ */
+  const pa_tensor *slot_mapping; /**< [T] int64: block * S + offset; negative: skipped; no slot twice.  All layers' */
+  const pa_tensor *k_scale; /**< optional [1] or [Hkv] float32, or of several layers [num_layers, 1] or [num_layers,
+                                 Hkv]: K is divided by it and saturated; float8 only */
+  const pa_tensor *v_scale; /**< optional, like k_scale */
+  double k_scale_value;     /**< used where k_scale is NULL; default 1 */
+  double v_scale_value;     /**< used where v_scale is NULL; default 1 */
+  int32_t kv_dtype;         /**< what uint8 or uint16 storage holds */
+  int32_t check;            /**< as in pa_attention_args */
+  void *stream;
+  int64_t num_layers; /**< default 1 */
+} pa_reshape_and_cache_args;
+
+PA_API void pa_reshape_and_cache_args_init(pa_reshape_and_cache_args *args);
+/** \brief Writes the keys and values of new tokens into their slots, quantising where the cache is float8.
+ *
+ * Several layers take one launch, like one (up to 96). */
+PA_API pa_status pa_reshape_and_cache(const pa_reshape_and_cache_args *args, pa_error *error);
+
+/** \brief Arguments of pa_rope_and_cache. */
+typedef struct pa_rope_and_cache_args {
+  size_t struct_size;
+  const pa_tensor *key;          /**< [T', Hkv, D] float32, float16 or bfloat16, D even; T' >= T */
   const pa_tensor *value;        /**< like key */
   const pa_tensor *k_cache;      /**< [N, S, Hkv, D] of key's type, or float8 (any key type) */
   const pa_tensor *v_cache;      /**< like k_cache; its strides may differ */
   const pa_tensor *slot_mapping; /**< [T] int64: block * S + offset; negative: skipped; no slot twice */
-  const pa_tensor *k_scale;      /**< optional [1] or [Hkv] float32: K is divided by it and saturated; float8 only */
-  const pa_tensor *v_scale;      /**< optional, like k_scale */
-  double k_scale_value;          /**< used where k_scale is NULL; default 1 */
-  double v_scale_value;          /**< used where v_scale is NULL; default 1 */
-  int32_t kv_dtype;              /**< what uint8 or uint16 storage holds */
-  int32_t check;                 /**< as in pa_attention_args */
+  const pa_tensor *positions; /**< [T] int64 or int32, 0 <= position < max_position, also where the slot is negative */
+  const pa_tensor *cos_sin;   /**< [max_position, R] float32, float16 or bfloat16: R / 2 cosines, then R / 2 sines; R
+                                   is even and at most D, and the dimensions from R on are not rotated */
+  const pa_tensor *query;     /**< optional [T', Hq, D] of key's type */
+  const pa_tensor *query_out; /**< [T', Hq, D]: the rotated query, of which rows past T are left alone.  May be query;
+                                   must be given with it */
+  const pa_tensor *k_scale;   /**< optional [1] or [Hkv] float32: K is divided by it and saturated; float8 only */
+  const pa_tensor *v_scale;   /**< optional, like k_scale */
+  double k_scale_value;       /**< used where k_scale is NULL; default 1 */
+  double v_scale_value;       /**< used where v_scale is NULL; default 1 */
+  int32_t interleaved;        /**< 1: dimensions 2 i and 2 i + 1 are a pair; 0 (default): i and i + R / 2 */
+  int32_t kv_dtype;           /**< what uint8 or uint16 storage holds */
+  int32_t check;              /**< as in pa_attention_args */
   void *stream;
-} pa_reshape_and_cache_args;
+} pa_rope_and_cache_args;
 
-PA_API void pa_reshape_and_cache_args_init(pa_reshape_and_cache_args *args);
-/** \brief Writes the keys and values of new tokens into their slots, quantising where the cache is float8. */
-PA_API pa_status pa_reshape_and_cache(const pa_reshape_and_cache_args *args, pa_error *error);
+PA_API void pa_rope_and_cache_args_init(pa_rope_and_cache_args *args);
+/** \brief Rotates keys by their positions (rotary embedding) on their way into the cache, writes the values beside
+ * them, and rotates queries.
+ *
+ * A pair (x, y) becomes (x cos - y sin, y cos + x sin), in float32; the result is rounded once, to the cache's or the
+ * query's type.  The key itself is not changed. */
+PA_API pa_status pa_rope_and_cache(const pa_rope_and_cache_args *args, pa_error *error);
 
 /** \brief Arguments of pa_copy_blocks. */
 typedef struct pa_copy_blocks_args {
@@ -197,14 +235,24 @@ typedef struct pa_swap_blocks_args {
   const pa_tensor *dst;           /**< array of num_caches tensors [N_dst, ...]; one block has src's shape and type */
   const pa_tensor *block_mapping; /**< [M, 2] int64 (source, destination) in host memory; always verified */
   void *stream;
+  void *event; /**< optional cudaEvent_t, recorded on `stream` behind the copies; needs a device on either side */
 } pa_swap_blocks_args;
 
 PA_API void pa_swap_blocks_args_init(pa_swap_blocks_args *args);
 /** \brief Copies blocks between host and device, device and device, or host and host.
  *
  * With a device on either side the copies are enqueued on `stream`; host memory must then stay alive until the stream
- * has passed them, and is moved asynchronously only if it is page-locked. */
+ * has passed them, and is moved fast and asynchronously only if it is page-locked.  Memory of pa_host_alloc may be
+ * freed at any time.  The mapping has been read on return. */
 PA_API pa_status pa_swap_blocks(const pa_swap_blocks_args *args, pa_error *error);
+
+/** \brief Allocates page-locked host memory that CUDA device `device` can reach: the host's side of pa_swap_blocks. */
+PA_API pa_status pa_host_alloc(size_t bytes, int32_t device, void **data, pa_error *error);
+/** \brief Frees what pa_host_alloc gave; NULL is ignored.
+ *
+ * Waits for every pa_swap_blocks that uses the memory, on whatever stream; of other uses, and of swaps captured in a
+ * graph, it knows nothing. */
+PA_API pa_status pa_host_free(void *data, pa_error *error);
 
 /** \brief Arguments of pa_gather_kv. */
 typedef struct pa_gather_kv_args {

@@ -128,6 +128,34 @@ class HostBuffer {
   std::size_t size_ = 0;
 };
 
+/// Owned page-locked host memory, which the swaps of `device` move fast and asynchronously.  Its end waits for them.
+template <class T>
+class PinnedBuffer {
+  static_assert(std::is_trivially_copyable_v<T>, "a PinnedBuffer holds plain elements");
+
+ public:
+  PinnedBuffer() = default;
+  explicit PinnedBuffer(std::size_t size, std::int32_t device = 0) : size_(size) {
+    pa_error error;
+    error.message[0] = '\0';
+    void *data = nullptr;
+    const pa_status status = pa_host_alloc(size * sizeof(T), device, &data, &error);
+    if (status != PA_OK) throw Error(status, error.message);
+    data_.reset(static_cast<T *>(data));
+  }
+
+  T *data() noexcept { return data_.get(); }
+  const T *data() const noexcept { return data_.get(); }
+  std::size_t size() const noexcept { return size_; }
+
+ private:
+  struct Free {
+    void operator()(T *data) const noexcept { pa_host_free(static_cast<void *>(data), nullptr); }
+  };
+  std::unique_ptr<T[], Free> data_;
+  std::size_t size_ = 0;
+};
+
 /// A strided view of N dimensions.  `Tensor<const T, N>` is read-only; every Tensor<T, N> converts to it.
 template <class T, int N>
 class Tensor {
@@ -250,6 +278,14 @@ struct AttentionOptions : CacheOptions {
   bool deterministic = false;
 };
 
+/// The optional arguments of rope_and_cache.
+template <class T>
+struct RopeOptions : CacheOptions {
+  std::optional<Tensor<const T, 3>> query;
+  std::optional<Tensor<T, 3>> query_out;  // may be the query
+  bool interleaved = false;
+};
+
 /// The optional arguments of gather_kv.
 struct GatherOptions : CacheOptions {
   std::optional<Tensor<const std::int32_t, 1>> seq_starts;
@@ -350,6 +386,54 @@ void reshape_and_cache(const Tensor<T, 3> &key, const Tensor<T, 3> &value, const
   detail::call(pa_reshape_and_cache, &args);
 }
 
+/// The same of several layers in one launch: entry i of each list is layer i's.
+template <class T, class KV>
+void reshape_and_cache(const std::vector<Tensor<T, 3>> &keys, const std::vector<Tensor<T, 3>> &values,
+                       const std::vector<PagedCache<KV>> &caches, const Tensor<const std::int64_t, 1> &slot_mapping,
+                       const CacheOptions &options = {}) {
+  detail::require_same_count("reshape_and_cache: `keys` and `values`", keys.size(), values.size());
+  detail::require_same_count("reshape_and_cache: `keys` and `caches`", keys.size(), caches.size());
+  if (caches.empty())
+    throw Error(PA_ERROR_INVALID_ARGUMENT, "reshape_and_cache: `caches` must have at least one layer");
+  const auto c_keys = detail::array(keys);
+  const auto c_values = detail::array(values);
+  std::vector<pa_tensor> c_k, c_v;
+  for (const auto &cache : caches) {
+    c_k.push_back(*cache.k.c());
+    c_v.push_back(*cache.v.c());
+  }
+  pa_reshape_and_cache_args args;
+  pa_reshape_and_cache_args_init(&args);
+  detail::set_cache(args, caches.front(), options);
+  args.num_layers = static_cast<std::int64_t>(caches.size());
+  args.key = c_keys.data();
+  args.value = c_values.data();
+  args.k_cache = c_k.data();
+  args.v_cache = c_v.data();
+  args.slot_mapping = slot_mapping.c();
+  detail::call(pa_reshape_and_cache, &args);
+}
+
+/// Rotates keys by their positions on their way into their slots, and the query of `options`, where there is one.
+/// `positions` are of int64 or int32, `cos_sin` of any of the wide types.
+template <class T, class KV, class Position, class C>
+void rope_and_cache(const Tensor<T, 3> &key, const Tensor<T, 3> &value, const PagedCache<KV> &cache,
+                    const Tensor<const std::int64_t, 1> &slot_mapping, const Tensor<Position, 1> &positions,
+                    const Tensor<C, 2> &cos_sin, const RopeOptions<std::remove_const_t<T>> &options = {}) {
+  pa_rope_and_cache_args args;
+  pa_rope_and_cache_args_init(&args);
+  detail::set_cache(args, cache, options);
+  args.key = key.c();
+  args.value = value.c();
+  args.slot_mapping = slot_mapping.c();
+  args.positions = positions.c();
+  args.cos_sin = cos_sin.c();
+  args.query = detail::optional(options.query);
+  args.query_out = detail::optional(options.query_out);
+  args.interleaved = options.interleaved;
+  detail::call(pa_rope_and_cache, &args);
+}
+
 /// Copies whole blocks within every cache of the list (copy-on-write), all in one launch.
 template <class T>
 void copy_blocks(const std::vector<Tensor<T, 4>> &caches, const Tensor<const std::int64_t, 2> &block_mapping,
@@ -366,9 +450,10 @@ void copy_blocks(const std::vector<Tensor<T, 4>> &caches, const Tensor<const std
 }
 
 /// Copies blocks between the caches of two lists, on any pair of devices.  `block_mapping` lies in host memory.
+/// `event`, a cudaEvent_t, is recorded behind the copies.
 template <class T>
 void swap_blocks(const std::vector<Tensor<T, 4>> &src, const std::vector<Tensor<std::remove_const_t<T>, 4>> &dst,
-                 const Tensor<const std::int64_t, 2> &block_mapping, void *stream = nullptr) {
+                 const Tensor<const std::int64_t, 2> &block_mapping, void *stream = nullptr, void *event = nullptr) {
   detail::require_same_count("swap_blocks: `src` and `dst`", src.size(), dst.size());
   const auto c_src = detail::array(src);
   const auto c_dst = detail::array(dst);
@@ -379,6 +464,7 @@ void swap_blocks(const std::vector<Tensor<T, 4>> &src, const std::vector<Tensor<
   args.dst = c_dst.data();
   args.block_mapping = block_mapping.c();
   args.stream = stream;
+  args.event = event;
   detail::call(pa_swap_blocks, &args);
 }
 

@@ -14,6 +14,7 @@ from pagedattn._errors import (
     PagedAttnError,
     UnsupportedError,
 )
+from pagedattn._host_cache import HostCache
 from pagedattn._ops import (
     copy_blocks,
     gather_kv,
@@ -21,6 +22,7 @@ from pagedattn._ops import (
     paged_attention,
     paged_attention_workspace_size,
     reshape_and_cache,
+    rope_and_cache,
     swap_blocks,
 )
 from pagedattn._version import __version__
@@ -28,6 +30,7 @@ from pagedattn._version import __version__
 __all__ = [
     "BlockManager",
     "DeviceError",
+    "HostCache",
     "InvalidArgumentError",
     "OutOfBlocks",
     "OutOfMemoryError",
@@ -47,6 +50,7 @@ __all__ = [
     "paged_attention",
     "paged_attention_workspace_size",
     "reshape_and_cache",
+    "rope_and_cache",
     "set_num_threads",
     "show_config",
     "swap_blocks",

@@ -40,6 +40,13 @@ def is_on_cuda(array: Any) -> bool:
     return _core.cuda_device(array) is not None
 
 
+def numpy_dtype(array: Any) -> np.dtype[Any]:
+    """NumPy's type for an array of any library; TypeError where it has none."""
+    name = str(array.dtype).removeprefix("torch.")
+    dtype: np.dtype[Any] = np.dtype(_ML_DTYPES.get(name, name) if library_of(array) == "torch" else array.dtype)
+    return dtype
+
+
 def dtype_name(operation: str, argument: str, dtype: Any) -> str:
     """Name of a float type given as a name, a NumPy dtype or a scalar type such as ``ml_dtypes.bfloat16``."""
     if isinstance(dtype, str):

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import typing
 
+import numpy
+
 __all__: list[str] = [
     "build_info",
     "copy_blocks",
@@ -14,11 +16,13 @@ __all__: list[str] = [
     "device_info",
     "gather_kv",
     "get_num_threads",
+    "host_memory",
     "last_kernel",
     "merge_states",
     "paged_attention",
     "paged_attention_workspace_size",
     "reshape_and_cache",
+    "rope_and_cache",
     "set_num_threads",
     "swap_blocks",
 ]
@@ -44,6 +48,7 @@ def gather_kv(
     stream: typing.Any,
 ) -> None: ...
 def get_num_threads() -> int: ...
+def host_memory(num_bytes: int, device: int) -> numpy.ndarray: ...
 def last_kernel() -> str: ...
 def merge_states(outs: typing.Any, lses: typing.Any, out: typing.Any, lse: typing.Any, stream: typing.Any) -> None: ...
 def paged_attention(
@@ -93,5 +98,24 @@ def reshape_and_cache(
     check: typing.Any,
     stream: typing.Any,
 ) -> None: ...
+def rope_and_cache(
+    key: typing.Any,
+    value: typing.Any,
+    k_cache: typing.Any,
+    v_cache: typing.Any,
+    slot_mapping: typing.Any,
+    positions: typing.Any,
+    cos_sin: typing.Any,
+    query: typing.Any,
+    query_out: typing.Any,
+    interleaved: typing.Any,
+    k_scale: typing.Any,
+    v_scale: typing.Any,
+    kv_dtype: int,
+    check: typing.Any,
+    stream: typing.Any,
+) -> None: ...
 def set_num_threads(num_threads: int) -> None: ...
-def swap_blocks(src: typing.Any, dst: typing.Any, block_mapping: typing.Any, stream: typing.Any) -> None: ...
+def swap_blocks(
+    src: typing.Any, dst: typing.Any, block_mapping: typing.Any, event: typing.Any, stream: typing.Any
+) -> None: ...

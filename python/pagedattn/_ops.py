@@ -263,17 +263,18 @@ def reshape_and_cache(
     stream: Any = None,
     check: bool | None = None,
 ) -> None:
-    """Write the keys and values of new tokens into their slots of the paged cache.
+    """Write the keys and values of new tokens into their slots of the paged cache, of one layer or of many at once.
 
     Parameters
     ----------
-    key, value : array [T', Hkv, D]
+    key, value : array [T', Hkv, D], or list of such arrays
         New keys and values, float32, float16 or bfloat16.  T' may exceed T (graph padding); rows past T are ignored.
-    k_cache, v_cache : array [N, S, Hkv, D]
+        A list has an array a layer, of one shape, type and strides; up to 96 layers take one launch.
+    k_cache, v_cache : array [N, S, Hkv, D], or list of such arrays
         The cache, of key's type, or float8: then ``x / scale`` is stored, rounded to nearest and saturated.
     slot_mapping : int64 array [T]
-        Slot of each token, ``block * S + offset``.  Negative: skipped.  No slot may stand twice.
-    k_scale, v_scale : float or float32 array [1] or [Hkv], optional
+        Slot of each token, ``block * S + offset``, in every layer.  Negative: skipped.  No slot may stand twice.
+    k_scale, v_scale : float or float32 array [1] or [Hkv], or [L, 1] or [L, Hkv] of L layers, optional
         Scales of a float8 cache.
     kv_dtype : str or dtype, optional
         What uint8 or uint16 cache storage holds.
@@ -310,6 +311,104 @@ def reshape_and_cache(
     )
 
 
+def rope_and_cache(
+    key: Any,
+    value: Any,
+    k_cache: Any,
+    v_cache: Any,
+    slot_mapping: Any,
+    positions: Any,
+    cos_sin: Any,
+    *,
+    query: Any = None,
+    query_out: Any = None,
+    interleaved: bool = False,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    kv_dtype: Any = None,
+    stream: Any = None,
+    check: bool | None = None,
+) -> Any:
+    """Rotate keys by their positions on their way into the paged cache, and queries beside them: one launch.
+
+    A pair ``(x, y)`` of dimensions becomes ``(x cos - y sin, y cos + x sin)`` in float32, and is rounded once, to the
+    cache's or the query's type.  The key itself is not changed.
+
+    Parameters
+    ----------
+    key, value : array [T', Hkv, D]
+        New keys, before rotation, and values: float32, float16 or bfloat16, D even.  T' may exceed T (graph padding).
+    k_cache, v_cache : array [N, S, Hkv, D]
+        The cache, of key's type, or float8: then ``x / scale`` is stored, rounded to nearest and saturated.
+    slot_mapping : int64 array [T]
+        Slot of each token, ``block * S + offset``.  Negative: the key and value are skipped.  No slot may stand twice.
+    positions : int64 or int32 array [T]
+        Position of each token in its sequence, a row of ``cos_sin``, also where the slot is negative.
+    cos_sin : array [max_position, R]
+        R / 2 cosines, then R / 2 sines: float32, float16 or bfloat16.  R is even and at most D; the dimensions from R
+        on are not rotated.
+    query : array [T', Hq, D], optional
+        Queries of key's type.
+    query_out : array [T', Hq, D], optional
+        Where to write the rotated queries, of which rows past T are left alone; ``query`` itself by default.
+    interleaved : bool
+        Dimensions ``2 i`` and ``2 i + 1`` make a pair (GPT-J); otherwise ``i`` and ``i + R / 2`` (GPT-NeoX, Llama).
+    k_scale, v_scale : float or float32 array [1] or [Hkv], optional
+        Scales of a float8 cache.
+    kv_dtype : str or dtype, optional
+        What uint8 or uint16 storage holds.
+    stream : optional
+        CUDA stream; the current one by default.
+    check : bool, optional
+        Verify slots and positions on the GPU too (synchronises).  Unchecked, tokens at a bad position on the GPU are
+        left alone, and bad slots are skipped.
+
+    Returns
+    -------
+    array or None
+        ``query_out``, where there is a query.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An argument is wrong; nothing was written.
+
+    References
+    ----------
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+
+    Examples
+    --------
+    >>> import numpy as np, pagedattn
+    >>> k_cache, v_cache = np.zeros((2, 4, 16, 1, 2), np.float32)
+    >>> key = value = np.ones((1, 1, 2), np.float32)
+    >>> quarter_turns = np.array([[1, 0], [0, 1]], np.float32)  # cosine and sine of 0 and 90 degrees
+    >>> pagedattn.rope_and_cache(key, value, k_cache, v_cache, np.array([17]), np.array([1]), quarter_turns)
+    >>> k_cache[1, 1, 0].tolist(), v_cache[1, 1, 0].tolist()
+    ([-1.0, 1.0], [1.0, 1.0])
+    """
+    if query_out is None:
+        query_out = query
+    _core.rope_and_cache(
+        key,
+        value,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        positions,
+        cos_sin,
+        query,
+        query_out,
+        interleaved,
+        k_scale,
+        v_scale,
+        0 if kv_dtype is None else dtype_code("rope_and_cache", "kv_dtype", kv_dtype),
+        check,
+        stream,
+    )
+    return query_out
+
+
 def copy_blocks(caches: Any, block_mapping: Any, *, stream: Any = None, check: bool | None = None) -> None:
     """Copy whole blocks within caches: copy-on-write, for K and V of all layers in one launch.
 
@@ -335,7 +434,7 @@ def copy_blocks(caches: Any, block_mapping: Any, *, stream: Any = None, check: b
     _core.copy_blocks(array_list("copy_blocks", "caches", caches), block_mapping, check, stream)
 
 
-def swap_blocks(src: Any, dst: Any, block_mapping: Any, *, stream: Any = None) -> None:
+def swap_blocks(src: Any, dst: Any, block_mapping: Any, *, event: Any = None, stream: Any = None) -> None:
     """Copy whole blocks between host and device caches, or between two caches on one side.
 
     Parameters
@@ -343,10 +442,18 @@ def swap_blocks(src: Any, dst: Any, block_mapping: Any, *, stream: Any = None) -
     src, dst : array [N, ...] or lists of such arrays
         Caches of one block shape and type; numbers of blocks may differ.
     block_mapping : int64 NumPy array [M, 2]
-        (source, destination) pairs, in host memory; always verified.
+        (source, destination) pairs, in host memory; always verified.  It has been read when the call returns.
+    event : optional
+        CUDA event (CuPy, torch, or an int) that is recorded behind the copies, to wait for; absent for host arrays.
     stream : optional
         CUDA stream; the current one by default.  The copies are enqueued on it: host memory must stay alive until it
-        has passed them, and is moved asynchronously only if it is page-locked.
+        has passed them, which that of a :class:`HostCache` does by itself.  Memory that is not page-locked is moved
+        slower, a block at a time, and the call may wait for it (``last_kernel()`` then says
+        ``cuda::swap_blocks_pageable``).
+
+    See Also
+    --------
+    HostCache : page-locked blocks to swap with.
 
     Examples
     --------
@@ -358,7 +465,7 @@ def swap_blocks(src: Any, dst: Any, block_mapping: Any, *, stream: Any = None) -
     """
     sources = array_list("swap_blocks", "src", src)
     destinations = array_list("swap_blocks", "dst", dst)
-    _core.swap_blocks(sources, destinations, block_mapping, stream)
+    _core.swap_blocks(sources, destinations, block_mapping, event, stream)
 
 
 def gather_kv(

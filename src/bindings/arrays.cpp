@@ -223,8 +223,21 @@ void Array::from_dlpack(const Call &call, const Name &name, py::handle object) {
   }
 }
 
+namespace {
+
+bool is_list(py::handle objects) { return PyList_Check(objects.ptr()) || PyTuple_Check(objects.ptr()); }
+
+}  // namespace
+
+ArrayOrList::ArrayOrList(const Call &call, const char *argument, py::handle objects)
+    : one_(call, argument, is_list(objects) ? py::handle(Py_None) : objects) {
+  if (!is_list(objects)) return;
+  list_.emplace(call, argument, objects);
+  if (list_->size() == 0) raise_invalid(subject(call, argument) + " must have at least one array; got none");
+}
+
 ArrayList::ArrayList(const Call &call, const char *argument, py::handle objects) {
-  if (!py::isinstance<py::list>(objects) && !py::isinstance<py::tuple>(objects)) {
+  if (!is_list(objects)) {
     raise_invalid(subject(call, argument) + " must be a list or tuple of arrays");
   }
   const auto sequence = py::reinterpret_borrow<py::sequence>(objects);

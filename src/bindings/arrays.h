@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "pagedattn/pagedattn.h"
@@ -54,6 +55,18 @@ class ArrayList {
  private:
   std::vector<Array> arrays_;
   std::vector<pa_tensor> tensors_;
+};
+
+// An array, or a list or tuple of at least one.
+class ArrayOrList {
+ public:
+  ArrayOrList(const Call &call, const char *argument, pybind11::handle objects);
+  const pa_tensor *data() const { return list_ ? list_->data() : one_.get(); }
+  int64_t size() const { return list_ ? list_->size() : 1; }
+
+ private:
+  Array one_;  // absent where there is a list
+  std::optional<ArrayList> list_;
 };
 
 // A scale: None, a number, or an array.

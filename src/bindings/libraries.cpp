@@ -30,25 +30,6 @@ std::intptr_t torch_stream(int device) {
   return reinterpret_cast<std::intptr_t>(pointer(stream.attr("cuda_stream")));
 }
 
-std::intptr_t given_stream(const char *operation, py::handle stream) {
-  auto handle = py::reinterpret_borrow<py::object>(stream);
-  if (PyLong_Check(stream.ptr())) {
-    // the handle itself
-  } else if (py::hasattr(stream, "ptr")) {
-    handle = stream.attr("ptr");
-  } else if (py::hasattr(stream, "cuda_stream")) {
-    handle = stream.attr("cuda_stream");
-  }
-  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(handle.ptr()));
-  void *const value = number ? PyLong_AsVoidPtr(number.ptr()) : nullptr;
-  if (PyErr_Occurred()) {
-    PyErr_Clear();
-    raise_invalid(std::string(operation) + ": `stream` must be a CuPy or torch stream or a cudaStream_t as int; got " +
-                  py::repr(stream).cast<std::string>());
-  }
-  return reinterpret_cast<std::intptr_t>(value);
-}
-
 std::intptr_t current_stream(py::handle array, int device) {
   const Cupy *const cupy = Cupy::find();
   if (!(cupy != nullptr && cupy->is_array(array)) && library_of(array) == "torch") return torch_stream(device);
@@ -56,6 +37,27 @@ std::intptr_t current_stream(py::handle array, int device) {
 }
 
 }  // namespace
+
+void *given_handle(const char *operation, const char *argument, py::handle value) {
+  auto handle = py::reinterpret_borrow<py::object>(value);
+  const std::string of_torch = std::string("cuda_") + argument;
+  if (PyLong_Check(value.ptr())) {
+    // the handle itself
+  } else if (py::hasattr(value, "ptr")) {
+    handle = value.attr("ptr");
+  } else if (py::hasattr(value, of_torch.c_str())) {
+    handle = value.attr(of_torch.c_str());
+  }
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(handle.ptr()));
+  void *const result = number ? PyLong_AsVoidPtr(number.ptr()) : nullptr;
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    const std::string type = std::string("cuda") + static_cast<char>(argument[0] - 'a' + 'A') + (argument + 1) + "_t";
+    raise_invalid(std::string(operation) + ": `" + argument + "` must be a CuPy or torch " + argument + " or a " +
+                  type + " as int; got " + py::repr(value).cast<std::string>());
+  }
+  return result;
+}
 
 bool is_numpy(py::handle object) { return py::isinstance<py::array>(object); }
 
@@ -84,7 +86,7 @@ std::optional<int> cuda_device(py::handle object) {
 std::intptr_t stream_of(const char *operation, py::handle stream, py::handle array) {
   const std::optional<int> device = cuda_device(array);
   if (stream.is_none()) return device ? current_stream(array, *device) : 0;
-  if (device) return given_stream(operation, stream);
+  if (device) return reinterpret_cast<std::intptr_t>(given_handle(operation, "stream", stream));
   raise_invalid(std::string(operation) + ": `stream` must be absent for host arrays; got " +
                 py::repr(stream).cast<std::string>());
 }

@@ -23,6 +23,10 @@ std::optional<int> cuda_device(pybind11::handle object);
 // else the current one of the array's library.  Host arrays take none.
 std::intptr_t stream_of(const char *operation, pybind11::handle stream, pybind11::handle array);
 
+// What a CUDA handle given as an argument stands for: an int, or what has it as `ptr` (CuPy) or `cuda_<argument>`
+// (torch).
+void *given_handle(const char *operation, const char *argument, pybind11::handle value);
+
 // A Python int in 64 bits.
 inline int64_t integer(pybind11::handle number) {
   const long long value = PyLong_AsLongLong(number.ptr());

@@ -2,11 +2,13 @@
 // and docstrings are in python/pagedattn/_ops.py.
 //
 // SPDX-License-Identifier: Apache-2.0
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <unistd.h>
 
 #include <cstdint>
+#include <string>
 
 #include "bindings/arguments.h"
 #include "bindings/arrays.h"
@@ -29,10 +31,10 @@ Call call_on(const char *operation, Object stream, Object array) {
   return {operation, stream_of(operation, stream, array)};
 }
 
-// The array that leads a list of arrays; None where there is none.
+// The array that leads a list of arrays, None where there is none; or the one array that stands for a list.
 Object front(Object arrays) {
-  const bool is_list = PyList_Check(arrays.ptr()) || PyTuple_Check(arrays.ptr());
-  return is_list && PySequence_Fast_GET_SIZE(arrays.ptr()) > 0 ? PySequence_Fast_GET_ITEM(arrays.ptr(), 0) : Py_None;
+  if (!PyList_Check(arrays.ptr()) && !PyTuple_Check(arrays.ptr())) return arrays;
+  return PySequence_Fast_GET_SIZE(arrays.ptr()) > 0 ? PySequence_Fast_GET_ITEM(arrays.ptr(), 0) : Py_None;
 }
 
 // Takes the GIL back.  Until Python 3.13 a daemon thread that asks for it while the interpreter ends is unwound
@@ -151,6 +153,15 @@ void merge_states(Object outs, Object lses, Object out, Object lse, Object strea
   run(pa_merge_states, args);
 }
 
+// Where keys and values go, as reshape_and_cache and rope_and_cache are told.
+template <class Args>
+void give_scales(const ScaleArgument &k_scale, const ScaleArgument &v_scale, Args *args) {
+  args->k_scale = k_scale.array();
+  args->v_scale = v_scale.array();
+  args->k_scale_value = k_scale.value();
+  args->v_scale_value = v_scale.value();
+}
+
 void reshape_and_cache(Object key, Object value, Object k_cache, Object v_cache, Object slot_mapping, Object k_scale,
                        Object v_scale, Object kv_dtype, Object check, Object stream) {
   constexpr const char *operation = "reshape_and_cache";
@@ -158,21 +169,56 @@ void reshape_and_cache(Object key, Object value, Object k_cache, Object v_cache,
   pa_reshape_and_cache_args_init(&args);
   args.kv_dtype = static_cast<int32_t>(integer(kv_dtype));
   args.check = check_mode(operation, check);
+  const Call call = call_on(operation, stream, front(key));
+  const ArrayOrList keys(call, "key", key), values(call, "value", value), k(call, "k_cache", k_cache),
+      v(call, "v_cache", v_cache);
+  const auto same_layers = [&](const char *name, const ArrayOrList &list) {
+    if (list.size() == keys.size()) return;
+    raise_invalid(std::string(operation) + ": `" + name + "` must have as many layers as `key`, " +
+                  std::to_string(keys.size()) + "; got " + std::to_string(list.size()));
+  };
+  same_layers("value", values);
+  same_layers("k_cache", k);
+  same_layers("v_cache", v);
+  const Array slots(call, "slot_mapping", slot_mapping);
+  const ScaleArgument ks(call, "k_scale", k_scale), vs(call, "v_scale", v_scale);
+  args.num_layers = keys.size();
+  args.key = keys.data();
+  args.value = values.data();
+  args.k_cache = k.data();
+  args.v_cache = v.data();
+  args.slot_mapping = slots.get();
+  give_scales(ks, vs, &args);
+  args.stream = as_stream(call);
+  run(pa_reshape_and_cache, args);
+}
+
+void rope_and_cache(Object key, Object value, Object k_cache, Object v_cache, Object slot_mapping, Object positions,
+                    Object cos_sin, Object query, Object query_out, Object interleaved, Object k_scale, Object v_scale,
+                    Object kv_dtype, Object check, Object stream) {
+  constexpr const char *operation = "rope_and_cache";
+  pa_rope_and_cache_args args;
+  pa_rope_and_cache_args_init(&args);
+  args.interleaved = flag(operation, "interleaved", interleaved);
+  args.kv_dtype = static_cast<int32_t>(integer(kv_dtype));
+  args.check = check_mode(operation, check);
   const Call call = call_on(operation, stream, key);
   const Array keys(call, "key", key), values(call, "value", value), k(call, "k_cache", k_cache),
-      v(call, "v_cache", v_cache), slots(call, "slot_mapping", slot_mapping);
+      v(call, "v_cache", v_cache), slots(call, "slot_mapping", slot_mapping), places(call, "positions", positions),
+      table(call, "cos_sin", cos_sin), q(call, "query", query), q_out(call, "query_out", query_out);
   const ScaleArgument ks(call, "k_scale", k_scale), vs(call, "v_scale", v_scale);
   args.key = keys.get();
   args.value = values.get();
   args.k_cache = k.get();
   args.v_cache = v.get();
   args.slot_mapping = slots.get();
-  args.k_scale = ks.array();
-  args.v_scale = vs.array();
-  args.k_scale_value = ks.value();
-  args.v_scale_value = vs.value();
+  args.positions = places.get();
+  args.cos_sin = table.get();
+  args.query = q.get();
+  args.query_out = q_out.get();
+  give_scales(ks, vs, &args);
   args.stream = as_stream(call);
-  run(pa_reshape_and_cache, args);
+  run(pa_rope_and_cache, args);
 }
 
 void copy_blocks(Object caches, Object block_mapping, Object check, Object stream) {
@@ -190,7 +236,7 @@ void copy_blocks(Object caches, Object block_mapping, Object check, Object strea
   run(pa_copy_blocks, args);
 }
 
-void swap_blocks(Object src, Object dst, Object block_mapping, Object stream) {
+void swap_blocks(Object src, Object dst, Object block_mapping, Object event, Object stream) {
   const Call call = call_on("swap_blocks", stream, cuda_device(front(src)) ? front(src) : front(dst));
   const ArrayList sources(call, "src", src), destinations(call, "dst", dst);
   if (sources.size() != destinations.size()) {
@@ -205,6 +251,7 @@ void swap_blocks(Object src, Object dst, Object block_mapping, Object stream) {
   args.dst = destinations.data();
   args.block_mapping = mapping.get();
   args.stream = as_stream(call);
+  if (!event.is_none()) args.event = given_handle("swap_blocks", "event", event);
   run(pa_swap_blocks, args);
 }
 
@@ -235,6 +282,20 @@ void gather_kv(Object k_cache, Object v_cache, Object block_tables, Object seq_l
   args.v_out = vo.get();
   args.stream = as_stream(call);
   run(pa_gather_kv, args);
+}
+
+// Page-locked memory as bytes.  It is freed with the last array that looks into it, which waits for the swaps in it,
+// and other threads' Python goes on meanwhile.
+py::array host_memory(py::ssize_t bytes, int device) {
+  pa_error error;
+  void *data = nullptr;
+  raise_on_error(pa_host_alloc(static_cast<size_t>(bytes), device, &data, &error), error);
+  const py::capsule owner(data, [](void *memory) {
+    PyThreadState *const thread = PyEval_SaveThread();
+    pa_host_free(memory, nullptr);
+    take_gil(thread);
+  });
+  return py::array(py::dtype::of<uint8_t>(), {bytes}, {py::ssize_t{1}}, data, owner);
 }
 
 py::dict build_info() {
@@ -300,10 +361,16 @@ PyMethodDef operations[] = {
         "reshape_and_cache",
         "reshape_and_cache(key: object, value: object, k_cache: object, v_cache: object, slot_mapping: object, "
         "k_scale: object, v_scale: object, kv_dtype: int, check: object, stream: object) -> None"),
+    positional<&rope_and_cache>(
+        "rope_and_cache",
+        "rope_and_cache(key: object, value: object, k_cache: object, v_cache: object, slot_mapping: object, positions: "
+        "object, cos_sin: object, query: object, query_out: object, interleaved: object, k_scale: object, v_scale: "
+        "object, kv_dtype: int, check: object, stream: object) -> None"),
     positional<&copy_blocks>(
         "copy_blocks", "copy_blocks(caches: object, block_mapping: object, check: object, stream: object) -> None"),
-    positional<&swap_blocks>("swap_blocks",
-                             "swap_blocks(src: object, dst: object, block_mapping: object, stream: object) -> None"),
+    positional<&swap_blocks>(
+        "swap_blocks",
+        "swap_blocks(src: object, dst: object, block_mapping: object, event: object, stream: object) -> None"),
     positional<&gather_kv>("gather_kv",
                            "gather_kv(k_cache: object, v_cache: object, block_tables: object, seq_lens: object, "
                            "seq_starts: object, out_start_loc: object, k_scale: object, v_scale: object, k_out: "
@@ -319,6 +386,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The C ABI of pagedattn.";
   if (PyModule_AddFunctions(m.ptr(), operations) != 0) throw py::error_already_set();
   m.def("cuda_device", &cuda_device, py::arg("array"));
+  m.def("host_memory", &host_memory, py::arg("num_bytes"), py::arg("device"));
   m.def("build_info", &build_info);
   m.def("device_count", &device_count);
   m.def("device_info", &device_info, py::arg("device"));

@@ -10,6 +10,7 @@ namespace pagedattn::cpu {
 void paged_attention(const AttentionParams &params);
 void merge_states(const MergeStatesParams &params);
 void reshape_and_cache(const ReshapeAndCacheParams &params);
+void rope_and_cache(const RopeAndCacheParams &params);
 void copy_blocks(const CopyBlocksParams &params);
 void gather_kv(const GatherKvParams &params);
 

@@ -94,7 +94,8 @@ const char *kernel_table() {
     return line("paged_attention", "up to 8 query rows a KV head (decode)", k.attention_name) +
            line("paged_attention", "more query rows (append, prefill)", k.attention_name) +
            line("merge_states", "all", k.merge_states_name) +
-           line("reshape_and_cache", "all", k.reshape_and_cache_name) + line("copy_blocks", "all", k.copy_blocks_name) +
+           line("reshape_and_cache", "all", k.reshape_and_cache_name) +
+           line("rope_and_cache", "all", k.rope_and_cache_name) + line("copy_blocks", "all", k.copy_blocks_name) +
            line("swap_blocks", "host to host", k.copy_blocks_name) + line("gather_kv", "all", k.gather_kv_name);
   }();
   return text.c_str();

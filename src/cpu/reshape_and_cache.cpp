@@ -12,19 +12,22 @@
 namespace pagedattn::cpu {
 namespace {
 
+// Keys or values of one layer, and where they go.
 struct Side {
+  const void *source;
+  void *target;
   const TokensView &tokens;
   const CacheView &cache;
-  const Scale &scale;
+  Scale scale;
 };
 
 void write_token(const ReshapeAndCacheParams &p, const Kernels &k, const Side &side, int64_t token, int64_t block,
                  int64_t slot) {
   const int64_t src_size = dtype_size(p.src_dtype);
   const int64_t dst_size = dtype_size(p.kv_dtype);
-  const char *src = static_cast<const char *>(side.tokens.data) + token * side.tokens.token_stride * src_size;
-  char *dst = static_cast<char *>(side.cache.data) +
-              (block * side.cache.block_stride + slot * side.cache.token_stride) * dst_size;
+  const char *src = static_cast<const char *>(side.source) + token * side.tokens.token_stride * src_size;
+  char *dst =
+      static_cast<char *>(side.target) + (block * side.cache.block_stride + slot * side.cache.token_stride) * dst_size;
   const bool quantize = is_float8(p.kv_dtype);
   // Heads that follow each other on both sides, and share a scale, are one run.
   const bool one_run = side.tokens.head_stride == p.head_dim && side.cache.head_stride == p.head_dim &&
@@ -43,23 +46,35 @@ void write_token(const ReshapeAndCacheParams &p, const Kernels &k, const Side &s
   }
 }
 
+Scale scale_of_layer(Scale scale, int64_t offset) {
+  if (scale.ptr != nullptr) scale.ptr += offset;
+  return scale;
+}
+
 }  // namespace
 
 void reshape_and_cache(const ReshapeAndCacheParams &p) {
   const Kernels &k = kernels();
   const int64_t token_bytes = 2 * p.num_kv_heads * p.head_dim * (dtype_size(p.src_dtype) + dtype_size(p.kv_dtype));
   const int64_t tokens_a_task = std::max<int64_t>(1, kMinParallelWork / std::max<int64_t>(1, token_bytes));
-  const int64_t num_tasks = (p.num_tokens + tokens_a_task - 1) / tokens_a_task;
+  const int64_t tasks_a_layer = (p.num_tokens + tokens_a_task - 1) / tokens_a_task;
 
-  parallel_for(num_tasks, [&](int64_t task, int) {
-    const int64_t end = std::min(p.num_tokens, (task + 1) * tokens_a_task);
-    for (int64_t token = task * tokens_a_task; token < end; ++token) {
+  parallel_for(p.num_layers * tasks_a_layer, [&](int64_t task, int) {
+    const int64_t at_layer = task / tasks_a_layer;
+    const LayerPointers &layer = p.layers[at_layer];
+    const Side key = {layer.key, layer.k_cache, p.key, p.k_cache,
+                      scale_of_layer(p.k_scale, at_layer * p.k_scale_layer_stride)};
+    const Side value = {layer.value, layer.v_cache, p.value, p.v_cache,
+                        scale_of_layer(p.v_scale, at_layer * p.v_scale_layer_stride)};
+    const int64_t begin = task % tasks_a_layer * tokens_a_task;
+    const int64_t end = std::min(p.num_tokens, begin + tokens_a_task);
+    for (int64_t token = begin; token < end; ++token) {
       const int64_t at = p.slot_mapping[token];
       if (at < 0) continue;  // padding
       const int64_t block = at / p.block_size;
       const int64_t slot = at % p.block_size;
-      write_token(p, k, {p.key, p.k_cache, p.k_scale}, token, block, slot);
-      write_token(p, k, {p.value, p.v_cache, p.v_scale}, token, block, slot);
+      write_token(p, k, key, token, block, slot);
+      write_token(p, k, value, token, block, slot);
     }
   });
   record_kernel("reshape_and_cache", k.reshape_and_cache_name);

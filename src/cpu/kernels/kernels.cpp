@@ -114,6 +114,7 @@ extern const Kernels kKernels = {
     "cpu_" PA_ISA_NAME "_attention",
     "cpu_" PA_ISA_NAME "_merge_states",
     "cpu_" PA_ISA_NAME "_reshape_and_cache",
+    "cpu_" PA_ISA_NAME "_rope_and_cache",
     "cpu_copy_blocks",
     "cpu_" PA_ISA_NAME "_gather_kv",
     attention_scratch_size,

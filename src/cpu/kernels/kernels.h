@@ -46,6 +46,7 @@ struct Kernels {
   const char *attention_name;
   const char *merge_states_name;
   const char *reshape_and_cache_name;
+  const char *rope_and_cache_name;
   const char *copy_blocks_name;
   const char *gather_kv_name;
 

@@ -1,0 +1,113 @@
+// Page-locked host memory and its uses.
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// Freeing page-locked memory under a running copy is a write into somebody else's memory.  So each swap leaves an event
+// in the allocations that it touches, and freeing waits for the events that have not passed.  Each use has an event of
+// its own, because streams come and go and their handles are used again; events that have passed are taken first.
+#include <map>
+#include <string>
+
+#include "cuda_backend.h"
+#include "host_memory.h"
+#include "status.h"
+
+namespace pagedattn::cuda {
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  std::map<const char *, std::shared_ptr<HostAllocation>> allocations;  // by their first byte
+};
+
+// Never destroyed: arrays may outlive the library's static objects.
+Registry &registry() {
+  static auto *const all = new Registry;
+  return *all;
+}
+
+}  // namespace
+
+bool Event::passed() const {
+  const cudaError_t error = cudaEventQuery(event_);
+  if (error == cudaErrorNotReady) return false;
+  check_cuda(error, "cudaEventQuery");
+  return true;
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  if (error == cudaSuccess) return status != cudaStreamCaptureStatusNone;
+  // The legacy stream while another stream is being captured.
+  if (error != cudaErrorStreamCaptureImplicit) check_cuda(error, "cudaStreamIsCapturing");
+  cudaGetLastError();
+  return true;
+}
+
+HostAllocation::HostAllocation(size_t bytes) : bytes_(bytes) {
+  const RelaxedCapture relaxed;
+  void *data = nullptr;
+  const cudaError_t error = cudaHostAlloc(&data, bytes, cudaHostAllocPortable | cudaHostAllocMapped);
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    throw Error(PA_ERROR_OUT_OF_MEMORY, std::to_string(bytes) + " bytes of page-locked memory could not be allocated");
+  }
+  check_cuda(error, "cudaHostAlloc");
+  data_ = static_cast<char *>(data);
+}
+
+HostAllocation::~HostAllocation() {
+  const RelaxedCapture relaxed;
+  for (const auto &use : uses_) {
+    try {
+      use->wait();
+    } catch (const Error &) {
+      // The device is lost or the process ends: then no copy runs any more.
+    }
+  }
+  cudaFreeHost(data_);
+  cudaGetLastError();
+}
+
+void HostAllocation::used_on(cudaStream_t stream) {
+  const std::lock_guard lock(mutex_);
+  for (const auto &use : uses_) {
+    if (use->passed()) return use->record(stream);
+  }
+  auto use = std::make_unique<Event>();
+  use->record(stream);
+  uses_.push_back(std::move(use));
+}
+
+std::shared_ptr<HostAllocation> find_host_allocation(const void *address) {
+  Registry &all = registry();
+  const std::lock_guard lock(all.mutex);
+  auto behind = all.allocations.upper_bound(static_cast<const char *>(address));
+  if (behind == all.allocations.begin()) return nullptr;
+  const auto &candidate = std::prev(behind)->second;
+  return candidate->holds(address) ? candidate : nullptr;
+}
+
+void *allocate_host_memory(size_t bytes) {
+  auto allocation = std::make_shared<HostAllocation>(bytes);
+  char *const data = allocation->data();
+  Registry &all = registry();
+  const std::lock_guard lock(all.mutex);
+  all.allocations.emplace(data, std::move(allocation));
+  return data;
+}
+
+void free_host_memory(void *data) {
+  std::shared_ptr<HostAllocation> last;  // its end may wait, for which others must not
+  Registry &all = registry();
+  {
+    const std::lock_guard lock(all.mutex);
+    const auto found = all.allocations.find(static_cast<const char *>(data));
+    if (found == all.allocations.end()) throw_invalid("`data` must be what host_alloc gave and nobody has freed");
+    last = std::move(found->second);
+    all.allocations.erase(found);
+  }
+}
+
+}  // namespace pagedattn::cuda
