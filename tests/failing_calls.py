@@ -60,6 +60,24 @@ def float8_reshape_call() -> Arguments:
     return call
 
 
+def layers_call() -> Arguments:
+    """Three layers of `reshape_call`."""
+    calls = [reshape_call() for _ in range(3)]
+    names = ("key", "value", "k_cache", "v_cache")
+    return {**{name: [call[name] for call in calls] for name in names}, "slot_mapping": calls[0]["slot_mapping"]}
+
+
+def rope_call() -> Arguments:
+    rng = np.random.default_rng(0)
+    return {
+        **reshape_call(),
+        "positions": np.array([0, 6, 2, 9, 9], np.int64),
+        "cos_sin": rng.standard_normal((10, 6), np.float32),
+        "query": rng.standard_normal((5, 4, 8), np.float32),
+        "query_out": np.full((5, 4, 8), np.nan, np.float32),
+    }
+
+
 def copy_call() -> Arguments:
     rng = np.random.default_rng(0)
     return {

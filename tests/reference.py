@@ -137,6 +137,22 @@ def reshape_and_cache(
                 cache[slot // block_size, slot % block_size] = stored[token]
 
 
+def rotate(x: np.ndarray, positions: np.ndarray, cos_sin: np.ndarray, *, interleaved: bool = False) -> np.ndarray:
+    """Return [T, H, D] in float64, the first R dimensions of each head rotated by its token's position."""
+    rotated = x.astype(np.float64)
+    half = cos_sin.shape[1] // 2
+    for token, position in enumerate(map(int, positions)):
+        cosine, sine = cos_sin[position, :half].astype(np.float64), cos_sin[position, half:].astype(np.float64)
+        if interleaved:
+            first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+        else:
+            first, second = slice(0, half), slice(half, 2 * half)
+        a, b = x[token, :, first].astype(np.float64), x[token, :, second].astype(np.float64)
+        rotated[token, :, first] = a * cosine - b * sine
+        rotated[token, :, second] = b * cosine + a * sine
+    return rotated
+
+
 def copy_blocks(src: np.ndarray, dst: np.ndarray, block_mapping: np.ndarray) -> None:
     """Copy src[s] to dst[d] for every pair (s, d), in place."""
     for source, destination in block_mapping:

@@ -91,3 +91,17 @@ def test_the_caches_of_many_layers_are_copied_in_one_call(backend: NumpyBackend,
     for layer in layers:
         reference.copy_blocks(layer, layer, mapping)
     assert_same_bytes(backend.host(moved), layers)
+
+
+@pytest.mark.parametrize("num_pairs", [65_536, 100_000])
+def test_more_pairs_than_a_dimension_of_a_grid_has_are_copied_in_one_call(
+    backend: NumpyBackend, rng: np.random.Generator, num_pairs: int
+) -> None:
+    caches = [np.empty((2 * num_pairs + 5, 1, 2, 8), np.float16) for _ in range(2)]
+    random_bytes(rng, *caches)
+    moved = backend.arrays(*caches)
+    mapping = random_mapping(rng, len(caches[0]), num_pairs)
+    pagedattn.copy_blocks(list(moved), backend.array(mapping), check=True)
+    for actual, cache in zip(moved, caches, strict=True):
+        cache[mapping[:, 1]] = cache[mapping[:, 0]]
+        assert_same_bytes(backend.host(actual), cache)

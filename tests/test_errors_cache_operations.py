@@ -18,10 +18,12 @@ from failing_calls import (
     copy_call,
     float8_reshape_call,
     gather_call,
+    layers_call,
     merge_call,
     on,
     refuse,
     reshape_call,
+    rope_call,
     swap_call,
 )
 from spoiling import HOST, cast, change, entry, every_other, item, no_unit_stride, one_row_for_all, put, read_only
@@ -89,6 +91,108 @@ RESHAPE_INDICES = [
     reshape("slot beyond the cache", entry("slot_mapping", 2, 24), "slot_mapping`[2]", "24; got 24"),
     reshape("slot far beyond", entry("slot_mapping", 4, 2**62), "slot_mapping`[4]", f"got {2**62}"),
     reshape("one slot twice", entry("slot_mapping", 4, 3), "slot_mapping`[4]", r"slot 3.*`slot_mapping`\[0\]"),
+]
+
+
+def layers(name: str, spoil: Any, argument: str, says: str, **more: Any) -> Bad:
+    return Bad(name, spoil, argument, says, layers_call, "reshape_and_cache", **more)
+
+
+LAYERS = [
+    layers("no layers", lambda call: call.update({name: [] for name in call}), "key", "at least one"),
+    layers("fewer values than keys", change("value", lambda v: v[:2]), "value", "as many layers as `key`, 3; got 2"),
+    layers("fewer k_caches than keys", change("k_cache", lambda k: k[0]), "k_cache", "3; got 1"),
+    layers("fewer v_caches than keys", change("v_cache", lambda v: v[1:]), "v_cache", "3; got 2"),
+    layers("a key of another shape", item("key", 1, lambda k: k[:4]), "key[1]", r"`key\[0\]`.*got float32 \(4, 2, 8\)"),
+    layers("a value of other strides", item("value", 2, lambda v: v.copy(order="F")), "value[2]", "strides"),
+    layers("a cache of another type", item("k_cache", 2, lambda k: k.astype(np.float16)), "k_cache[2]", "float16"),
+    layers("a read-only cache", item("v_cache", 1, read_only), "v_cache[1]", "writable", **HOST),
+    layers("None among the keys", item("key", 1, lambda _: None), "key[1]", "None"),
+    layers(
+        "layers that share a cache",
+        change("k_cache", lambda k: [k[0], k[1], k[0]]),
+        "k_cache[2]",
+        r"`k_cache\[0\]`.*overlap",
+    ),
+    layers(
+        "a v_cache that is another layer's k_cache",
+        lambda call: item("v_cache", 0, lambda _: call["k_cache"][2])(call),
+        "v_cache[0]",
+        r"`k_cache\[2\]`.*overlap",
+    ),
+    layers(
+        "a key inside another layer's cache",
+        lambda call: item("key", 2, lambda _: call["v_cache"][0].reshape(-1)[:80].reshape(5, 2, 8))(call),
+        "v_cache[0]",
+        r"`key\[2\]`.*overlap",
+    ),
+    layers(
+        "scales of too few layers",
+        lambda call: (
+            call.update({n: [c.astype(FLOAT8_E4M3) for c in call[n]] for n in ("k_cache", "v_cache")}),
+            call.update(k_scale=np.ones((2, 1), np.float32), kv_dtype="float8_e4m3"),
+        ),
+        "k_scale",
+        r"num_layers.*\(2, 1\)",
+    ),
+]
+
+
+def rope(name: str, spoil: Any, argument: str, says: str, **more: Any) -> Bad:
+    return Bad(name, spoil, argument, says, rope_call, "rope_and_cache", **more)
+
+
+ROPE = [
+    rope("key of two dimensions", change("key", lambda k: k[:, 0]), "key", r"got float32 \(5, 8\)"),
+    rope("value of another type", cast("value", np.float16), "value", "float16"),
+    rope("k_cache of other heads", change("k_cache", lambda k: k[:, :, :1]), "k_cache", r"\(6, 4, 1, 8\)"),
+    rope(
+        "an odd head_dim",
+        lambda call: call.update({n: call[n][..., :7].copy() for n in ("key", "value", "k_cache", "v_cache")}),
+        "key",
+        "even head_dim",
+    ),
+    rope("positions of float32", cast("positions", np.float32), "positions", "int32.*got float32"),
+    rope("too few positions", change("positions", lambda p: p[:4]), "positions", r"\(5,\); got int64 \(4,\)"),
+    rope("positions with gaps", change("positions", every_other), "positions", "contiguous.*stride of 2"),
+    rope("None for positions", put("positions", None), "positions", "None|required"),
+    rope("cos_sin of one dimension", change("cos_sin", np.ravel), "cos_sin", r"got float32 \(60,\)"),
+    rope("cos_sin of an odd width", change("cos_sin", lambda c: c[:, :5]), "cos_sin", r"even.*\(10, 5\)"),
+    rope(
+        "cos_sin wider than a head", change("cos_sin", lambda c: np.tile(c, 2)), "cos_sin", r"head_dim = 8.*\(10, 12\)"
+    ),
+    rope("cos_sin without a column", change("cos_sin", lambda c: c[:, :0]), "cos_sin", r"2 \.\.\. head_dim"),
+    rope("cos_sin of int32", cast("cos_sin", np.int32), "cos_sin", "float32.*got int32"),
+    rope("query of another type", cast("query", np.float16), "query", "float16"),
+    rope("query of other tokens", change("query", lambda q: q[:4]), "query", r"\(4, 4, 8\)"),
+    rope("query_out of other heads", change("query_out", lambda q: q[:, :2]), "query_out", r"\(5, 2, 8\)"),
+    rope("query_out without a query", put("query", None), "query_out", "absent"),
+    rope("read-only query_out", change("query_out", read_only), "query_out", "writable", **HOST),
+    rope(
+        "query_out a token behind the query",
+        lambda call: (
+            call.update(query_out=np.zeros((6, 4, 8), np.float32))
+            or call.update(query=call["query_out"][:5], query_out=call["query_out"][1:])
+        ),
+        "query_out",
+        "`query`.*overlap",
+    ),
+    rope(
+        "query_out that is the key",
+        lambda call: call.update(query=call["key"], query_out=call["key"]),
+        "query_out",
+        "`key`",
+    ),
+    rope("v_cache that is k_cache", lambda call: call.update(v_cache=call["k_cache"]), "v_cache", "`k_cache`.*overlap"),
+    rope("k_scale for a float32 cache", put("k_scale", 2.0), "k_scale", "float8"),
+    rope("interleaved as a number", put("interleaved", 1), "interleaved", "True or False; got 1"),
+]
+ROPE_INDICES = [
+    rope("slot beyond the cache", entry("slot_mapping", 2, 24), "slot_mapping`[2]", "24; got 24"),
+    rope("one slot twice", entry("slot_mapping", 4, 3), "slot_mapping`[4]", r"slot 3.*`slot_mapping`\[0\]"),
+    rope("negative position", entry("positions", 3, -1), "positions`[3]", "got -1"),
+    rope("position beyond the table", entry("positions", 0, 10), "positions`[0]", "9; got 10"),
+    rope("position of padding beyond the table", entry("positions", 1, 2**40), "positions`[1]", f"9; got {2**40}"),
 ]
 
 
@@ -177,6 +281,7 @@ SWAP = [
         "`src.[01].`.*overlap",
     ),
     swap("destinations that overlap", change("dst", lambda d: [d[0], d[0]]), "dst[1]", "`dst.0.`.*overlap"),
+    swap("an event for host arrays", put("event", 3), "event", "host arrays", **HOST),
     swap("block_mapping of int32", cast("block_mapping", np.int32), "block_mapping", "int64.*got int32"),
     swap("block_mapping of triples", put("block_mapping", np.zeros((2, 3), np.int64)), "block_mapping", r"\(2, 3\)"),
     swap("negative source", entry("block_mapping", (1, 0), -1), "block_mapping`[1]", "source block -1.*6"),
@@ -320,12 +425,12 @@ MERGE = [
 ]
 
 
-@pytest.mark.parametrize("bad", [*RESHAPE, *COPY, *SWAP, *GATHER, *MERGE], ids=str)
+@pytest.mark.parametrize("bad", [*RESHAPE, *LAYERS, *ROPE, *COPY, *SWAP, *GATHER, *MERGE], ids=str)
 def test_a_wrong_argument_is_refused_by_name_and_nothing_is_written(backend: NumpyBackend, bad: Bad) -> None:
     check_bad(backend, bad)
 
 
-@pytest.mark.parametrize("bad", [*RESHAPE_INDICES, *COPY_INDICES, *GATHER_INDICES], ids=str)
+@pytest.mark.parametrize("bad", [*RESHAPE_INDICES, *ROPE_INDICES, *COPY_INDICES, *GATHER_INDICES], ids=str)
 def test_a_wrong_index_value_is_refused_by_name_and_nothing_is_written(backend: NumpyBackend, bad: Bad) -> None:
     check_bad(backend, bad, **({"check": True} if backend.is_cuda else {}))
 
@@ -334,6 +439,8 @@ def test_a_wrong_index_value_is_refused_by_name_and_nothing_is_written(backend: 
 def test_the_unspoilt_calls_pass(backend: NumpyBackend, check: bool | None) -> None:
     pagedattn.reshape_and_cache(**on(backend, reshape_call()), check=check)
     pagedattn.reshape_and_cache(**on(backend, float8_reshape_call()), check=check)
+    pagedattn.reshape_and_cache(**on(backend, layers_call()), check=check)
+    pagedattn.rope_and_cache(**on(backend, rope_call()), check=check)
     pagedattn.copy_blocks(**on(backend, copy_call()), check=check)
     pagedattn.swap_blocks(**on(backend, swap_call()))
     pagedattn.gather_kv(**on(backend, gather_call()), check=check)

@@ -23,6 +23,7 @@ from failing_calls import (
     merge_call,
     on,
     reshape_call,
+    rope_call,
     swap_call,
 )
 
@@ -30,6 +31,7 @@ CALLS: list[tuple[str, Callable[[], Arguments]]] = [
     ("paged_attention", attention_call),
     ("paged_attention", float8_attention_call),
     ("reshape_and_cache", reshape_call),
+    ("rope_and_cache", rope_call),
     ("copy_blocks", copy_call),
     ("swap_blocks", swap_call),
     ("gather_kv", gather_call),

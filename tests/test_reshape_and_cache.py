@@ -144,6 +144,69 @@ def test_rows_past_the_slot_mapping_are_ignored(backend: NumpyBackend, rng: np.r
     assert_same_bytes(backend.host(v), v_cache)
 
 
+@pytest.mark.parametrize("layout", ["NHD", "interleaved HND", "8 bytes off"])
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("bfloat16", "bfloat16"), ("float16", "float8_e4m3")])
+@pytest.mark.parametrize("num_layers", [1, 3, 97])  # 97: more than one launch takes
+def test_the_layers_of_a_model_are_written_in_one_call(
+    backend: NumpyBackend, rng: np.random.Generator, num_layers: int, dtype: str, kv_dtype: str, layout: str
+) -> None:
+    caches = [cache_views(5, 4, 2, 16, DTYPES[kv_dtype], layout) for _ in range(num_layers)]
+    packed = normal(rng, (num_layers, 15, 6, 16), DTYPES[dtype])
+    keys, values = list(packed[:, :, 2:4]), list(packed[:, :, 4:])
+    slots = random_slots(rng, 13, 20)  # two tokens are padding of a graph
+    scales = {}
+    if is_float8(DTYPES[kv_dtype]):
+        scales = {name: 2.0 ** rng.integers(-3, 3, (num_layers, 2)) for name in ("k_scale", "v_scale")}
+    flat = [array for pair in caches for array in pair]
+    moved = backend.arrays(*keys, *values, *flat, slots)
+    moved_keys, moved_values, moved_caches = (
+        list(moved[:num_layers]),
+        list(moved[num_layers : 2 * num_layers]),
+        list(moved[2 * num_layers : -1]),
+    )
+    options = {name: backend.array(scale.astype(np.float32)) for name, scale in scales.items()}
+    pagedattn.reshape_and_cache(
+        moved_keys,
+        moved_values,
+        moved_caches[::2],
+        moved_caches[1::2],
+        moved[-1],
+        kv_dtype=backend.kv_dtype(DTYPES[kv_dtype]),
+        **options,
+    )
+    for layer, (k_cache, v_cache) in enumerate(caches):
+        of_layer = {name: scale[layer] for name, scale in scales.items()}
+        reference.reshape_and_cache(keys[layer], values[layer], k_cache, v_cache, slots, **of_layer)
+    for actual, expected in zip(moved_caches, flat, strict=True):
+        assert_same_bytes(backend.host(actual), expected)
+        root = NumpyBackend().allocation(expected)
+        assert_same_bytes(backend.allocation(actual)[: root.size], root)
+
+
+def test_one_row_of_scales_serves_each_layer_and_one_scale_serves_all(
+    backend: NumpyBackend, rng: np.random.Generator
+) -> None:
+    keys = list(normal(rng, (2, 4, 2, 8), np.float32))
+    for scale, of_layer in (
+        (np.array([[2.0], [8.0]], np.float32), [2.0, 8.0]),
+        (np.array([4.0], np.float32), [4.0, 4.0]),
+        (0.25, [0.25, 0.25]),
+    ):
+        caches = [cache_views(2, 4, 2, 8, FLOAT8_E5M2, "NHD") for _ in range(2)]
+        moved = backend.arrays(*keys, *(c for pair in caches for c in pair), np.arange(4))
+        given = backend.array(scale) if isinstance(scale, np.ndarray) else scale
+        kv_dtype = backend.kv_dtype(FLOAT8_E5M2)
+        pagedattn.reshape_and_cache(
+            moved[:2], moved[:2], moved[2:6:2], moved[3:6:2], moved[6], k_scale=given, kv_dtype=kv_dtype
+        )
+        for layer, (k_cache, v_cache) in enumerate(caches):
+            reference.reshape_and_cache(
+                keys[layer], keys[layer], k_cache, v_cache, np.arange(4), k_scale=of_layer[layer]
+            )
+            assert_same_bytes(backend.host(moved[2 + 2 * layer]), k_cache)
+            assert_same_bytes(backend.host(moved[3 + 2 * layer]), v_cache)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 3])
 def test_a_call_that_writes_nothing_changes_nothing(backend: NumpyBackend, num_tokens: int) -> None:
     k_cache, v_cache = cache_views(3, 4, 1, 8, np.float16, "NHD")

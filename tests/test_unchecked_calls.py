@@ -16,7 +16,7 @@ import reference
 from accuracy import assert_close, assert_same_bytes
 from backends import CupyBackend
 from batches import make_batch, normal, poison
-from failing_calls import attention_call, copy_call, gather_call, on, reshape_call
+from failing_calls import attention_call, copy_call, gather_call, on, reshape_call, rope_call
 
 pytestmark = pytest.mark.gpu
 
@@ -49,6 +49,23 @@ def test_slots_out_of_range_are_skipped_and_the_others_written(cuda: CupyBackend
     reference.reshape_and_cache(call["key"], call["value"], *expected, good)
     for name, cache in zip(host, expected, strict=True):
         assert_same_bytes(cuda.host(moved[name]), cache)
+        assert_edges_survive(cuda, moved[name], host[name])
+
+
+def test_tokens_at_positions_out_of_range_are_left_alone(cuda: CupyBackend) -> None:
+    call = rope_call()
+    host = {name: guarded(call[name]) for name in ("k_cache", "v_cache", "query_out")}
+    positions = np.array([10, 6, -1, 2**62, 9], np.int64)
+    slots = np.array([3, 24, 5, 6, 7], np.int64)
+    moved = on(cuda, {**call, **host, "positions": positions, "slot_mapping": slots})
+    pagedattn.rope_and_cache(**moved, check=False)
+    expected = {name: array.copy() for name, array in host.items()}
+    rotated = reference.rotate(call["key"], positions.clip(0, 9), call["cos_sin"])
+    queries = reference.rotate(call["query"], positions.clip(0, 9), call["cos_sin"])
+    expected["k_cache"][1, 3], expected["v_cache"][1, 3] = rotated[4], call["value"][4]
+    expected["query_out"][[1, 4]] = queries[[1, 4]]
+    for name, array in expected.items():
+        np.testing.assert_allclose(cuda.host(moved[name]), array, rtol=1e-5, atol=1e-6)
         assert_edges_survive(cuda, moved[name], host[name])
 
 

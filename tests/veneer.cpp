@@ -8,6 +8,7 @@
 #include <pagedattn/pagedattn.hpp>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 namespace pa = pagedattn;
 using pa::tensor;
@@ -127,6 +128,52 @@ void blocks_are_copied_swapped_and_gathered() {
   REQUIRE(k[0] == 3.0f && k[8] == 0.0f && v[0] == 13.0f && v[15] == 10.0f);
 }
 
+void the_layers_of_a_model_are_written_in_one_call() {
+  Cache first, second;
+  const float key[8] = {5}, value[8] = {6};
+  const std::int64_t slots[] = {2};
+  const auto k = tensor(key, {1, 1, 8}), v = tensor(value, {1, 1, 8});
+  const std::vector<pa::PagedCache<float>> caches{first.view, second.view};
+  pa::reshape_and_cache<const float, float>({k, k}, {v, v}, caches, tensor(slots, {1}));
+  REQUIRE(first.k[2 * 8] == 5.0f && first.v[2 * 8] == 6.0f && second.k[2 * 8] == 5.0f && second.v[2 * 8] == 6.0f);
+  REQUIRE(message_of([&] {
+            pa::reshape_and_cache<const float, float>({k}, {v, v}, caches, tensor(slots, {1}));
+          }).find("got 1 and 2") != std::string::npos);
+}
+
+void keys_and_queries_are_rotated() {
+  Cache cache;
+  const float key[8] = {1, 2, 0, 0, 5}, value[8] = {7}, query[8] = {3, 4};
+  const float quarter_turn[] = {0, 1};
+  pa::HostBuffer<float> rotated(8);
+  const std::int64_t slots[] = {3};
+  const std::int32_t positions[] = {0};
+  pa::RopeOptions<float> options;
+  options.query = tensor(query, {1, 1, 8});
+  options.query_out = tensor(rotated.data(), {1, 1, 8});
+  options.interleaved = true;
+  pa::rope_and_cache(tensor(key, {1, 1, 8}), tensor(value, {1, 1, 8}), cache.view, tensor(slots, {1}),
+                     tensor(positions, {1}), tensor(quarter_turn, {1, 2}), options);
+  REQUIRE(cache.k[3 * 8] == -2.0f && cache.k[3 * 8 + 1] == 1.0f && cache.k[3 * 8 + 4] == 5.0f);
+  REQUIRE(cache.v[3 * 8] == 7.0f && rotated[0] == -4.0f && rotated[1] == 3.0f);
+}
+
+void page_locked_memory_is_had_where_there_is_a_device() {
+  try {
+    pa::PinnedBuffer<float> memory(16);
+    REQUIRE(memory.size() == 16 && memory.data() != nullptr);
+    memory.data()[15] = 1.0f;
+  } catch (const pa::Error &error) {
+    REQUIRE(error.status() == PA_ERROR_UNSUPPORTED || error.status() == PA_ERROR_NO_DEVICE);
+  }
+  pa_error error;
+  REQUIRE(pa_host_free(nullptr, &error) == PA_OK);
+  int nobodys = 0;
+  REQUIRE(pa_host_free(&nobodys, &error) == PA_ERROR_INVALID_ARGUMENT);
+  void *data = &nobodys;
+  REQUIRE(pa_host_alloc(0, 0, &data, &error) == PA_ERROR_INVALID_ARGUMENT && data == nullptr);
+}
+
 void a_failed_call_throws_the_library_s_message() {
   Cache cache;
   pa::HostBuffer<float> q(8), out(8);
@@ -158,6 +205,9 @@ int main() {
   paged_attention_takes_its_options();
   merge_states_weighs_by_the_log_sum_exp();
   blocks_are_copied_swapped_and_gathered();
+  the_layers_of_a_model_are_written_in_one_call();
+  keys_and_queries_are_rotated();
+  page_locked_memory_is_had_where_there_is_a_device();
   a_failed_call_throws_the_library_s_message();
   tensors_know_their_type_shape_and_strides();
   std::puts("all hold");
