@@ -81,41 +81,26 @@ int64_t first_visible_key(const AttentionParams &p, int64_t seq_len, int64_t num
 
 int64_t blocks_for(int64_t tokens, int64_t block_size) { return (tokens + block_size - 1) / block_size; }
 
-// A set of numbers in [0, limit): a byte a number where that is little memory for each entry, else open addressing at a
-// load of at most one half, so that memory follows the number of entries and not the size of the cache.
+// A set of non-negative numbers: open addressing at a load of at most one half, so memory follows the number of entries
+// and not the size of the cache.
 class IndexSet {
  public:
-  IndexSet(int64_t limit, int64_t max_entries)
-      : dense_(limit <= kBytesPerEntry * max_entries),
-        shift_(64 - static_cast<int>(std::bit_width(2 * static_cast<uint64_t>(max_entries) | 1))) {
-    if (dense_) {
-      marks_.resize(static_cast<size_t>(limit));
-    } else {
-      places_.assign(size_t{1} << (64 - shift_), kEmpty);
-    }
-  }
+  explicit IndexSet(int64_t max_entries)
+      : shift_(64 - static_cast<int>(std::bit_width(2 * static_cast<uint64_t>(max_entries) | 1))),
+        places_(size_t{1} << (64 - shift_), kEmpty) {}
 
   // Whether `value` was new.
   bool insert(int64_t value) {
-    if (dense_) {
-      uint8_t &mark = marks_[static_cast<size_t>(value)];
-      const bool fresh = mark == 0;
-      mark = 1;
-      return fresh;
-    }
     int64_t &place = places_[find(value)];
     if (place == value) return false;
     place = value;
     return true;
   }
 
-  bool contains(int64_t value) const {
-    return dense_ ? marks_[static_cast<size_t>(value)] != 0 : places_[find(value)] == value;
-  }
+  bool contains(int64_t value) const { return places_[find(value)] == value; }
 
  private:
   static constexpr int64_t kEmpty = -1;
-  static constexpr int64_t kBytesPerEntry = 32;  // what open addressing takes at most
 
   // Where `value` is or belongs.  Fibonacci hashing spreads runs of consecutive slots.
   size_t find(int64_t value) const {
@@ -124,9 +109,7 @@ class IndexSet {
     return place;
   }
 
-  bool dense_;
   int shift_;
-  std::vector<uint8_t> marks_;
   std::vector<int64_t> places_;
 };
 
@@ -149,15 +132,48 @@ std::string block_clash(const CopyBlocksParams &p, int64_t pair, int64_t other, 
          entry("block_mapping", other) + " " + verb;
 }
 
-std::string block_mapping_error(const CopyBlocksParams &p, bool same_caches) {
+// In one loop without an exit, which vectorises: a number outside of 0 ... n - 1 makes it or n - 1 less it negative.
+bool blocks_exist(const CopyBlocksParams &p) {
+  const int64_t last_src = p.num_src_blocks - 1, last_dst = p.num_dst_blocks - 1;
+  int64_t signs = 0;
   for (int64_t pair = 0; pair < p.num_pairs; ++pair) {
-    if (std::string error = block_pair_error(p, pair); !error.empty()) return error;
+    const int64_t src = p.mapping[2 * pair], dst = p.mapping[2 * pair + 1];
+    signs |= src | (last_src - (src & INT64_MAX)) | dst | (last_dst - (dst & INT64_MAX));
   }
-  IndexSet read(same_caches ? p.num_src_blocks : 0, same_caches ? p.num_pairs : 0);
+  return signs >= 0;
+}
+
+// Whether no destination stands twice nor, in the same caches, is a source too: a byte a block of a large mapping's
+// cache is less memory than a set of its entries, and faster.  False where it is not known.
+bool known_to_be_apart(const CopyBlocksParams &p, bool same_caches) {
+  constexpr int64_t kBytesPerEntry = 32;
+  if (p.num_dst_blocks > kBytesPerEntry * p.num_pairs) return false;
+  std::vector<uint8_t> marks(static_cast<size_t>(p.num_dst_blocks));
+  uint8_t *const mark = marks.data();
+  const int64_t *const mapping = p.mapping, *const end = mapping + 2 * p.num_pairs;
+  if (same_caches) {
+    for (const int64_t *pair = mapping; pair < end; pair += 2) mark[pair[0]] = 1;
+  }
+  uint8_t marked = 0;
+  for (const int64_t *pair = mapping; pair < end; pair += 2) {
+    marked |= mark[pair[1]];
+    mark[pair[1]] = 1;
+  }
+  return marked == 0;
+}
+
+std::string block_mapping_error(const CopyBlocksParams &p, bool same_caches) {
+  if (!blocks_exist(p)) {
+    for (int64_t pair = 0; pair < p.num_pairs; ++pair) {
+      if (std::string error = block_pair_error(p, pair); !error.empty()) return error;
+    }
+  }
+  if (known_to_be_apart(p, same_caches)) return "";
+  IndexSet read(same_caches ? p.num_pairs : 0);
   if (same_caches) {
     for (int64_t pair = 0; pair < p.num_pairs; ++pair) read.insert(source(p, pair));
   }
-  IndexSet written(p.num_dst_blocks, p.num_pairs);
+  IndexSet written(p.num_pairs);
   for (int64_t pair = 0; pair < p.num_pairs; ++pair) {
     const int64_t dst = destination(p, pair);
     int64_t other = 0;
@@ -215,7 +231,7 @@ std::string attention_index_error(const AttentionParams &p) {
 std::string reshape_and_cache_index_error(const ReshapeAndCacheParams &p) {
   const int64_t num_slots = p.num_blocks * p.block_size;
   const int64_t *slots = p.slot_mapping;
-  IndexSet written(num_slots, p.num_tokens);
+  IndexSet written(p.num_tokens);
   for (int64_t token = 0; token < p.num_tokens; ++token) {
     const int64_t slot = slots[token];
     if (slot < 0) continue;

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/backend.h"
+#include "cpu/isa.h"
 #include "cpu/thread_pool.h"
 
 namespace pagedattn::cpu {
@@ -33,16 +34,79 @@ Runs find_runs(const BlockLayout &block) {
   return runs;
 }
 
-void copy_run(const BlockLayout &block, const Runs &runs, const char *src, char *dst, int64_t run) {
-  int64_t from = 0;
-  int64_t to = 0;
+// Where a run lies, from the blocks of its pair on.
+struct RunOffset {
+  int64_t src;
+  int64_t dst;
+};
+
+RunOffset run_offset(const BlockLayout &block, const Runs &runs, int64_t run) {
+  RunOffset offset{0, 0};
   for (int d = runs.outer_dims - 1; d >= 0; --d) {
     const int64_t i = run % block.shape[d];
     run /= block.shape[d];
-    from += i * block.src_strides[d];
-    to += i * block.dst_strides[d];
+    offset.src += i * block.src_strides[d] * block.element_size;
+    offset.dst += i * block.dst_strides[d] * block.element_size;
   }
-  std::memcpy(dst + to * block.element_size, src + from * block.element_size, static_cast<size_t>(runs.run_bytes));
+  return offset;
+}
+
+// A pair of blocks in one cache, in the order of the work: a cache's pairs lie together, so that a task stays within
+// one cache where it can.
+class BlockCopy {
+ public:
+  BlockCopy(const CopyBlocksParams &p, int64_t number)
+      : p_(p), cache_(number / p.num_pairs), pair_(number % p.num_pairs) {}
+
+  const char *src() const {
+    return static_cast<const char *>(p_.src[cache_]) +
+           p_.mapping[2 * pair_] * p_.src_block_stride * p_.block.element_size;
+  }
+  char *dst() const {
+    return static_cast<char *>(p_.dst[cache_]) +
+           p_.mapping[2 * pair_ + 1] * p_.dst_block_stride * p_.block.element_size;
+  }
+  void advance() {
+    if (++pair_ < p_.num_pairs) return;
+    pair_ = 0;
+    ++cache_;
+  }
+
+ private:
+  const CopyBlocksParams &p_;
+  int64_t cache_;
+  int64_t pair_;
+};
+
+// Below this caches keep what is copied until somebody reads it, and shorter runs cost more than they save.
+constexpr int64_t kLeastStreamed = 8 << 20;
+constexpr int64_t kLeastStreamedRun = 1024;
+
+void copy_task(const CopyBlocksParams &p, const Runs &runs, int64_t first, int64_t count) {
+  BlockCopy copy(p, first);
+  for (int64_t i = 0; i < count; ++i, copy.advance()) {
+    for (int64_t run = 0; run < runs.num_runs; ++run) {
+      const RunOffset at = run_offset(p.block, runs, run);
+      std::memcpy(copy.dst() + at.dst, copy.src() + at.src, static_cast<size_t>(runs.run_bytes));
+    }
+  }
+}
+
+void stream_task(const CopyBlocksParams &p, const Runs &runs, const Kernels &k, int64_t first, int64_t count) {
+  BlockCopy copy(p, first);
+  const char *src = copy.src();
+  for (int64_t i = 0; i < count; ++i) {
+    char *dst = copy.dst();
+    if (i + 1 < count) copy.advance();
+    const char *const src_behind = copy.src();
+    for (int64_t run = 0; run < runs.num_runs; ++run) {
+      const RunOffset at = run_offset(p.block, runs, run);
+      const char *next = run + 1 < runs.num_runs ? src + run_offset(p.block, runs, run + 1).src : src_behind;
+      k.stream_run(dst + at.dst, src + at.src, next, runs.run_bytes);
+    }
+    src = src_behind;
+  }
+  k.finish_streaming();
 }
 
 }  // namespace
@@ -51,21 +115,18 @@ void copy_blocks(const CopyBlocksParams &p) {
   const Runs runs = find_runs(p.block);
   const int64_t block_bytes = runs.num_runs * runs.run_bytes;
   const int64_t num_copies = p.num_pairs * p.num_caches;
-  if (num_copies > 0 && block_bytes > 0) {
-    const int64_t copies_a_task = std::max<int64_t>(1, kMinParallelWork / block_bytes);
-    // A cache's pairs lie together, so that a task stays within one cache where it can.
-    const auto copy = [&](int64_t i) {
-      const int64_t cache = i / p.num_pairs;
-      const int64_t *pair = p.mapping + i % p.num_pairs * 2;
-      const char *src = static_cast<const char *>(p.src[cache]) + pair[0] * p.src_block_stride * p.block.element_size;
-      char *dst = static_cast<char *>(p.dst[cache]) + pair[1] * p.dst_block_stride * p.block.element_size;
-      for (int64_t run = 0; run < runs.num_runs; ++run) copy_run(p.block, runs, src, dst, run);
-    };
-    parallel_for((num_copies + copies_a_task - 1) / copies_a_task, [&](int64_t task, int) {
-      const int64_t end = std::min(num_copies, (task + 1) * copies_a_task);
-      for (int64_t i = task * copies_a_task; i < end; ++i) copy(i);
-    });
-  }
+  if (num_copies == 0 || block_bytes == 0) return;
+  const bool streamed = num_copies * block_bytes >= kLeastStreamed && runs.run_bytes >= kLeastStreamedRun;
+  const int64_t copies_a_task = std::max<int64_t>(1, kMinParallelWork / block_bytes);
+  parallel_for((num_copies + copies_a_task - 1) / copies_a_task, [&](int64_t task, int) {
+    const int64_t first = task * copies_a_task;
+    const int64_t count = std::min(copies_a_task, num_copies - first);
+    if (streamed) {
+      stream_task(p, runs, kernels(), first, count);
+    } else {
+      copy_task(p, runs, first, count);
+    }
+  });
 }
 
 }  // namespace pagedattn::cpu

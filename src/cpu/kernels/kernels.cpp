@@ -8,6 +8,7 @@
 // packed way (attention_packed.h).  Everything is computed in fp32.
 #include "kernels/attention_packed.h"
 #include "kernels/rows.h"
+#include "kernels/stream.h"
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
@@ -123,6 +124,8 @@ extern const Kernels kKernels = {
     merge_row,
     quantize_row,
     dequantize_row,
+    stream_run,
+    finish_streaming,
 };
 
 }  // namespace pagedattn::cpu::PAGEDATTN_ISA

@@ -63,6 +63,11 @@ struct Kernels {
   // dst[i] = src[i] / scale, and dst[i] = src[i] * scale, in fp32, rounded to dst's type.
   void (*quantize_row)(DType dst_dtype, void *dst, DType src_dtype, const void *src, float scale, int64_t n);
   void (*dequantize_row)(DType dst_dtype, void *dst, DType src_dtype, const void *src, float scale, int64_t n);
+
+  // Copies a run past the caches, for amounts that they could not keep, and fetches the beginning of `next`, the source
+  // of the run behind it, meanwhile.  To be ended by finish_streaming, once for many runs.
+  void (*stream_run)(void *dst, const void *src, const void *next, int64_t bytes);
+  void (*finish_streaming)();
 };
 
 namespace generic {
