@@ -139,12 +139,15 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const int lane = static_cast<int>(threadIdx.x) - first_row * lanes;
   const int rows_at_once = lanes_per_row.divide(kThreadsPerBlock);
   if (first_row >= rows_at_once) return;
+#pragma unroll 1
   for (int r = first_row; r < args.rows_per_block; r += rows_at_once) {
     if (rows[r].seq < 0 || tile_start + r >= args.num_rows) continue;
     int64_t offset = rows[r].token;
     const int64_t index = args.block_size.split(&offset);
     const int64_t block = args.block_tables[rows[r].seq * args.block_table_stride + index];
     if (block < 0 || block >= args.num_blocks) continue;
+    // A row of one pass is the rule, and code that is never run still has to be fetched.
+#pragma unroll 1
     for (int i = lane; i < args.accesses_per_token; i += lanes) {
       const int head = args.accesses_per_head.divide(i);
       const int access = i - head * static_cast<int>(args.accesses_per_head.divisor);
@@ -201,7 +204,7 @@ Args launch_arguments(const GatherKvParams &p) {
   args.max_seq_len = int64_t{p.max_blocks_per_seq} * p.block_size;
   args.num_seqs = p.num_seqs;
   args.block_size = IndexDivisor::of(p.block_size);
-  args.prefetch_tables = p.num_rows <= kFewRows;
+  args.prefetch_tables = p.num_rows <= kFewRows && p.max_blocks_per_seq > 0;
   return args;
 }
 

@@ -73,7 +73,7 @@ HostAllocation::~HostAllocation() {
 void HostAllocation::used_on(cudaStream_t stream) {
   const std::lock_guard lock(mutex_);
   for (const auto &use : uses_) {
-    if (use->passed()) return use->record(stream);
+    if (use->of_current_device() && use->passed()) return use->record(stream);
   }
   auto use = std::make_unique<Event>();
   use->record(stream);

@@ -14,7 +14,7 @@
 
 namespace pagedattn::cuda {
 
-// An event of the current device, without timing.
+// An event of the current device (DeviceGuard), without timing.
 class Event {
  public:
   Event() { check_cuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreateWithFlags"); }
@@ -23,11 +23,13 @@ class Event {
   Event &operator=(const Event &) = delete;
 
   void record(cudaStream_t stream) { check_cuda(cudaEventRecord(event_, stream), "cudaEventRecord"); }
+  bool of_current_device() const { return device_ == current_device(); }
   bool passed() const;
   void wait() const { check_cuda(cudaEventSynchronize(event_), "cudaEventSynchronize"); }
 
  private:
   cudaEvent_t event_ = nullptr;
+  int device_ = current_device();
 };
 
 // Lets the calling thread free and query while some stream is being captured, which neither has to do with.

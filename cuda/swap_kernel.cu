@@ -40,35 +40,39 @@ struct Args {
 static_assert(sizeof(Args) <= 4000);
 
 template <class Access, bool kStrided>
-__global__ void __launch_bounds__(kThreadsPerBlock, 4) swap_blocks_kernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kThreadsPerBlock, 5) swap_blocks_kernel(const __grid_constant__ Args args) {
   constexpr int64_t kChunk = int64_t{kThreadsPerBlock} * kAccessesInFlight;
   for (int64_t start = blockIdx.x * kChunk; start < args.num_accesses; start += gridDim.x * kChunk) {
+    // Three loops without a branch before the last, so that all pairs, then all elements are on their way together.
+    // What is behind the end reads the last access again.
+    const Access *source[kAccessesInFlight];
+    Access *target[kAccessesInFlight];
     Access held[kAccessesInFlight];
-    char *target[kAccessesInFlight];
 #pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
-      int64_t i = start + k * kThreadsPerBlock + threadIdx.x;
-      target[k] = nullptr;
-      if (i >= args.num_accesses) continue;
+      int64_t i = min(start + k * kThreadsPerBlock + threadIdx.x, args.num_accesses - 1);
       int64_t pair = args.accesses_per_block.split(&i);
       const int64_t cache = args.num_pairs.split(&pair);
       int64_t src_offset, dst_offset;
       args.block.locate<kStrided>(i, int64_t{sizeof(Access)}, &src_offset, &dst_offset);
       const longlong2 blocks = reinterpret_cast<const longlong2 *>(args.mapping)[pair];
-      target[k] = args.dst[cache] + blocks.y * args.block.dst_block_stride + dst_offset;
-      held[k] =
-          *reinterpret_cast<const Access *>(args.src[cache] + blocks.x * args.block.src_block_stride + src_offset);
+      src_offset += blocks.x * args.block.src_block_stride;
+      dst_offset += blocks.y * args.block.dst_block_stride;
+      source[k] = reinterpret_cast<const Access *>(args.src[cache] + src_offset);
+      target[k] = reinterpret_cast<Access *>(args.dst[cache] + dst_offset);
     }
 #pragma unroll
+    for (int k = 0; k < kAccessesInFlight; ++k) held[k] = *source[k];
+#pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
-      if (target[k] != nullptr) *reinterpret_cast<Access *>(target[k]) = held[k];
+      if (start + k * kThreadsPerBlock + threadIdx.x < args.num_accesses) *target[k] = held[k];
     }
   }
 }
 
 // Memory on both sides through which a call's pairs reach its kernel, in use until `passed`.
 struct PairBuffer {
-  PairBuffer(int device, size_t bytes) : device(device), bytes(bytes) {
+  explicit PairBuffer(size_t bytes) : bytes(bytes) {
     const RelaxedCapture relaxed;
     check_cuda(cudaHostAlloc(&host, bytes, cudaHostAllocPortable), "cudaHostAlloc");
     const cudaError_t error = cudaMalloc(&memory, bytes);
@@ -77,7 +81,6 @@ struct PairBuffer {
     throw_cuda_error(error, "cudaMalloc");
   }
 
-  int device;
   size_t bytes;
   void *host = nullptr;
   void *memory = nullptr;
@@ -123,14 +126,14 @@ class DevicePairs {
     {
       const std::lock_guard lock(all.mutex);
       for (auto at = all.buffers.begin(); at != all.buffers.end(); ++at) {
-        if ((*at)->device != current_device() || (*at)->bytes < bytes || !(*at)->used.passed()) continue;
+        if (!(*at)->used.of_current_device() || (*at)->bytes < bytes || !(*at)->used.passed()) continue;
         std::unique_ptr<PairBuffer> found = std::move(*at);
         all.buffers.erase(at);
         return found;
       }
     }
     constexpr size_t kLeastBytes = 64 * 1024;
-    return std::make_unique<PairBuffer>(current_device(), std::max(kLeastBytes, std::bit_ceil(bytes)));
+    return std::make_unique<PairBuffer>(std::max(kLeastBytes, std::bit_ceil(bytes)));
   }
 
   static void give_back(std::unique_ptr<PairBuffer> buffer) {

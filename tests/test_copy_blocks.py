@@ -105,3 +105,28 @@ def test_more_pairs_than_a_dimension_of_a_grid_has_are_copied_in_one_call(
     for actual, cache in zip(moved, caches, strict=True):
         cache[mapping[:, 1]] = cache[mapping[:, 0]]
         assert_same_bytes(backend.host(actual), cache)
+
+
+def large_caches(layout: str) -> list[np.ndarray]:
+    """Return two caches of 500 blocks of 32 KiB, together more than a processor's caches keep."""
+    match layout:
+        case "dense":
+            return [np.empty((500, 16, 8, 128), np.float16) for _ in range(2)]
+        case "rows apart":
+            return [np.empty((500, 16, 9, 128), np.float16)[:, :, :8] for _ in range(2)]
+        case _:  # "between lines of the cache"
+            flat = [np.empty(500 * 16 * 8 * 128 + 3, np.float16) for _ in range(2)]
+            return [array[3:].reshape(500, 16, 8, 128) for array in flat]
+
+
+@pytest.mark.parametrize("layout", ["dense", "rows apart", "between lines of the cache"])
+def test_large_amounts_are_copied_whole(backend: NumpyBackend, rng: np.random.Generator, layout: str) -> None:
+    caches = large_caches(layout)
+    random_bytes(rng, *caches)
+    moved = backend.arrays(*caches)
+    mapping = random_mapping(rng, 500, 245)
+    pagedattn.copy_blocks(list(moved), backend.array(mapping))
+    for actual, expected in zip(moved, caches, strict=True):
+        reference.copy_blocks(expected, expected, mapping)
+        root = NumpyBackend().allocation(expected)
+        assert_same_bytes(backend.allocation(actual)[: root.size], root)

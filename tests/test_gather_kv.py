@@ -137,3 +137,24 @@ def test_many_tokens_come_back(backend: NumpyBackend, rng: np.random.Generator) 
     k, v = pagedattn.gather_kv(*args, total_tokens=5501, **options)
     for actual, expected in zip((k, v), expected_rows(batch, 5501, np.float16), strict=True):
         assert_same_bytes(backend.host(actual), expected)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "interleaved NHD", "HND", "packed heads"])
+def test_more_tokens_than_a_processor_s_caches_keep_come_back(
+    backend: NumpyBackend, rng: np.random.Generator, layout: str
+) -> None:
+    batch = make_batch(
+        rng,
+        [1501, 0, 1000, 3],
+        [1, 1, 1, 1],
+        dtype=np.float16,
+        num_q_heads=8,
+        num_kv_heads=8,
+        head_dim=128,
+        layout=layout,
+    )
+    args, options = on(backend, batch)
+    starts = np.array([5, 0, 0, 1], np.int32)
+    k, v = pagedattn.gather_kv(*args, seq_starts=backend.array(starts), total_tokens=2498, **options)
+    for actual, expected in zip((k, v), expected_rows(batch, 2498, np.float16, seq_starts=starts), strict=True):
+        assert_same_bytes(backend.host(actual), expected)

@@ -144,6 +144,18 @@ def test_rows_past_the_slot_mapping_are_ignored(backend: NumpyBackend, rng: np.r
     assert_same_bytes(backend.host(v), v_cache)
 
 
+def test_more_tokens_than_a_processor_s_caches_keep_reach_their_slots(
+    backend: NumpyBackend, rng: np.random.Generator
+) -> None:
+    k_cache, v_cache = cache_views(200, 16, 8, 128, np.float16, "interleaved NHD")
+    key, value = normal(rng, (2, 2500, 8, 128), np.float16)
+    slots = random_slots(rng, 2500, 3200)
+    k, v = run(backend, key, value, k_cache, v_cache, slots)
+    reference.reshape_and_cache(key, value, k_cache, v_cache, slots)
+    for actual, expected in ((k, k_cache), (v, v_cache)):
+        assert_same_bytes(backend.host(actual), expected)
+
+
 @pytest.mark.parametrize("layout", ["NHD", "interleaved HND", "8 bytes off"])
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("bfloat16", "bfloat16"), ("float16", "float8_e4m3")])
 @pytest.mark.parametrize("num_layers", [1, 3, 97])  # 97: more than one launch takes

@@ -7,31 +7,46 @@ from functools import partial
 from typing import ClassVar
 
 from .cuda_run import TIMEOUT_SECONDS, CudaBenchmark, Measured, measure_operations
-from .operations import copy_blocks, gather_kv, merge_states, reshape_and_cache, swap_blocks
+from .operations import (
+    copy_blocks,
+    gather_kv,
+    merge_states,
+    reshape_and_cache,
+    reshape_and_cache_layers,
+    rope_and_cache,
+    swap_blocks,
+)
 
 LARGE, SMALL = 32768, 64  # tokens of 4 KiB of K and V in 16 bits: 128 MiB and 256 KiB
 E4M3 = "float8_e4m3"
 
 LARGE_OPERATIONS = {
-    "reshape_and_cache": (partial(reshape_and_cache, num_tokens=LARGE), "copy"),
-    "reshape_and_cache e4m3": (partial(reshape_and_cache, num_tokens=LARGE, kv_dtype=E4M3), "copy"),
-    "copy_blocks": (partial(copy_blocks, num_tokens=LARGE), "copy"),
-    "gather_kv": (partial(gather_kv, num_tokens=LARGE), "copy"),
-    "gather_kv e4m3": (partial(gather_kv, num_tokens=LARGE, kv_dtype=E4M3), "copy"),
-    "swap_blocks out": (partial(swap_blocks, num_tokens=LARGE), "device_to_host"),
-    "swap_blocks in": (partial(swap_blocks, num_tokens=LARGE, back=True), "host_to_device"),
-    "merge_states": (partial(merge_states, num_tokens=LARGE // 16), "copy"),
+    "reshape_and_cache": partial(reshape_and_cache, num_tokens=LARGE),
+    "reshape_and_cache e4m3": partial(reshape_and_cache, num_tokens=LARGE, kv_dtype=E4M3),
+    "reshape_and_cache, 16 layers": partial(reshape_and_cache_layers, num_tokens=LARGE, num_layers=16),
+    "rope_and_cache": partial(rope_and_cache, num_tokens=LARGE),
+    "rope_and_cache, 32 query heads": partial(rope_and_cache, num_tokens=LARGE, q_heads=32),
+    "copy_blocks": partial(copy_blocks, num_tokens=LARGE),
+    "gather_kv": partial(gather_kv, num_tokens=LARGE),
+    "gather_kv e4m3": partial(gather_kv, num_tokens=LARGE, kv_dtype=E4M3),
+    "merge_states": partial(merge_states, num_tokens=LARGE // 16),
 }
 SMALL_OPERATIONS = {
-    "reshape_and_cache": (partial(reshape_and_cache, num_tokens=SMALL), "copy"),
-    "copy_blocks": (partial(copy_blocks, num_tokens=SMALL), "copy"),
-    "gather_kv": (partial(gather_kv, num_tokens=SMALL), "copy"),
-    "merge_states": (partial(merge_states, num_tokens=SMALL), "copy"),
+    "reshape_and_cache": partial(reshape_and_cache, num_tokens=SMALL),
+    "rope_and_cache, 32 query heads": partial(rope_and_cache, num_tokens=SMALL, q_heads=32),
+    "copy_blocks": partial(copy_blocks, num_tokens=SMALL),
+    "gather_kv": partial(gather_kv, num_tokens=SMALL),
+    "merge_states": partial(merge_states, num_tokens=SMALL),
+}
+SWAPS = {
+    f"{name} of {piece} bytes": partial(swap_blocks, num_tokens=LARGE, back=back, piece=piece)
+    for piece in (1024, 4096, 32768)
+    for name, back in (("out", False), ("in", True))
 }
 
 
 class Large(CudaBenchmark):
-    """64 MiB and more: bytes a second, as a share of a plain copy's (of the bus's for swapping)."""
+    """64 MiB and more: bytes a second, as a share of a plain copy of as many."""
 
     params: ClassVar = [list(LARGE_OPERATIONS)]
 
@@ -48,5 +63,16 @@ class Small(CudaBenchmark):
 
     def setup_cache(self) -> Measured:
         return measure_operations(SMALL_OPERATIONS)
+
+    setup_cache.timeout = TIMEOUT_SECONDS  # type: ignore[attr-defined]
+
+
+class Swap(CudaBenchmark):
+    """Scattered blocks between device and page-locked memory: as a share of one contiguous copy each way."""
+
+    params: ClassVar = [list(SWAPS)]
+
+    def setup_cache(self) -> Measured:
+        return measure_operations(SWAPS)
 
     setup_cache.timeout = TIMEOUT_SECONDS  # type: ignore[attr-defined]

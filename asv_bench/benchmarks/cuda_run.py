@@ -64,21 +64,19 @@ def measure_attention(cases: Sequence[Case]) -> Measured:
     return _measure({case.name: case for case in cases}, one)
 
 
-def measure_operations(operations: Mapping[str, tuple[Callable[[Device], Operation], str]]) -> Measured:
-    """Samples, bandwidth and share of the ceiling that is named beside each operation."""
+def measure_operations(operations: Mapping[str, Callable[[Device], Operation]]) -> Measured:
+    """Samples and bandwidth of operations, and their share of the rate of a plain copy of as many bytes."""
 
-    def one(
-        entry: tuple[Callable[[Device], Operation], str], device: Device, timer: Timer, ceilings: Ceilings
-    ) -> Measured:
-        make, ceiling = entry
+    def one(make: Callable[[Device], Operation], device: Device, timer: Timer, _: Ceilings) -> Measured:
         operation = make(device)
+        plain = operation.make_plain()
         device.synchronize_all()
-        timing = timer.time({"": Prepared(operation.call, None)})[""]
-        bandwidth = operation.num_bytes / timing.median
+        timings = timer.time({"": Prepared(operation.call, None, capturable=operation.capturable), "plain": plain})
+        seconds = timings[""].median
         return {
-            "samples": timing.samples,
-            "bandwidth": bandwidth / 1e9,
-            "share": 100 * bandwidth / getattr(ceilings, ceiling),
+            "samples": timings[""].samples,
+            "bandwidth": operation.num_bytes / seconds / 1e9,
+            "share": 100 * timings["plain"].median / seconds,
         }
 
     return _measure(operations, one)

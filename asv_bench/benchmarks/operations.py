@@ -12,16 +12,37 @@ import pagedattn
 from pagedattn._device import ELEMENT, ITEM_SIZE, STORAGE, Device
 from pagedattn_bench.cases import prefill
 from pagedattn_bench.inputs import Inputs
+from pagedattn_bench.peers.base import Prepared
 
 DTYPE = "bfloat16"
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A call whose answer is right, and the bytes that it reads and writes (swapping: that cross the bus)."""
+    """A call whose answer is right, and the bytes that it reads and writes (swapping: that cross the bus).
+
+    `plain` copies as many bytes between the same memories; where nothing is said, within the device.
+    """
 
     call: Callable[[], None]
     num_bytes: int
+    plain: Callable[[], None] | None = None
+    capturable: bool = True
+
+    def make_plain(self) -> Prepared:
+        """The plain copy on CUDA, on CuPy's current stream."""
+        if self.plain is not None:
+            return Prepared(self.plain, None, capturable=self.capturable)
+        import cupy
+
+        source, target = (cupy.zeros(max(self.num_bytes // 2, 1), cupy.uint8) for _ in range(2))
+        return Prepared(lambda: _copy_on_device(target, source), None)
+
+
+def _copy_on_device(target: Any, source: Any) -> None:
+    import cupy
+
+    target.data.copy_from_device_async(source.data, source.nbytes, cupy.cuda.get_current_stream())
 
 
 class PagedTokens:
@@ -92,6 +113,56 @@ def reshape_and_cache(device: Device, num_tokens: int, kv_dtype: str = DTYPE) ->
     return Operation(call, t.elements * (ITEM_SIZE[DTYPE] + ITEM_SIZE[kv_dtype]))
 
 
+def reshape_and_cache_layers(device: Device, num_tokens: int, num_layers: int) -> Operation:
+    """New tokens into the slots of several layers, all in one call; `num_tokens` are those of all layers together."""
+    layers = [PagedTokens(device, num_tokens // num_layers) for _ in range(num_layers)]
+    host = layers[0].tokens()
+    keys, values = ([layers[0].put(array) for _ in layers] for array in host)
+    slots = device.put(layers[0].slots)
+    caches = [t.k_cache for t in layers], [t.v_cache for t in layers]
+    for cache in (*caches[0], *caches[1]):
+        cache.view(np.uint8)[...] = 0
+
+    def call() -> None:
+        pagedattn.reshape_and_cache(keys, values, *caches, slots)
+
+    call()
+    device.synchronize()
+    for source, targets in zip(host, caches, strict=True):
+        ensure(all(same_bits(layers[0].cached_tokens(target), source) for target in targets))
+    return Operation(call, sum(t.elements for t in layers) * 2 * ITEM_SIZE[DTYPE])
+
+
+def rope_and_cache(device: Device, num_tokens: int, q_heads: int = 0) -> Operation:
+    """New tokens into their slots, their keys rotated on the way, and `q_heads` query heads beside them."""
+    t = PagedTokens(device, num_tokens)
+    host = t.tokens()
+    key, value = (t.put(array) for array in host)
+    rng = np.random.default_rng(4)
+    positions = rng.integers(0, 4096, num_tokens)
+    angles = rng.uniform(-np.pi, np.pi, (4096, t.case.head_dim // 2)).astype(np.float32)
+    cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    query = t.put(np.ones((num_tokens, q_heads, t.case.head_dim), ELEMENT[DTYPE])) if q_heads else None
+    query_out = None if query is None else device.xp.empty_like(query)
+    arrays = [device.put(array) for array in (t.slots, positions, cos_sin)]
+    options = {} if query is None else {"query": query, "query_out": query_out}
+
+    def call() -> None:
+        pagedattn.rope_and_cache(key, value, t.k_cache, t.v_cache, *arrays, **options)
+
+    call()
+    device.synchronize()
+    ensure(same_bits(t.cached_tokens(t.v_cache), host[1]))
+    wide, half = host[0].astype(np.float32), t.case.head_dim // 2
+    cosine, sine = (part[positions][:, None] for part in (cos_sin[:, :half], cos_sin[:, half:]))
+    first, second = wide[..., :half], wide[..., half:]
+    rotated = np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    error = t.cached_tokens(t.k_cache).astype(np.float32) - rotated
+    ensure(bool(np.linalg.norm(error) <= 4e-3 * np.linalg.norm(rotated)))
+    num_bytes = 2 * ITEM_SIZE[DTYPE] * (t.elements + num_tokens * q_heads * t.case.head_dim)
+    return Operation(call, num_bytes)
+
+
 def gather_kv(device: Device, num_tokens: int, kv_dtype: str = DTYPE) -> Operation:
     """Pages back to contiguous bfloat16, as they are or widened from 8 bits."""
     t = PagedTokens(device, num_tokens, kv_dtype)
@@ -125,26 +196,62 @@ def copy_blocks(device: Device, num_tokens: int) -> Operation:
     return Operation(call, t.elements * ITEM_SIZE[DTYPE])
 
 
-def swap_blocks(device: Device, num_tokens: int, *, back: bool = False) -> Operation:
-    """Half the blocks of K and V to (or from) a cache in host memory, pinned where there is a device."""
+def swap_blocks(device: Device, num_tokens: int, *, back: bool = False, piece: int = 32 << 10) -> Operation:
+    """Half the blocks of K and V, of `piece` bytes, to (or from) host memory, page-locked where there is a device."""
     t = PagedTokens(device, 2 * num_tokens)
-    caches = [t.k_cache, t.v_cache]
-    others = [_host_like(device, t.blocks(cache)) for cache in caches]
+    caches = [_in_pieces(cache, piece) for cache in (t.k_cache, t.v_cache)]
+    others = _host_blocks(device, caches)
     rng = np.random.default_rng(3)
     for other in others:
-        bits = other.view(np.uint16)
-        bits[...] = rng.integers(0, 1 << 15, bits.shape, np.uint16)
+        other[...] = rng.integers(0, 1 << 15, other.shape, np.uint16)
+    half = len(caches[0]) // 2
+    order = rng.permutation(len(caches[0]))
+    mapping = np.stack([order[:half], rng.permutation(len(caches[0]))[:half]], axis=1)
     sources, targets = (others, caches) if back else (caches, others)
-    expected = [t.blocks(source)[t.mapping[:, 0]] for source in sources]
+    expected = [_host(device, source)[mapping[:, 0]] for source in sources]
 
     def call() -> None:
-        pagedattn.swap_blocks(sources, targets, t.mapping)
+        pagedattn.swap_blocks(sources, targets, mapping)
 
     call()
     device.synchronize()
     for target, blocks in zip(targets, expected, strict=True):
-        ensure(same_bits(t.blocks(target)[t.mapping[:, 1]], blocks))
-    return Operation(call, t.elements * ITEM_SIZE[DTYPE] // 2)  # a bus is crossed once
+        ensure(np.array_equal(_host(device, target)[mapping[:, 1]], blocks))
+    num_bytes = 2 * half * piece  # a bus is crossed once
+    plain = None if device.backend == "cpu" else _plain_swap(device, num_bytes, back)
+    return Operation(call, num_bytes, plain, capturable=False)
+
+
+def _host_blocks(device: Device, caches: list[Any]) -> list[np.ndarray]:
+    """As many blocks in host memory; NumPy's where that is all there is, which commits without HostCache have too."""
+    if device.backend == "cpu":
+        return [np.empty_like(cache) for cache in caches]
+    return pagedattn.HostCache(caches, len(caches[0])).caches
+
+
+def _in_pieces(cache: Any, piece: int) -> Any:
+    return cache.view(np.uint16).reshape(-1, piece // 2)
+
+
+def _host(device: Device, array: Any) -> np.ndarray:
+    host: np.ndarray = array if isinstance(array, np.ndarray) else device.get(array)
+    return host
+
+
+def _plain_swap(device: Device, num_bytes: int, back: bool) -> Callable[[], None]:
+    """One contiguous copy between page-locked and device memory."""
+    near = device.xp.zeros(num_bytes, np.uint8)
+    (far,) = pagedattn.HostCache(near.reshape(1, -1), 1).caches
+    far = far.reshape(-1)
+
+    def call() -> None:
+        stream = device.xp.cuda.get_current_stream()
+        if back:
+            near.data.copy_from_host_async(far.ctypes.data, num_bytes, stream)
+        else:
+            near.data.copy_to_host_async(far.ctypes.data, num_bytes, stream)
+
+    return call
 
 
 def merge_states(device: Device, num_tokens: int) -> Operation:
@@ -165,12 +272,3 @@ def merge_states(device: Device, num_tokens: int) -> Operation:
     ensure(bool(np.linalg.norm(device.get(out) - expected) <= 1e-5 * np.linalg.norm(expected)))
     ensure(np.allclose(device.get(lse), np.log(weights.sum(axis=0)), atol=1e-5))
     return Operation(call, host_outs.nbytes + host_outs.nbytes // 2 + host_lses.nbytes + host_lses.nbytes // 2)
-
-
-def _host_like(device: Device, array: np.ndarray) -> np.ndarray:
-    if device.backend == "cpu":
-        return np.empty_like(array).view(ELEMENT[DTYPE])
-    import cupyx
-
-    pinned: np.ndarray = cupyx.empty_pinned(array.shape, array.dtype)
-    return pinned.view(ELEMENT[DTYPE])

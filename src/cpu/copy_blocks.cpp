@@ -78,10 +78,6 @@ class BlockCopy {
   int64_t pair_;
 };
 
-// Below this caches keep what is copied until somebody reads it, and shorter runs cost more than they save.
-constexpr int64_t kLeastStreamed = 8 << 20;
-constexpr int64_t kLeastStreamedRun = 1024;
-
 void copy_task(const CopyBlocksParams &p, const Runs &runs, int64_t first, int64_t count) {
   BlockCopy copy(p, first);
   for (int64_t i = 0; i < count; ++i, copy.advance()) {
@@ -116,7 +112,7 @@ void copy_blocks(const CopyBlocksParams &p) {
   const int64_t block_bytes = runs.num_runs * runs.run_bytes;
   const int64_t num_copies = p.num_pairs * p.num_caches;
   if (num_copies == 0 || block_bytes == 0) return;
-  const bool streamed = num_copies * block_bytes >= kLeastStreamed && runs.run_bytes >= kLeastStreamedRun;
+  const bool streamed = worth_streaming(num_copies * block_bytes, runs.run_bytes);
   const int64_t copies_a_task = std::max<int64_t>(1, kMinParallelWork / block_bytes);
   parallel_for((num_copies + copies_a_task - 1) / copies_a_task, [&](int64_t task, int) {
     const int64_t first = task * copies_a_task;

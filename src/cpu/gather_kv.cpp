@@ -19,26 +19,42 @@ struct Side {
   const Scale &scale;
 };
 
-void gather_token(const GatherKvParams &p, const Kernels &k, const Side &side, int64_t block, int64_t slot,
-                  int64_t row) {
+// Tokens [first, first + count) of one block, which go to the rows from `row` on.
+struct BlockPart {
+  int64_t block;
+  int64_t slot;
+  int64_t count;
+  int64_t row;
+};
+
+// Runs that lie together on both sides: a part of a block, its tokens, or their heads.
+void gather_part(const GatherKvParams &p, const Kernels &k, const Side &side, const BlockPart &part, bool streamed) {
   const int64_t src_size = dtype_size(p.kv_dtype);
   const int64_t dst_size = dtype_size(p.out_dtype);
-  const char *src = static_cast<const char *>(side.cache.data) +
-                    (block * side.cache.block_stride + slot * side.cache.token_stride) * src_size;
-  char *dst = static_cast<char *>(side.out.data) + row * side.out.token_stride * dst_size;
   const bool convert = p.out_dtype != p.kv_dtype;
-  const bool one_run =
+  const int64_t token_length = static_cast<int64_t>(p.num_kv_heads) * p.head_dim;
+  const bool heads_touch =
       side.cache.head_stride == p.head_dim && side.out.head_stride == p.head_dim && !(convert && side.scale.per_head);
-  const int64_t runs = one_run ? 1 : p.num_kv_heads;
-  const int64_t length = one_run ? static_cast<int64_t>(p.num_kv_heads) * p.head_dim : p.head_dim;
-  for (int64_t run = 0; run < runs; ++run) {
-    const char *from = src + run * side.cache.head_stride * src_size;
-    char *to = dst + run * side.out.head_stride * dst_size;
-    if (convert) {
-      const float scale = side.scale.ptr == nullptr ? side.scale.value : side.scale.ptr[side.scale.per_head ? run : 0];
-      k.dequantize_row(p.out_dtype, to, p.kv_dtype, from, scale, length);
-    } else {
-      std::memcpy(to, from, static_cast<size_t>(length * dst_size));
+  const bool tokens_touch =
+      heads_touch && side.cache.token_stride == token_length && side.out.token_stride == token_length;
+  const int64_t tokens = tokens_touch ? 1 : part.count, heads = heads_touch ? 1 : p.num_kv_heads;
+  const int64_t length = tokens_touch ? part.count * token_length : heads_touch ? token_length : p.head_dim;
+  for (int64_t token = 0; token < tokens; ++token) {
+    const int64_t src_token = part.block * side.cache.block_stride + (part.slot + token) * side.cache.token_stride;
+    const int64_t dst_token = (part.row + token) * side.out.token_stride;
+    for (int64_t head = 0; head < heads; ++head) {
+      const char *from =
+          static_cast<const char *>(side.cache.data) + (src_token + head * side.cache.head_stride) * src_size;
+      char *to = static_cast<char *>(side.out.data) + (dst_token + head * side.out.head_stride) * dst_size;
+      if (convert) {
+        const float scale =
+            side.scale.ptr == nullptr ? side.scale.value : side.scale.ptr[side.scale.per_head ? head : 0];
+        k.dequantize_row(p.out_dtype, to, p.kv_dtype, from, scale, length);
+      } else if (streamed) {
+        k.stream_run(to, from, from + length * dst_size, length * dst_size);
+      } else {
+        std::memcpy(to, from, static_cast<size_t>(length * dst_size));
+      }
     }
   }
 }
@@ -73,16 +89,23 @@ void gather_kv(const GatherKvParams &p) {
   const int64_t token_bytes = 2 * p.num_kv_heads * p.head_dim * (dtype_size(p.kv_dtype) + dtype_size(p.out_dtype));
   const std::vector<Piece> pieces = cut(p, std::max<int64_t>(1, kMinParallelWork / std::max<int64_t>(1, token_bytes)));
 
+  int64_t num_tokens = 0;
+  for (const Piece &piece : pieces) num_tokens += piece.end - piece.begin;
+  const int64_t row_bytes = p.num_kv_heads * p.head_dim * dtype_size(p.out_dtype);
+  const bool streamed = p.kv_dtype == p.out_dtype && worth_streaming(2 * num_tokens * row_bytes, row_bytes);
+
   parallel_for(static_cast<int64_t>(pieces.size()), [&](int64_t task, int) {
     const Piece &piece = pieces[static_cast<size_t>(task)];
     const int32_t *table = p.block_tables + piece.seq * p.block_table_stride;
-    for (int64_t token = piece.begin; token < piece.end; ++token) {
-      const int64_t block = table[token / p.block_size];
+    for (int64_t token = piece.begin; token < piece.end;) {
       const int64_t slot = token % p.block_size;
-      const int64_t row = piece.row + token - piece.begin;
-      gather_token(p, k, {p.k_cache, p.k_out, p.k_scale}, block, slot, row);
-      gather_token(p, k, {p.v_cache, p.v_out, p.v_scale}, block, slot, row);
+      const int64_t count = std::min(piece.end - token, p.block_size - slot);
+      const BlockPart part = {table[token / p.block_size], slot, count, piece.row + token - piece.begin};
+      gather_part(p, k, {p.k_cache, p.k_out, p.k_scale}, part, streamed);
+      gather_part(p, k, {p.v_cache, p.v_out, p.v_scale}, part, streamed);
+      token += count;
     }
+    if (streamed) k.finish_streaming();
   });
   record_kernel("gather_kv", k.gather_kv_name);
 }

@@ -22,7 +22,7 @@ struct Side {
 };
 
 void write_token(const ReshapeAndCacheParams &p, const Kernels &k, const Side &side, int64_t token, int64_t block,
-                 int64_t slot) {
+                 int64_t slot, bool streamed) {
   const int64_t src_size = dtype_size(p.src_dtype);
   const int64_t dst_size = dtype_size(p.kv_dtype);
   const char *src = static_cast<const char *>(side.source) + token * side.tokens.token_stride * src_size;
@@ -40,6 +40,8 @@ void write_token(const ReshapeAndCacheParams &p, const Kernels &k, const Side &s
     if (quantize) {
       const float scale = side.scale.ptr == nullptr ? side.scale.value : side.scale.ptr[side.scale.per_head ? run : 0];
       k.quantize_row(p.kv_dtype, to, p.src_dtype, from, scale, length);
+    } else if (streamed) {
+      k.stream_run(to, from, from + length * src_size, length * dst_size);
     } else {
       std::memcpy(to, from, static_cast<size_t>(length * dst_size));
     }
@@ -57,6 +59,9 @@ void reshape_and_cache(const ReshapeAndCacheParams &p) {
   const Kernels &k = kernels();
   const int64_t token_bytes = 2 * p.num_kv_heads * p.head_dim * (dtype_size(p.src_dtype) + dtype_size(p.kv_dtype));
   const int64_t tokens_a_task = std::max<int64_t>(1, kMinParallelWork / std::max<int64_t>(1, token_bytes));
+  const int64_t row_bytes = p.num_kv_heads * p.head_dim * dtype_size(p.kv_dtype);
+  const bool streamed =
+      !is_float8(p.kv_dtype) && worth_streaming(2 * p.num_layers * p.num_tokens * row_bytes, row_bytes);
   const int64_t tasks_a_layer = (p.num_tokens + tokens_a_task - 1) / tokens_a_task;
 
   parallel_for(p.num_layers * tasks_a_layer, [&](int64_t task, int) {
@@ -73,9 +78,10 @@ void reshape_and_cache(const ReshapeAndCacheParams &p) {
       if (at < 0) continue;  // padding
       const int64_t block = at / p.block_size;
       const int64_t slot = at % p.block_size;
-      write_token(p, k, key, token, block, slot);
-      write_token(p, k, value, token, block, slot);
+      write_token(p, k, key, token, block, slot, streamed);
+      write_token(p, k, value, token, block, slot, streamed);
     }
+    if (streamed) k.finish_streaming();
   });
   record_kernel("reshape_and_cache", k.reshape_and_cache_name);
 }

@@ -145,6 +145,8 @@ class CudaTimer(Timer):
             call()
         estimate = self.elapsed(call)
         samples = max(_FEWEST_SAMPLES, min(self._samples, int(_BUDGET_SECONDS / estimate)))
+        if not prepared.capturable:
+            return _Plan(call, 1, "eager", samples)
         try:
             once = self._capture(call, uses_torch=prepared.uses_torch)
             once()

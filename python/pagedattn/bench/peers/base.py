@@ -46,11 +46,14 @@ class Prepared:
     uses_torch : bool
         Whether the call runs torch operations, so that a CUDA graph of it must be captured by torch, whose memory
         would else be handed out again while the graph still writes to it.
+    capturable : bool
+        Whether a CUDA graph of the call does the same as the call.
     """
 
     call: Callable[[], None]
     out: Any
     uses_torch: bool = False
+    capturable: bool = True
 
 
 class Peer(ABC):
