@@ -68,7 +68,7 @@ def test_the_cupy_example_of_the_readme_runs_as_it_stands() -> None:
     check_prints(block.code, "README.md", block.line, {})
 
 
-@pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/block-manager.md"])
+@pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/block-manager.md", "docs/moving-blocks.md"])
 def test_the_blocks_of_a_page_run_one_after_the_other(page: str) -> None:
     namespace: dict[str, Any] = {}
     for block in python_blocks(page):
