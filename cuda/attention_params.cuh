@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "divisor.cuh"
+#include "fast_divisor.cuh"
 
 namespace pagedattn::cuda {
 

@@ -9,7 +9,7 @@
 
 #include "access.cuh"
 #include "block_runs.h"
-#include "divisor.cuh"
+#include "index_divisor.cuh"
 #include "params.h"
 
 namespace pagedattn::cuda {

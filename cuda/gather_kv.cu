@@ -14,7 +14,8 @@
 // only if a token lands there and its table entry names a block.
 #include "cache_rows.cuh"
 #include "cuda_backend.h"
-#include "divisor.cuh"
+#include "fast_divisor.cuh"
+#include "index_divisor.cuh"
 #include "runtime.h"
 
 namespace pagedattn::cuda {

@@ -15,7 +15,7 @@
 #include "access.cuh"
 #include "convert.cuh"
 #include "cuda_backend.h"
-#include "divisor.cuh"
+#include "index_divisor.cuh"
 #include "runtime.h"
 
 namespace pagedattn::cuda {

@@ -14,7 +14,8 @@
 // not exist are never written.
 #include "cache_rows.cuh"
 #include "cuda_backend.h"
-#include "divisor.cuh"
+#include "fast_divisor.cuh"
+#include "index_divisor.cuh"
 #include "runtime.h"
 
 namespace pagedattn::cuda {

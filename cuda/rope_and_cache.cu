@@ -14,7 +14,8 @@
 // left alone.
 #include "cache_rows.cuh"
 #include "cuda_backend.h"
-#include "divisor.cuh"
+#include "fast_divisor.cuh"
+#include "index_divisor.cuh"
 #include "runtime.h"
 
 namespace pagedattn::cuda {
