@@ -257,8 +257,11 @@ Choice choose(const CopyBlocksParams &p, const BlockRuns &runs) {
   if (forced == "kernel") return {Way::kKernel, thread_blocks(p)};
   if (forced == "memcpy") return {Way::kMemcpy, 0};
   if (forced == "batch") return {Way::kBatch, 0};
-  const int64_t count = forced.starts_with("kernel:") ? std::strtol(forced.c_str() + 7, nullptr, 10) : 0;
-  if (count >= 1 && count <= 0xffff) return {Way::kKernel, count};
+  if (forced.starts_with("kernel:")) {
+    char *end = nullptr;
+    const long count = std::strtol(forced.c_str() + 7, &end, 10);
+    if (*end == '\0' && count >= 1 && count <= 0xffff) return {Way::kKernel, count};
+  }
   throw_invalid("PAGEDATTN_SWAP: must be kernel, kernel:N with 1 <= N <= 65535, memcpy or batch; got `" + forced + "`");
 }
 

@@ -136,19 +136,23 @@ def test_swaps_race_with_frees_on_many_threads(cuda: CupyBackend, rng: np.random
 
 @pytest.mark.gpu
 def test_memory_may_be_freed_while_another_stream_is_captured(cuda: CupyBackend) -> None:
-    device = cuda.array(np.zeros((100, 512), np.float32))
+    blocks = np.arange(100, dtype=np.float32).repeat(512).reshape(100, 512)
+    device, mapping = cuda.arrays(blocks, np.array([[3, 7]]))
     host = pagedattn.HostCache(device, 100)
-    pagedattn.swap_blocks(device, host.caches, np.arange(100).repeat(2).reshape(100, 2))
+    pagedattn.swap_blocks(device, host.caches, np.stack([np.arange(100), np.arange(100)[::-1]], axis=1))
     stream = cuda.cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
         try:
+            pagedattn.copy_blocks(device, mapping, stream=stream)
             del host
             pagedattn.HostCache(device, 3).close()
         finally:
             graph = stream.end_capture()
     graph.launch(stream)
     stream.synchronize()
+    blocks[7] = 3
+    assert_same_bytes(cuda.host(device), blocks)
 
 
 @pytest.mark.gpu

@@ -156,7 +156,7 @@ def test_an_unknown_way_to_swap_is_refused_by_name(cuda: CupyBackend, monkeypatc
     device = cuda.array(np.zeros((4, 8), np.float32))
     host = pagedattn.HostCache(device, 4)
     host.caches[0][...] = 7
-    for value in ("magic", "kernel:", "kernel:0", "kernel:65536", "kernel:x"):
+    for value in ("magic", "kernel:", "kernel:0", "kernel:65536", "kernel:x", "kernel:5x"):
         monkeypatch.setenv("PAGEDATTN_SWAP", value)
         with pytest.raises(pagedattn.InvalidArgumentError, match=f"PAGEDATTN_SWAP.*{value}"):
             pagedattn.swap_blocks(device, host.caches, np.array([[0, 1]]))
