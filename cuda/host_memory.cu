@@ -49,7 +49,8 @@ HostAllocation::HostAllocation(size_t bytes) : bytes_(bytes) {
   const RelaxedCapture relaxed;
   void *data = nullptr;
   const cudaError_t error = cudaHostAlloc(&data, bytes, cudaHostAllocPortable | cudaHostAllocMapped);
-  if (error == cudaErrorMemoryAllocation) {
+  // The only value that can be invalid is the size, where no address space has room for it.
+  if (error == cudaErrorMemoryAllocation || error == cudaErrorInvalidValue) {
     cudaGetLastError();
     throw Error(PA_ERROR_OUT_OF_MEMORY, std::to_string(bytes) + " bytes of page-locked memory could not be allocated");
   }

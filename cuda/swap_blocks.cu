@@ -6,9 +6,9 @@
 // to do with it: pairs that step by one block in source and destination alike make one copy, plain where their blocks
 // touch, two-dimensional where a gap follows each block.  Scattered blocks would take a copy each, a microsecond or two
 // of the host's time and of the engine's; those go to a kernel that reads and writes page-locked memory by itself
-// (swap_kernel.cu).  What the kernel cannot reach, pageable memory, takes a copy a run, through the driver's own
-// buffers, and so does a swap that is being captured, because a graph keeps the addresses of its copies but not a
-// buffer of pairs.
+// (swap_kernel.cu).  Staging them in contiguous memory would leave it to the host to scatter them there, block by
+// block. What the kernel cannot reach, pageable memory, takes a copy a run, through the driver's own buffers, and so
+// does a swap that is being captured, because a graph keeps the addresses of its copies but not a buffer of pairs.
 //
 // PAGEDATTN_SWAP = kernel, kernel:N (thread blocks), memcpy or batch (cudaMemcpyBatchAsync) takes the choice away where
 // the memory is page-locked, to compare them.

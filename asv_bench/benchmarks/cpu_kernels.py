@@ -4,18 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from statistics import median
+from time import perf_counter
 from typing import Any, ClassVar
 
+import numpy as np
+import pagedattn
 from pagedattn._device import Device
 from pagedattn_bench.accuracy import check, reference_rows
 from pagedattn_bench.cases import CPU_DECODE, CPU_PREFILL, CaseError, find_cases
 from pagedattn_bench.inputs import Inputs
 
 from . import operations
+from .cuda_run import unjudged
 from .operations import Operation
 
 TOKENS = 4096
+SHARE_TOKENS = 16384  # of 4 KiB
 KV_DTYPES = ["bfloat16", "float8_e4m3"]
 
 
@@ -107,6 +114,37 @@ class SwapBlocks:
 
     def time_swap_blocks(self) -> None:
         self.swap()
+
+
+class SwapShare:
+    """64 MiB in scattered blocks to other caches: at which share of the rate of one contiguous copy by all threads?"""
+
+    params: ClassVar = [[4096, 32768]]
+    param_names: ClassVar = ["bytes a block"]
+    unit = "% of a plain copy"
+
+    def setup(self, piece: int) -> None:
+        self.swap = operation(operations.swap_blocks, num_tokens=SHARE_TOKENS, piece=piece)
+        threads = pagedattn.get_num_threads()
+        source = np.ones(SHARE_TOKENS * 2048, np.uint16)
+        self.parts = [np.array_split(array, threads) for array in (np.zeros_like(source), source)]
+        self.pool = ThreadPoolExecutor(threads)
+
+    def teardown(self, piece: int) -> None:
+        self.pool.shutdown()
+
+    def track_share(self, piece: int) -> dict[str, Any]:
+        shares = []
+        for _ in range(15):  # in turns, so that a drift of the machine meets both
+            plain = _seconds(lambda: list(self.pool.map(np.copyto, *self.parts)))
+            shares.append(100 * plain / _seconds(self.swap))
+        return unjudged(median(shares))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begin = perf_counter()
+    work()
+    return perf_counter() - begin
 
 
 class MergeStates:
