@@ -31,11 +31,11 @@ namespace {
 constexpr int64_t kMaxPitch = 0x7fffffff;  // cudaDevAttrMaxPitch of every device so far
 // So many copies are enqueued in less time than preparing the kernel takes.
 constexpr int64_t kFewCopies = 8;
-// Thread blocks of the kernel, of 16 KB in flight each: what reading host memory needs and, since writes to it are not
+// Thread blocks of the kernel, of 6 KB in flight each: what reading host memory needs and, since writes to it are not
 // waited for, half as many for writing.
-constexpr int64_t kBlocksFromHost = 24;
-constexpr int64_t kBlocksToHost = 12;
-constexpr int64_t kBlocksPerMultiprocessor = 4;  // within the device, where nothing is to be left to others
+constexpr int64_t kBlocksFromHost = 32;
+constexpr int64_t kBlocksToHost = 16;
+constexpr int64_t kBlocksPerMultiprocessor = 16;  // within the device, where nothing is to be left to others
 
 // ---- by copies ------------------------------------------------------------------------------------------------------
 

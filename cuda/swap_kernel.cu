@@ -2,15 +2,18 @@
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// All accesses of all blocks of all caches are numbered through, and a few thread blocks walk over them, each with 16
-// KB of loads in flight whatever the size of a piece.  An access finds its cache, pair and place by division.  The
-// pairs are copied to device memory first, in a buffer that is kept from call to call, since each access of each layer
-// looks at them and the bus is what is short.
+// All accesses of all blocks of all caches are numbered through, and a few thread blocks walk over them, each with 6 KB
+// of loads in flight whatever the size of a piece.  An access finds its cache, pair and place by division.  The pairs
+// are copied to device memory first, in a buffer that is kept from call to call, since each access of each layer looks
+// at them and the bus is what is short.
 //
-// Bound by the bus.  Reading host memory takes some 2 us under load, so 55 GB/s need 110 KB in flight: 8 thread blocks'
-// worth, of which some are always waiting for their stores.  Thread blocks are small in registers and use no shared
-// memory, so that they lie beside those of a decode kernel, which leaves room for little else; they take its issue
-// slots and 2 % of its memory rate.
+// Bound by the bus.  Where reading host memory takes 2 us under load, 55 GB/s need 110 KB in flight: 18 thread blocks'
+// worth, of which some always wait for their pairs or stores.
+//
+// What a swap takes from kernels beside it is little of the memory's rate (2 %), and room: a thread block takes a
+// sixteenth of a multiprocessor's registers and no shared memory.  Beside kernels that leave as much it lies on the
+// same multiprocessor.  A kernel whose blocks take all registers, as Hopper's decode does, has to wait for those
+// multiprocessors until the swap has ended, which is why thread blocks are few.
 #include <cstring>
 #include <list>
 #include <memory>
@@ -26,7 +29,8 @@ namespace pagedattn::cuda {
 namespace {
 
 constexpr int kCachesPerLaunch = 192;  // 2 x 8 bytes each: with the rest, under the 4 KB that every driver passes
-constexpr int kAccessesInFlight = 4;
+constexpr int kSwapThreads = 64;
+constexpr int kAccessesInFlight = 6;
 
 struct Args {
   const char *src[kCachesPerLaunch];
@@ -40,8 +44,8 @@ struct Args {
 static_assert(sizeof(Args) <= 4000);
 
 template <class Access, bool kStrided>
-__global__ void __launch_bounds__(kThreadsPerBlock, 5) swap_blocks_kernel(const __grid_constant__ Args args) {
-  constexpr int64_t kChunk = int64_t{kThreadsPerBlock} * kAccessesInFlight;
+__global__ void __launch_bounds__(kSwapThreads, 16) swap_blocks_kernel(const __grid_constant__ Args args) {
+  constexpr int64_t kChunk = int64_t{kSwapThreads} * kAccessesInFlight;
   for (int64_t start = blockIdx.x * kChunk; start < args.num_accesses; start += gridDim.x * kChunk) {
     // Three loops without a branch before the last, so that all pairs, then all elements are on their way together.
     // What is behind the end reads the last access again.
@@ -50,7 +54,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, 5) swap_blocks_kernel(const 
     Access held[kAccessesInFlight];
 #pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
-      int64_t i = min(start + k * kThreadsPerBlock + threadIdx.x, args.num_accesses - 1);
+      int64_t i = min(start + k * kSwapThreads + threadIdx.x, args.num_accesses - 1);
       int64_t pair = args.accesses_per_block.split(&i);
       const int64_t cache = args.num_pairs.split(&pair);
       int64_t src_offset, dst_offset;
@@ -65,7 +69,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, 5) swap_blocks_kernel(const 
     for (int k = 0; k < kAccessesInFlight; ++k) held[k] = *source[k];
 #pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
-      if (start + k * kThreadsPerBlock + threadIdx.x < args.num_accesses) *target[k] = held[k];
+      if (start + k * kSwapThreads + threadIdx.x < args.num_accesses) *target[k] = held[k];
     }
   }
 }
@@ -149,9 +153,9 @@ class DevicePairs {
 template <class Access>
 void launch(const Args &args, unsigned blocks, cudaStream_t stream) {
   if (args.block.num_dims == 0) {
-    swap_blocks_kernel<Access, false><<<blocks, kThreadsPerBlock, 0, stream>>>(args);
+    swap_blocks_kernel<Access, false><<<blocks, kSwapThreads, 0, stream>>>(args);
   } else {
-    swap_blocks_kernel<Access, true><<<blocks, kThreadsPerBlock, 0, stream>>>(args);
+    swap_blocks_kernel<Access, true><<<blocks, kSwapThreads, 0, stream>>>(args);
   }
   check_launch("swap_blocks_kernel");
 }
@@ -173,7 +177,7 @@ void swap_by_kernel(const CopyBlocksParams &p, const BlockRuns &runs, int64_t nu
       args.dst[i] = static_cast<char *>(p.dst[first + i]);
     }
     args.num_accesses = count * p.num_pairs * args.block.accesses_per_block;
-    const int64_t chunks = ceil_div(args.num_accesses, int64_t{kThreadsPerBlock} * kAccessesInFlight);
+    const int64_t chunks = ceil_div(args.num_accesses, int64_t{kSwapThreads} * kAccessesInFlight);
     const auto blocks = static_cast<unsigned>(std::min(chunks, num_thread_blocks));
     with_access(access_bytes, [&](auto access) { launch<decltype(access)>(args, blocks, stream); });
   }
