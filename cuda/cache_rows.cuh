@@ -63,16 +63,37 @@ struct CopyUnchanged {
   __device__ static To apply(const From &from, float) { return from; }
 };
 
+// The float8 numbers nearest to x / scale, at half the instructions of N divisions.  Products with the reciprocal are
+// off by at most two units in the last place, or exact if the scale is a power of two.  That matters only beside
+// numbers half way between two of float8: their 19 low bits are zeros, and if one of the products is as near to such,
+// all are divided.
+template <class Target, int N>
+__device__ Pack<Target, N> divide_and_round(float (&x)[N], float scale) {
+  const float reciprocal = 1.0f / scale;
+  const bool exact = (__float_as_uint(scale) & 0x7fffff) == 0;
+  float quotient[N];
+  uint32_t nearest = scale >= 0x1p-60f && scale <= 0x1p60f ? 0x7fffff : 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    quotient[i] = x[i] * reciprocal;
+    if (!exact) nearest = min(nearest, (__float_as_uint(quotient[i]) + 3) & 0x7ffff);
+  }
+  if (nearest > 6) return from_floats<Target>(quotient);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] /= scale;
+  return from_floats<Target>(x);
+}
+
 template <class Source, class Target, int N>
 struct Quantize {
   using From = Pack<Source, N>;
   using To = Pack<Target, N>;
   static constexpr bool kScaled = true;
   __device__ static To apply(const From &from, float scale) {
-    To to;
+    float element[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) to.element[i] = from_float<Target>(to_float(from.element[i]) / scale);
-    return to;
+    for (int i = 0; i < N; ++i) element[i] = to_float(from.element[i]);
+    return divide_and_round<Target>(element, scale);
   }
 };
 

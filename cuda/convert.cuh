@@ -11,6 +11,8 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include <type_traits>
+
 #include "params.h"
 #include "status.h"
 
@@ -63,6 +65,26 @@ template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T element[N];
 };
+
+// float8 is converted in pairs where there are any, by one instruction for both.
+template <class T, int N>
+__device__ Pack<T, N> from_floats(const float (&x)[N]) {
+  Pack<T, N> y;
+  constexpr bool kFloat8 = std::is_same_v<T, float8_e4m3> || std::is_same_v<T, float8_e5m2>;
+  if constexpr (kFloat8 && N % 2 == 0) {
+    constexpr __nv_fp8_interpretation_t kKind = std::is_same_v<T, float8_e4m3> ? __NV_E4M3 : __NV_E5M2;
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const __nv_fp8x2_storage_t pair = __nv_cvt_float2_to_fp8x2(make_float2(x[i], x[i + 1]), __NV_SATFINITE, kKind);
+      y.element[i].__x = static_cast<__nv_fp8_storage_t>(pair);
+      y.element[i + 1].__x = static_cast<__nv_fp8_storage_t>(pair >> 8);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) y.element[i] = from_float<T>(x[i]);
+  }
+  return y;
+}
 
 // The scale of one KV head.
 __device__ inline float scale_of(const Scale &scale, int head) {

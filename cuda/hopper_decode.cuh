@@ -287,7 +287,7 @@ __device__ void init_barriers(const HopperDecodeParams &params, typename Traits:
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
+__global__ void __maxnreg__(Traits::kRegisters)
     hopper_decode_kernel(const __grid_constant__ HopperDecodeParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char shared_memory[];

@@ -74,10 +74,14 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   static constexpr int kGroupThreads = 32 * kGroupWarps;
   static constexpr int kThreads = 32 * kProducers + kGroups * kGroupThreads;
   static constexpr int kQThreads = kGroupThreads;
-  // What a multiprocessor's 64 K registers give each thread of the producers and of the groups.
-  static constexpr int kProducerRegisters = 72;
-  static constexpr int kMathRegisters = 216;
-  static_assert(32 * kProducers * kProducerRegisters + kGroups * kGroupThreads * kMathRegisters <= 64 * 1024);
+  // Of a thread as the kernel starts, and then of each of the producers and of the groups.  All have 1024 registers of
+  // each quarter of the multiprocessor left for a small block beside (swap_kernel.cu), unless they need them.
+  static constexpr bool kLeavesRoom = kHeadDim < 256 || kElementBytes == 2;
+  static constexpr int kRegisters = kLeavesRoom ? 160 : 168;
+  static constexpr int kProducerRegisters = kLeavesRoom ? 64 : 56;
+  static constexpr int kMathRegisters = kLeavesRoom ? 208 : 224;
+  static_assert(32 * kProducers * kProducerRegisters + kGroups * kGroupThreads * kMathRegisters <=
+                kThreads * kRegisters);
 
   using QTile = BoxTile<kRows, kHeadDim * 2>;
   using KvTile = BoxTile<kTokens, kHeadBytes * kTileHeads>;

@@ -5,7 +5,8 @@
 // The grid is tiles of tokens x layers, so one launch serves K and V of all layers; the layers' pointers travel as
 // kernel parameters, and more layers than fit take further launches.  A thread block takes a few tokens, a row of its
 // threads takes one token, and a thread moves the same few elements of the token's key and value.  Accesses are 16
-// bytes wide on the wider side where addresses and strides allow; a quantising thread otherwise moves single elements.
+// bytes wide where addresses and strides allow, on either side if there is much to quantise; a quantising thread
+// otherwise moves single elements.
 //
 // Bound by memory where tokens are many: every element is read once and written once, and the 2048 threads of a
 // multiprocessor hold 64 KB of independent loads in flight, which is more than the 3.35 TB/s of an H100 x 1 us of
@@ -23,6 +24,8 @@ namespace {
 
 // 4 x 8 bytes each: with the rest, under the 4 KB that every driver passes.
 constexpr int kLayersPerLaunch = 96;
+
+constexpr int64_t kManyElements = int64_t{1} << 20;
 
 // A small call of one layer must not wait for the parameters of 96.
 template <int kLayers>
@@ -69,9 +72,9 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     const int access = i - head * static_cast<int>(args.accesses_per_head.divisor);
     const From key = reinterpret_cast<const From *>(args.key.head(layer.key, token, head))[access];
     const From value = reinterpret_cast<const From *>(args.value.head(layer.value, token, head))[access];
-    if (slot < 0 || slot >= args.num_slots) return;
     const float k_factor = Convert::kScaled ? scale_of(k_scale, head) : 1.0f;
     const float v_factor = Convert::kScaled ? scale_of(v_scale, head) : 1.0f;
+    if (slot < 0 || slot >= args.num_slots) return;
     reinterpret_cast<To *>(args.k_cache.head(layer.k_cache, block, offset, head))[access] =
         Convert::apply(key, k_factor);
     reinterpret_cast<To *>(args.v_cache.head(layer.v_cache, block, offset, head))[access] =
@@ -154,8 +157,13 @@ void reshape_and_cache(const ReshapeAndCacheParams &p, void *stream_pointer) {
     with_float8_type(p.kv_dtype, [&](auto target) {
       using Source = decltype(source);
       using Target = decltype(target);
+      // As many elements as fill an access to the cache; where threads would then be too few, or it does not allow
+      // that, as fill one to the tokens.
       constexpr int kWide = 16 / static_cast<int>(sizeof(Source));
-      if (widths.tokens == 16 && widths.caches >= kWide) {
+      const bool many = p.num_layers * p.num_tokens * p.num_kv_heads * p.head_dim >= kManyElements;
+      if (many && widths.tokens == 16 && widths.caches == 16) {
+        launch<Quantize<Source, Target, 16>>(p, stream, name);
+      } else if (widths.tokens == 16 && widths.caches >= kWide) {
         launch<Quantize<Source, Target, kWide>>(p, stream, name);
       } else {
         launch<Quantize<Source, Target, 1>>(p, stream, name);

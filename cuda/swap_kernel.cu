@@ -2,25 +2,24 @@
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// All accesses of all blocks of all caches are numbered through, and a few thread blocks walk over them, each with 6 KB
-// of loads in flight whatever the size of a piece.  An access finds its cache, pair and place by division.  The pairs
-// are copied to device memory first, in a buffer that is kept from call to call, since each access of each layer looks
-// at them and the bus is what is short.
+// Blocks are cut into pieces of 2 KB, and a few warps, each a thread block of its own, take these in turn: the loads of
+// a piece are under way together, then its stores.  The pairs are copied to device memory first, in a buffer that is
+// kept from call to call, since each piece of each layer looks at them and the bus is what is short.
 //
-// Bound by the bus.  Where reading host memory takes 2 us under load, 55 GB/s need 110 KB in flight: 18 thread blocks'
-// worth, of which some always wait for their pairs or stores.
+// Bound by the bus.  Reading host memory takes some 2 us under load, so 55 GB/s need 110 KB in flight: 55 warps' worth.
+// What is written to the host leaves as fast with half as many.
 //
-// What a swap takes from kernels beside it is little of the memory's rate (2 %), and room: a thread block takes a
-// sixteenth of a multiprocessor's registers and no shared memory.  Beside kernels that leave as much it lies on the
-// same multiprocessor.  A kernel whose blocks take all registers, as Hopper's decode does, has to wait for those
-// multiprocessors until the swap has ended, which is why thread blocks are few.
-#include <cstring>
+// A decode kernel has a block on every multiprocessor, and one that leaves no room for it would keep it waiting for all
+// of the swap, which is long.  Hopper's decode leaves 1024 registers of each quarter of a multiprocessor, and a warp of
+// 32 registers a thread, without shared memory, fits into that.
+#include <algorithm>
 #include <list>
 #include <memory>
 #include <mutex>
 
 #include "block_accesses.cuh"
 #include "cuda_backend.h"
+#include "fast_divisor.cuh"
 #include "host_memory.h"
 #include "runtime.h"
 #include "swap_kernel.h"
@@ -29,47 +28,60 @@ namespace pagedattn::cuda {
 namespace {
 
 constexpr int kCachesPerLaunch = 192;  // 2 x 8 bytes each: with the rest, under the 4 KB that every driver passes
-constexpr int kSwapThreads = 64;
-constexpr int kAccessesInFlight = 6;
+constexpr int kAccessesInFlight = 4;
+constexpr int kPiece = 32 * kAccessesInFlight;  // accesses
+constexpr int kRegisters = 32;
 
 struct Args {
   const char *src[kCachesPerLaunch];
   char *dst[kCachesPerLaunch];
-  const int64_t *mapping;
-  int64_t num_accesses;  // of all caches
-  IndexDivisor num_pairs;
-  IndexDivisor accesses_per_block;
+  const int2 *mapping;
+  int num_pieces;  // of all caches
+  FastDivisor num_pairs;
+  FastDivisor pieces_per_block;
   BlockAccesses block;
 };
 static_assert(sizeof(Args) <= 4000);
 
+// The compiler would add up what does not change from piece to piece beforehand, in registers that there are not.
+template <class T>
+__device__ T *opaque(T *pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
+// Where a lane's accesses of a piece begin, from the block on.
 template <class Access, bool kStrided>
-__global__ void __launch_bounds__(kSwapThreads, 16) swap_blocks_kernel(const __grid_constant__ Args args) {
-  constexpr int64_t kChunk = int64_t{kSwapThreads} * kAccessesInFlight;
-  for (int64_t start = blockIdx.x * kChunk; start < args.num_accesses; start += gridDim.x * kChunk) {
-    // Three loops without a branch before the last, so that all pairs, then all elements are on their way together.
-    // What is behind the end reads the last access again.
-    const Access *source[kAccessesInFlight];
-    Access *target[kAccessesInFlight];
+__device__ void locate_piece(const Args &args, int64_t first, int64_t *src_offset, int64_t *dst_offset) {
+#pragma unroll
+  for (int k = 0; k < kAccessesInFlight; ++k) {
+    args.block.locate<kStrided>(first + 32 * k, int64_t{sizeof(Access)}, &src_offset[k], &dst_offset[k]);
+  }
+}
+
+template <class Access, bool kStrided>
+__global__ void __maxnreg__(kStrided ? 64 : kRegisters) swap_blocks_kernel(const __grid_constant__ Args args) {
+#pragma unroll 1
+  for (auto i = static_cast<int>(blockIdx.x); i < args.num_pieces; i += static_cast<int>(gridDim.x)) {
+    const int row = args.pieces_per_block.divide(i), cache = args.num_pairs.divide(row);
+    const int pair = row - cache * static_cast<int>(args.num_pairs.divisor);
+    const int piece = i - row * static_cast<int>(args.pieces_per_block.divisor);
+    const int2 blocks = args.mapping[pair];
+    // The lane's first access and those behind it, until the piece's end or the block's.
+    const int64_t first = int64_t{kPiece} * piece + threadIdx.x;
+    const auto rest = static_cast<int>(min(int64_t{kPiece}, args.block.accesses_per_block - first));
+    int64_t src_offset[kAccessesInFlight], dst_offset[kAccessesInFlight];
+    locate_piece<Access, kStrided>(args, first, src_offset, dst_offset);
+    const char *const src = opaque(args.src[cache] + blocks.x * args.block.src_block_stride + src_offset[0]);
     Access held[kAccessesInFlight];
 #pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
-      int64_t i = min(start + k * kSwapThreads + threadIdx.x, args.num_accesses - 1);
-      int64_t pair = args.accesses_per_block.split(&i);
-      const int64_t cache = args.num_pairs.split(&pair);
-      int64_t src_offset, dst_offset;
-      args.block.locate<kStrided>(i, int64_t{sizeof(Access)}, &src_offset, &dst_offset);
-      const longlong2 blocks = reinterpret_cast<const longlong2 *>(args.mapping)[pair];
-      src_offset += blocks.x * args.block.src_block_stride;
-      dst_offset += blocks.y * args.block.dst_block_stride;
-      source[k] = reinterpret_cast<const Access *>(args.src[cache] + src_offset);
-      target[k] = reinterpret_cast<Access *>(args.dst[cache] + dst_offset);
+      if (32 * k < rest) held[k] = __ldcs(reinterpret_cast<const Access *>(src + (src_offset[k] - src_offset[0])));
     }
-#pragma unroll
-    for (int k = 0; k < kAccessesInFlight; ++k) held[k] = *source[k];
+    char *const dst = opaque(args.dst[cache] + blocks.y * args.block.dst_block_stride + dst_offset[0]);
 #pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
-      if (start + k * kSwapThreads + threadIdx.x < args.num_accesses) *target[k] = held[k];
+      if (32 * k < rest) __stcs(reinterpret_cast<Access *>(dst + (dst_offset[k] - dst_offset[0])), held[k]);
     }
   }
 }
@@ -96,9 +108,11 @@ struct PairBuffer {
 class DevicePairs {
  public:
   DevicePairs(const CopyBlocksParams &p, cudaStream_t stream) : stream_(stream) {
-    const size_t bytes = static_cast<size_t>(2 * p.num_pairs) * sizeof(int64_t);
+    checked_int(std::max(p.num_src_blocks, p.num_dst_blocks), "blocks");
+    const size_t bytes = static_cast<size_t>(p.num_pairs) * sizeof(int2);
     buffer_ = take(bytes);
-    std::memcpy(buffer_->host, p.mapping, bytes);
+    std::transform(p.mapping, p.mapping + 2 * p.num_pairs, static_cast<int32_t *>(buffer_->host),
+                   [](int64_t block) { return static_cast<int32_t>(block); });
     check_cuda(cudaMemcpyAsync(buffer_->memory, buffer_->host, bytes, cudaMemcpyHostToDevice, stream),
                "cudaMemcpyAsync");
   }
@@ -113,7 +127,7 @@ class DevicePairs {
   DevicePairs(const DevicePairs &) = delete;
   DevicePairs &operator=(const DevicePairs &) = delete;
 
-  const int64_t *data() const { return static_cast<const int64_t *>(buffer_->memory); }
+  const int2 *data() const { return static_cast<const int2 *>(buffer_->memory); }
 
  private:
   struct Pool {
@@ -152,33 +166,34 @@ class DevicePairs {
 
 template <class Access>
 void launch(const Args &args, unsigned blocks, cudaStream_t stream) {
-  if (args.block.num_dims == 0) {
-    swap_blocks_kernel<Access, false><<<blocks, kSwapThreads, 0, stream>>>(args);
-  } else {
-    swap_blocks_kernel<Access, true><<<blocks, kSwapThreads, 0, stream>>>(args);
-  }
+  const auto kernel = args.block.num_dims == 0 ? swap_blocks_kernel<Access, false> : swap_blocks_kernel<Access, true>;
+  // A multiprocessor that divides its memory otherwise has to be empty before a kernel that needs much of it comes.
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+      "cudaFuncSetAttribute");
+  kernel<<<blocks, 32, 0, stream>>>(args);
   check_launch("swap_blocks_kernel");
 }
 
 }  // namespace
 
-void swap_by_kernel(const CopyBlocksParams &p, const BlockRuns &runs, int64_t num_thread_blocks, cudaStream_t stream) {
+void swap_by_kernel(const CopyBlocksParams &p, const BlockRuns &runs, int64_t num_warps, cudaStream_t stream) {
   const DevicePairs pairs(p, stream);
   const int64_t access_bytes = widest_access(p, runs);
   Args args = {};
   args.mapping = pairs.data();
   args.block = block_accesses(p, runs, access_bytes);
-  args.num_pairs = IndexDivisor::of(p.num_pairs);
-  args.accesses_per_block = IndexDivisor::of(args.block.accesses_per_block);
+  args.num_pairs = FastDivisor::of(checked_int(p.num_pairs, "block pairs"));
+  const int64_t pieces_per_block = ceil_div(args.block.accesses_per_block, kPiece);
+  args.pieces_per_block = FastDivisor::of(checked_int(pieces_per_block, "pieces a block"));
   for (int64_t first = 0; first < p.num_caches; first += kCachesPerLaunch) {
     const int64_t count = std::min<int64_t>(kCachesPerLaunch, p.num_caches - first);
     for (int64_t i = 0; i < count; ++i) {
       args.src[i] = static_cast<const char *>(p.src[first + i]);
       args.dst[i] = static_cast<char *>(p.dst[first + i]);
     }
-    args.num_accesses = count * p.num_pairs * args.block.accesses_per_block;
-    const int64_t chunks = ceil_div(args.num_accesses, int64_t{kSwapThreads} * kAccessesInFlight);
-    const auto blocks = static_cast<unsigned>(std::min(chunks, num_thread_blocks));
+    args.num_pieces = checked_int(count * p.num_pairs * pieces_per_block, "pieces of 2 KB");
+    const auto blocks = static_cast<unsigned>(std::min<int64_t>(args.num_pieces, num_warps));
     with_access(access_bytes, [&](auto access) { launch<decltype(access)>(args, blocks, stream); });
   }
 }

@@ -13,7 +13,6 @@
 namespace pagedattn::cuda {
 
 // The device must be able to reach all caches by their addresses.
-void swap_by_kernel(const CopyBlocksParams &params, const BlockRuns &runs, int64_t num_thread_blocks,
-                    cudaStream_t stream);
+void swap_by_kernel(const CopyBlocksParams &params, const BlockRuns &runs, int64_t num_warps, cudaStream_t stream);
 
 }  // namespace pagedattn::cuda
