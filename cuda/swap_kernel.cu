@@ -7,7 +7,7 @@
 // kept from call to call, since each piece of each layer looks at them and the bus is what is short.
 //
 // Bound by the bus.  Reading host memory takes some 2 us under load, so 55 GB/s need 110 KB in flight: 55 warps' worth.
-// What is written to the host leaves as fast with half as many.
+// What is written to the host leaves as fast with less than half as many.
 //
 // A decode kernel has a block on every multiprocessor, and one that leaves no room for it would keep it waiting for all
 // of the swap, which is long.  Hopper's decode leaves 1024 registers of each quarter of a multiprocessor, and a warp of
