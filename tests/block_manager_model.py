@@ -10,7 +10,7 @@ overwritten block shows as a wrong prefix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -19,6 +19,8 @@ import pytest
 from pagedattn import BlockManager, OutOfBlocks
 from pagedattn._block_manager import StepBatch
 from pagedattn._errors import InvalidArgumentError
+
+OTHER_TOKEN = 7  # in no prompt
 
 Prefix = tuple[bytes, tuple[int, ...]]
 
@@ -63,6 +65,8 @@ class CheckedManager:
         self.kv: dict[int, Prefix | None] = {}
         self.host_kv: dict[int, Prefix | None] = {}
         self.sequences: dict[int, Sequence] = {}
+        self.pins: dict[int, tuple[bytes, list[int]]] = {}
+        self.cached: set[int] = set()  # the blocks that the prefix cache offers, as its events tell
         self.batch = StepBatch(32, 128, 1024)
 
     @classmethod
@@ -75,6 +79,7 @@ class CheckedManager:
             prefix_caching=r.random() < 0.85,
             window=r.choice([None, None, None, 1, 3, 6]),
             watermark=r.choice([0.0, 0.0, 0.2]),
+            num_events=100,
         )
 
     # --- choosing ---
@@ -85,15 +90,19 @@ class CheckedManager:
     def some(self, r: Random, ids: list[int]) -> list[int]:
         return r.sample(ids, r.randint(1, len(ids)))
 
+    def most_blocks(self, num_tokens: int) -> int:
+        """Blocks that a sequence of so many tokens needs at once, whatever its steps."""
+        size, window = self.m.block_size, self.m.window
+        blocks = -(-num_tokens // size)
+        return blocks if window is None else min(blocks, -(-(window - 1) // size) + 1)
+
     # --- calls ---
 
     def add(self, r: Random) -> None:
-        size, window = self.m.block_size, self.m.window
+        size = self.m.block_size
         tokens = [r.randint(0, 1) for _ in range(r.randint(1, 5 * size))]
         key, priority = r.choice([b"", b"", b"a"]), r.choice([0, 0, -1, 1])
-        blocks = -(-len(tokens) // size)
-        if window is not None:
-            blocks = min(blocks, -(-(window - 1) // size) + 1)
+        blocks = self.most_blocks(len(tokens))
         expected = self.m.match(tokens, extra_key=key)
         seq, error = attempt(self.m.add, tokens, extra_key=key, priority=priority)
         assert (error is not None) == (blocks > self.m.num_blocks)
@@ -102,7 +111,7 @@ class CheckedManager:
         cached = self.m.num_cached_tokens(seq)
         assert cached == expected
         assert cached <= len(tokens) - 1
-        assert cached % size == 0
+        assert cached % size == 0 or 2 * (cached % size) >= size
         assert self.m.prefix_caching or cached == 0
         self.sequences[seq] = Sequence(key, tokens, cached)
 
@@ -112,13 +121,12 @@ class CheckedManager:
         self.try_step(seqs, counts, reuse=r.random() < 0.5)
 
     def decode(self, r: Random) -> None:
-        """The common step: sample a token for whoever has none left, and compute all that is known."""
+        """The common step: a sampled token for everybody, and all that is known is computed."""
         seqs = self.some(r, self.ids(swapped=False))
-        for seq in seqs:
-            if self.sequences[seq].pending == 0:
-                self.try_append([seq], [[r.randint(0, 1)]])
-        seqs = [i for i in seqs if self.sequences[i].pending]
-        self.try_step(seqs, [self.sequences[i].pending for i in seqs], reuse=r.random() < 0.5)
+        pending = [self.sequences[i].pending for i in seqs]
+        sampled = [r.randint(0, 1) if count == 0 or r.random() < 0.5 else -1 for count in pending]
+        counts = [count + (token >= 0) for count, token in zip(pending, sampled, strict=True)]
+        self.try_step(seqs, counts, reuse=r.random() < 0.5, sampled=sampled)
 
     def append(self, r: Random) -> None:
         seqs = self.some(r, self.ids())
@@ -143,6 +151,33 @@ class CheckedManager:
         for child in self.m.fork(seq, r.randint(1, 2)):
             self.sequences[child] = Sequence(s.key, list(s.tokens), s.computed, s.swapped, s.started)
         assert self.m.num_free_blocks == free, "a fork took blocks"
+
+    def reorder(self, r: Random) -> None:
+        seqs = self.some(r, self.ids())
+        parents = [r.choice(self.ids()) for _ in seqs]
+        held = self.m.usage
+        self.m.reorder(seqs, parents)
+        assert self.m.usage <= held, "reordering took blocks"
+        old = dict(self.sequences)
+        for seq, parent in zip(seqs, parents, strict=True):
+            self.sequences[seq] = replace(old[parent])
+
+    def pin(self, r: Random) -> None:
+        s = self.sequences[r.choice(self.ids())]
+        prompt = s.tokens[: r.randint(1, len(s.tokens))]
+        cached = self.m.match([*prompt, OTHER_TOKEN], extra_key=s.key)
+        cached -= cached % self.m.block_size
+        pin, error = attempt(self.m.pin, prompt, extra_key=s.key)
+        assert (error is not None) == (cached == 0)
+        if pin is not None:
+            assert self.m.num_pinned_tokens(pin) == cached
+            self.pins[pin] = s.key, prompt[:cached]
+
+    def unpin(self, r: Random) -> None:
+        pins = self.some(r, list(self.pins))
+        self.m.unpin(pins)
+        for pin in pins:
+            del self.pins[pin]
 
     def free(self, r: Random) -> None:
         seqs = self.some(r, self.ids())[:3]
@@ -200,6 +235,7 @@ class CheckedManager:
     def reset_prefix_cache(self, _: Random) -> None:
         self.m.reset_prefix_cache()
         assert self.m.num_cached_blocks == 0
+        self.pins = {pin: (key, []) for pin, (key, _) in self.pins.items()}
 
     def name_a_sequence_that_is_not_there(self, r: Random) -> None:
         before = self.m.snapshot()
@@ -221,6 +257,9 @@ class CheckedManager:
             "append": 6 * live,
             "truncate": 6 * live,
             "fork": 8 * (live and room),
+            "reorder": 5 * live,
+            "pin": 4 * (live and len(self.pins) < 4),
+            "unpin": 4 * bool(self.pins),
             "free": 6 * live,
             "preempt": 3 * live,
             "take_prefix": 4 * bool(waiting),
@@ -263,19 +302,29 @@ class CheckedManager:
                     needed += 1
         return needed
 
-    def try_step(self, seqs: list[int], counts: list[int], reuse: bool) -> None:
+    def try_step(self, seqs: list[int], counts: list[int], reuse: bool, sampled: list[int] | None = None) -> None:
+        new = [[] if sampled is None or sampled[i] < 0 else [sampled[i]] for i in range(len(seqs))]
+        longest = max((len(self.sequences[i].tokens) + len(t) for i, t in zip(seqs, new, strict=True)), default=0)
+        too_long = self.most_blocks(longest) > self.m.num_blocks
         needed, free = self.needed_blocks(seqs, counts), self.m.num_free_blocks
-        before = self.m.snapshot()
-        batch, error = attempt(self.m.step, seqs, counts, out=self.batch if reuse else None)
+        admits = any(not self.sequences[i].started for i in seqs)
+        reserve = int(self.m.watermark * self.m.num_blocks) if admits else 0
+        before = self.m.snapshot() if too_long or needed + reserve > free else {}
+        options = {"out": self.batch if reuse else None, "token_ids": sampled}
+        batch, error = attempt(self.m.step, seqs, counts, **options)
+        assert isinstance(error, InvalidArgumentError) == too_long
+        if too_long:
+            assert same_state(before, self.m.snapshot())
+            return
         if error:
-            admits = any(not self.sequences[i].started for i in seqs)
-            reserve = int(self.m.watermark * self.m.num_blocks) if admits else 0
             assert needed > 0
             assert needed + reserve > free
             assert (error.needed, error.free) == (needed, max(0, free - reserve))
             assert same_state(before, self.m.snapshot())
             return
         assert needed <= free
+        for seq, tokens in zip(seqs, new, strict=True):
+            self.sequences[seq].tokens = self.sequences[seq].tokens + tokens
         self.run_kernels(seqs, counts, batch)
 
     def run_kernels(self, seqs: list[int], counts: list[int], batch: StepBatch) -> None:
@@ -317,9 +366,39 @@ class CheckedManager:
                 slot = table[position // size] * size + position % size
                 assert cache[slot] == s.entry(position), "a block holds another prompt's KV"
 
+        for key, tokens in self.pins.values():
+            assert self.m.match([*tokens, OTHER_TOKEN], extra_key=key) >= len(tokens), "a pinned prefix was evicted"
+        for event in self.m.events():
+            assert (event["block"] in self.cached) == (event["kind"] != BlockManager.EVENT_STORED)
+            self.cached ^= {int(event["block"])}
+        assert self.cached == set(np.flatnonzero(self.m.layout()["is_cached"]).tolist())
+
     def finish(self) -> None:
         self.m.free(list(self.sequences))
+        self.m.unpin(list(self.pins))
         self.m.check()
         assert self.m.num_free_blocks == self.m.num_blocks, "blocks leaked"
         assert self.m.num_free_host_blocks == self.m.num_host_blocks, "host blocks leaked"
         assert self.m.usage == 0
+
+
+def live_long(calls: int, seed: int) -> dict[str, int]:
+    """Make random calls to one manager after another, comparing after each; the sums of their counters."""
+    r = Random(seed)
+    made = 0
+    stats: dict[str, int] = {}
+    while made < calls:
+        checked = CheckedManager.random(r)
+        for _ in range(r.randint(50, 400)):
+            weights = checked.possible()
+            name = r.choices(list(weights), list(weights.values()))[0]
+            try:
+                getattr(checked, name)(r)
+                checked.compare()
+            except Exception as error:
+                pytest.fail(f"{name}, call {made} with seed {seed}: {type(error).__name__}: {error}")
+            made += 1
+        for key, value in checked.m.stats().items():
+            stats[key] = stats.get(key, 0) + value
+        checked.finish()
+    return stats

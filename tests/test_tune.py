@@ -232,8 +232,9 @@ def found_by_the_manager(requests: list[Request], size: int) -> list[int]:
     found = []
     for request in requests:
         seq = manager.add(request.prompt())
-        found.append(manager.num_cached_tokens(seq))
-        manager.step([seq], [request.prompt_length - found[-1]])
+        cached = manager.num_cached_tokens(seq)
+        found.append(cached // size * size)
+        manager.step([seq], [request.prompt_length - cached])
         manager.free([seq])
     return found
 

@@ -2,14 +2,25 @@
 #
 # What users give, turned into C++ values or refused; and arrays turned back.
 
-_INT32_MAX = 2**31 - 1
+cdef enum:
+    _INT32_MAX = 2147483647
+    _NO_TOKEN = -1
+
+cdef int64_t _INT64_MAX = 9223372036854775807
+cdef int64_t _INT64_MIN = -_INT64_MAX - 1
 
 
 cdef _invalid(str call, str argument, str rule, got):
     return InvalidArgumentError(f"BlockManager{call}: `{argument}` must {rule}; got {got}")
 
 
-cdef int64_t _integer(value, str call, str argument, low, high) except? -1:
+cdef int64_t _integer(value, str call, str argument, int64_t low, int64_t high) except? -1:
+    cdef int overflow = 0
+    cdef int64_t exact
+    if PyLong_CheckExact(value):
+        exact = PyLong_AsLongLongAndOverflow(value, &overflow)
+        if overflow == 0 and low <= exact <= high:
+            return exact
     try:
         number = operator.index(value)
     except TypeError:
@@ -17,6 +28,10 @@ cdef int64_t _integer(value, str call, str argument, low, high) except? -1:
     if not low <= number <= high:
         raise _invalid(call, argument, f"lie in {low} ... {high}", number)
     return number
+
+
+cdef int64_t _id(value, str call, str argument) except? -1:
+    return _integer(value, call, argument, _INT64_MIN, _INT64_MAX)
 
 
 cdef object _integer_array(values, str call, str argument):
@@ -36,77 +51,108 @@ cdef object _integer_array(values, str call, str argument):
     return np.ascontiguousarray(array, dtype=np.int32 if array.dtype == np.int32 else np.int64)
 
 
+cdef char _open_buffer(values, Py_buffer *buffer) except? 0:
+    """The element type, "i" for int32 or "q" for int64, of an array that can be read as it lies; else 0.
+
+    It saves an array of the right kind the way through NumPy, which takes longer than many a call.
+    """
+    cdef char kind
+    if not PyObject_CheckBuffer(values):
+        return 0
+    try:
+        PyObject_GetBuffer(values, buffer, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS)
+    except (BufferError, ValueError):
+        return 0
+    if buffer.ndim == 1 and buffer.shape[0] > 0 and buffer.format != NULL and buffer.format[1] == 0:
+        kind = buffer.format[0]
+        if kind == c"i" and buffer.itemsize == 4:
+            return c"i"
+        if (kind == c"l" or kind == c"q") and buffer.itemsize == 8:
+            return c"q"
+    PyBuffer_Release(buffer)
+    return 0
+
+
 cdef int _read_int64(values, str call, str argument, vector[int64_t] &out) except -1:
-    cdef const int64_t[::1] wide
-    cdef const int32_t[::1] narrow
-    cdef int64_t number = 0
-    cdef int overflow = 0
+    cdef Py_buffer buffer
+    cdef char kind
+    cdef int64_t number
     if type(values) is list or type(values) is tuple:
         out.reserve(len(values))
         for item in values:
-            if PyLong_CheckExact(item):
-                number = PyLong_AsLongLongAndOverflow(item, &overflow)
-            if not PyLong_CheckExact(item) or overflow != 0:
-                number = _integer(item, call, argument, -2**63, 2**63 - 1)
+            number = _id(item, call, argument)
             out.push_back(number)
         return 0
-    array = _integer_array(values, call, argument)
-    if array.size == 0:
-        return 0
-    if array.dtype == np.int64:
-        wide = array
-        out.assign(&wide[0], &wide[0] + wide.shape[0])
-    else:
-        narrow = array
-        out.assign(&narrow[0], &narrow[0] + narrow.shape[0])
-    return 0
-
-
-cdef int _read_tokens(values, str call, vector[int32_t] &out) except -1:
-    cdef const int32_t[::1] narrow
-    cdef vector[int64_t] wide
-    cdef int64_t bad = 0
-    cdef cbool found = False
-    cdef size_t i
-    if type(values) is not list and type(values) is not tuple:
-        values = _integer_array(values, call, "token_ids")
-        if values.dtype == np.int32:
-            narrow = values
-            if narrow.shape[0] > 0:
-                out.assign(&narrow[0], &narrow[0] + narrow.shape[0])
-            with nogil:
-                for i in range(out.size()):
-                    if out[i] < 0:
-                        bad = out[i]
-                        found = True
-                        break
-            if found:
-                raise _invalid(call, "token_ids", f"lie in 0 ... {_INT32_MAX}", bad)
+    kind = _open_buffer(values, &buffer)
+    if kind == 0:
+        values = _integer_array(values, call, argument)
+        if values.size == 0:
             return 0
-    _read_int64(values, call, "token_ids", wide)
-    with nogil:
-        out.resize(wide.size())
-        for i in range(wide.size()):
-            if wide[i] < 0 or wide[i] > 2147483647:
-                bad = wide[i]
-                found = True
-                break
-            out[i] = <int32_t>wide[i]
-    if found:
-        raise _invalid(call, "token_ids", f"lie in 0 ... {_INT32_MAX}", bad)
+        kind = _open_buffer(values, &buffer)
+    try:
+        if kind == c"q":
+            out.assign(<const int64_t *>buffer.buf, <const int64_t *>buffer.buf + buffer.shape[0])
+        else:
+            out.assign(<const int32_t *>buffer.buf, <const int32_t *>buffer.buf + buffer.shape[0])
+    finally:
+        PyBuffer_Release(&buffer)
     return 0
+
+
+@cython.final
+@cython.no_gc
+cdef class _Tokens:
+    """Tokens that a caller gave: where they lie if that is an int32 array, and else narrowed in memory of our own."""
+
+    cdef Py_buffer buffer
+    cdef bint borrowed
+    cdef vector[int32_t] own
+    cdef const int32_t *data
+    cdef int64_t size
+
+    def __dealloc__(self):
+        if self.borrowed:
+            PyBuffer_Release(&self.buffer)
+
+
+cdef _Tokens _read_tokens(values, str call, int64_t least=0):
+    cdef _Tokens tokens = _Tokens.__new__(_Tokens)
+    cdef vector[int64_t] wide
+    cdef pair[int64_t, int64_t] found
+    cdef char kind = 0
+    if type(values) is not list and type(values) is not tuple:
+        kind = _open_buffer(values, &tokens.buffer)
+        tokens.borrowed = kind != 0
+    if kind == c"i":
+        tokens.data, tokens.size = <const int32_t *>tokens.buffer.buf, tokens.buffer.shape[0]
+        found = range_of(tokens.data, tokens.size)
+    else:
+        _read_int64(values, call, "token_ids", wide)
+        found = range_of(<const int64_t *>wide.data(), <int64_t>wide.size())
+        narrow(wide, tokens.own)
+        tokens.data, tokens.size = tokens.own.data(), tokens.own.size()
+    if found.first < least or found.second > _INT32_MAX:
+        raise _invalid(call, "token_ids", f"lie in {least} ... {_INT32_MAX}",
+                       found.first if found.first < least else found.second)
+    return tokens
 
 
 cdef cbool _is_single(value) noexcept:
     return PyLong_CheckExact(value) or (hasattr(value, "__index__") and not getattr(value, "ndim", 0))
 
 
-cdef int _read_ids(seqs, str call, vector[int64_t] &out) except -1:
-    """Sequence ids: one or several."""
+cdef int _read_ids(seqs, str call, vector[int64_t] &out, str argument="seqs") except -1:
+    """Ids: one or several."""
     if _is_single(seqs):
-        out.push_back(_integer(seqs, call, "seqs", -2**63, 2**63 - 1))
+        out.push_back(_id(seqs, call, argument))
         return 0
-    return _read_int64(seqs, call, "seqs", out)
+    return _read_int64(seqs, call, argument, out)
+
+
+cdef int _same_length(size_t got, size_t num_seqs, str call, str argument, str what) except -1:
+    if got != num_seqs:
+        raise _invalid(call, argument, f"hold {what} for each of {num_seqs} sequences", got)
+    return 0
 
 
 cdef string _read_key(extra_key, str call) except *:

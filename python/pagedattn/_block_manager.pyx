@@ -9,6 +9,8 @@ give, releases Python's lock, and turns what comes back into NumPy arrays; no Py
 token.
 """
 
+cimport cython
+
 import operator
 import os
 
@@ -20,13 +22,16 @@ from libc.string cimport memcpy
 from libcpp cimport bool as cbool
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
-from libcpp.utility cimport move
+from libcpp.utility cimport move, pair
 from libcpp.vector cimport vector
+from cpython.buffer cimport (
+    PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
+)
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 
 from ._manager cimport (
-    Config, Counters, HashKey, Layout, Manager, PoolCounters, Snapshot, State, StepArrays,
-    assign_field, key_from_seed, view_fields,
+    Check, Config, Counters, HashKey, Layout, Manager, PoolCounters, Snapshot, SnapshotReader, SnapshotWriter,
+    StepArrays, StepRequest, assign_field, key_from_seed, narrow, range_of, view_fields,
 )
 
 from . import _svg
@@ -43,8 +48,10 @@ cdef class BlockManager:
     one from a prompt, `append` adds tokens to it, and `step` gives blocks to the next tokens of a batch and the arrays
     that the kernels need to compute them.  Blocks that become full are published in the prefix cache, and a later
     prompt that begins with the same tokens, under the same `extra_key`, uses them instead of computing them again.
-    When a sequence is freed its published blocks stay cached until their place is needed; of the unused ones those of
-    the lowest priority go first, among equals the least recently used, the tail of a prefix before its head.
+    A prompt that goes on in the middle of a cached block shares that block too, if at least half of it is of use, and
+    gets a copy with its first write.  When a sequence is freed its published blocks stay cached until their place is
+    needed; of the unused ones those of the lowest priority go first, among equals the least recently used, the tail of
+    a prefix before its head.
 
     A published block may be used by the next `step`, `add` or `fork`.  The caller therefore runs what a batch asks for
     (the copies, the cache writes, the attention) before that of a later batch, which one CUDA stream does by itself.
@@ -68,6 +75,8 @@ cdef class BlockManager:
     window : int, optional
         The `window` of the attention.  Blocks that no later token can see are released; their block-table entries
         become -1 (0, which is not read, in the arrays of a step).
+    num_events : int, optional
+        Keep the last so many events of the prefix cache for `events`.
     seed : int, optional
         Makes the keyed hash of the prefix cache the same in every process.  Without it the key comes from the
         operating system.  Which blocks are shared does not depend on it: tokens are compared, not only hashes.
@@ -98,17 +107,23 @@ cdef class BlockManager:
     (16, 1)
     """
 
+    # Kinds of `events`.
+    EVENT_STORED = 1
+    EVENT_REMOVED = 2
+    EVENT_EVICTED = 3
+
     cdef unique_ptr[Manager] _manager
 
     def __init__(self, num_blocks, block_size, *, num_host_blocks=0, prefix_caching=True, watermark=0.0, window=None,
-                 seed=None):
+                 num_events=0, seed=None):
         cdef Config config
         config.num_blocks = _integer(num_blocks, "", "num_blocks", 1, _INT32_MAX)
         config.block_size = _integer(block_size, "", "block_size", 1, _INT32_MAX)
         config.num_host_blocks = _integer(num_host_blocks, "", "num_host_blocks", 0, _INT32_MAX)
         config.prefix_caching = bool(prefix_caching)
         config.watermark = _fraction(watermark, "watermark")
-        config.window = 0 if window is None else _integer(window, "", "window", 1, 2**62)
+        config.window = 0 if window is None else _integer(window, "", "window", 1, 4611686018427387904)
+        config.num_events = _integer(num_events, "", "num_events", 0, _INT32_MAX)
         cdef const uint8_t[::1] entropy
         if seed is None:
             entropy = os.urandom(sizeof(HashKey))
@@ -148,15 +163,14 @@ cdef class BlockManager:
         At most all but the last token come from the cache: the last one's query is needed for the next token.
         Blocks taken here are held until the sequence is freed or preempted, even while it waits for its first step.
         """
-        cdef vector[int32_t] tokens
         cdef string key = _read_key(extra_key, ".add")
         cdef int8_t level = _integer(priority, ".add", "priority", -128, 127)
         cdef int64_t seq
-        _read_tokens(token_ids, ".add", tokens)
-        if tokens.empty():
+        cdef _Tokens tokens = _read_tokens(token_ids, ".add")
+        if tokens.size == 0:
             raise _invalid(".add", "token_ids", "hold at least one token", "none")
         with nogil:
-            seq = self._manager.get().add(tokens.data(), tokens.size(), key, level)
+            seq = self._manager.get().add(tokens.data, tokens.size, key, level)
         return seq
 
     def take_prefix(self, seq):
@@ -176,7 +190,7 @@ cdef class BlockManager:
         InvalidArgumentError
             The sequence is unknown, swapped out, or has had a step.
         """
-        cdef int64_t sequence = _integer(seq, ".take_prefix", "seq", -2**63, 2**63 - 1)
+        cdef int64_t sequence = _id(seq, ".take_prefix", "seq")
         cdef int64_t tokens
         with nogil:
             tokens = self._manager.get().take_prefix(sequence)
@@ -194,14 +208,13 @@ cdef class BlockManager:
         -------
         int
         """
-        cdef vector[int32_t] tokens
         cdef string key = _read_key(extra_key, ".match")
         cdef int64_t found
-        _read_tokens(token_ids, ".match", tokens)
-        if tokens.empty():
+        cdef _Tokens tokens = _read_tokens(token_ids, ".match")
+        if tokens.size == 0:
             return 0
         with nogil:
-            found = self._manager.get().match(tokens.data(), tokens.size(), key)
+            found = self._manager.get().match(tokens.data, tokens.size, key)
         return found
 
     def append(self, seqs, token_ids, query_start_loc=None):
@@ -222,28 +235,26 @@ cdef class BlockManager:
             A sequence is unknown or repeated, the lengths disagree, or a sequence would outgrow the pool.
         """
         cdef vector[int64_t] ids, starts
-        cdef vector[int32_t] tokens
         cdef size_t i
         _read_ids(seqs, ".append", ids)
-        _read_tokens([token_ids] if _is_single(token_ids) else token_ids, ".append", tokens)
+        cdef _Tokens tokens = _read_tokens([token_ids] if _is_single(token_ids) else token_ids, ".append")
         if query_start_loc is not None:
             _read_int64(query_start_loc, ".append", "query_start_loc", starts)
-            if starts.size() != ids.size() + 1 or starts[0] != 0 or starts[starts.size() - 1] != <int64_t>tokens.size():
+            if starts.size() != ids.size() + 1 or starts[0] != 0 or starts[starts.size() - 1] != <int64_t>tokens.size:
                 raise _invalid(".append", "query_start_loc",
-                               f"hold {ids.size() + 1} offsets from 0 to {tokens.size()}", query_start_loc)
+                               f"hold {ids.size() + 1} offsets from 0 to {tokens.size}", query_start_loc)
             for i in range(ids.size()):
                 if starts[i] > starts[i + 1]:
                     raise _invalid(".append", "query_start_loc", "not descend", query_start_loc)
         elif _is_single(seqs):
-            starts = [0, tokens.size()]
-        elif ids.size() != tokens.size():
-            raise _invalid(".append", "token_ids", f"hold one token for each of {ids.size()} sequences", tokens.size())
+            starts = [0, tokens.size]
         else:
+            _same_length(tokens.size, ids.size(), ".append", "token_ids", "one token")
             starts.resize(ids.size() + 1)
             for i in range(starts.size()):
                 starts[i] = i
         with nogil:
-            self._manager.get().append(ids.data(), ids.size(), starts.data(), tokens.data())
+            self._manager.get().append(ids.data(), ids.size(), starts.data(), tokens.data)
 
     def truncate(self, seq, num_tokens):
         """Cut a sequence down to its first tokens, after rejected speculation for instance.
@@ -263,8 +274,8 @@ cdef class BlockManager:
             The sequence is unknown, `num_tokens` is out of range, or the sliding window has released blocks that
             would be visible again.
         """
-        cdef int64_t sequence = _integer(seq, ".truncate", "seq", -2**63, 2**63 - 1)
-        cdef int64_t keep = _integer(num_tokens, ".truncate", "num_tokens", -2**63, 2**63 - 1)
+        cdef int64_t sequence = _id(seq, ".truncate", "seq")
+        cdef int64_t keep = _id(num_tokens, ".truncate", "num_tokens")
         with nogil:
             self._manager.get().truncate(sequence, keep)
 
@@ -284,12 +295,37 @@ cdef class BlockManager:
         list of int
             The ids of the copies.
         """
-        cdef int64_t sequence = _integer(seq, ".fork", "seq", -2**63, 2**63 - 1)
+        cdef int64_t sequence = _id(seq, ".fork", "seq")
         cdef int64_t count = _integer(n, ".fork", "n", 1, _INT32_MAX)
         cdef vector[int64_t] ids
         with nogil:
             ids = self._manager.get().fork(sequence, count)
         return ids
+
+    def reorder(self, seqs, parents):
+        """Let sequences go on as copies of others, as the beams do after a step of beam search.
+
+        Sequence ``seqs[i]`` keeps its id and becomes what ``parents[i]`` was before the call, sharing all its blocks as
+        after a `fork`; what it was itself is given back unless another one became it.
+
+        Parameters
+        ----------
+        seqs : int or sequence of int
+            Each at most once.
+        parents : int or sequence of int
+            A live sequence for each; several may go on from the same one, and one from itself.
+
+        Raises
+        ------
+        InvalidArgumentError
+            A sequence is unknown or repeated, or the lengths disagree.
+        """
+        cdef vector[int64_t] ids, origins
+        _read_ids(seqs, ".reorder", ids)
+        _read_ids(parents, ".reorder", origins, "parents")
+        _same_length(origins.size(), ids.size(), ".reorder", "parents", "one parent")
+        with nogil:
+            self._manager.get().reorder(ids.data(), ids.size(), origins.data())
 
     def free(self, seqs):
         """Forget sequences.  Their published blocks stay cached until their place is needed.
@@ -322,17 +358,120 @@ cdef class BlockManager:
         with nogil:
             self._manager.get().preempt(ids.data(), ids.size())
 
+    def pin(self, token_ids, *, extra_key=b""):
+        """Keep what is cached of a prompt, a system prompt for instance, from being evicted.
+
+        Parameters
+        ----------
+        token_ids : sequence or array of int
+            Its whole blocks that are cached now are pinned.
+        extra_key : bytes, optional
+
+        Returns
+        -------
+        int
+            The pin's id, for `unpin`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Not even the first block is cached.
+
+        Notes
+        -----
+        Pinned blocks are held: they are missing in `num_free_blocks`.
+        """
+        cdef string key = _read_key(extra_key, ".pin")
+        cdef int64_t pin
+        cdef _Tokens tokens = _read_tokens(token_ids, ".pin")
+        with nogil:
+            pin = self._manager.get().pin(tokens.data, tokens.size, key)
+        return pin
+
+    def unpin(self, pins):
+        """Take pins back.  Their blocks stay cached until their place is needed.
+
+        Parameters
+        ----------
+        pins : int or sequence of int
+
+        Raises
+        ------
+        InvalidArgumentError
+            One is no pin, has been taken back already, or is repeated.  None is taken back then.
+        """
+        cdef vector[int64_t] ids
+        _read_ids(pins, ".unpin", ids, "pins")
+        with nogil:
+            self._manager.get().unpin(ids.data(), ids.size())
+
+    def pins(self):
+        """The ids of all pins, in the order in which they were made.
+
+        Returns
+        -------
+        list of int
+        """
+        return self._manager.get().pins()
+
+    def num_pinned_tokens(self, pin):
+        """Tokens that a pin keeps in the cache."""
+        return self._manager.get().num_pinned(_id(pin, ".num_pinned_tokens", "pin"))
+
+    def block_hashes(self, token_ids, *, extra_key=b""):
+        """The names that the prefix cache gives to the whole blocks of a prompt, cached or not.
+
+        A name is the keyed 128-bit hash of the prefix that ends with the block: comparable between managers that were
+        made with the same `seed`, and what `events` tells of.
+
+        Parameters
+        ----------
+        token_ids : sequence or array of int
+        extra_key : bytes, optional
+
+        Returns
+        -------
+        ndarray of uint64, shape (num_blocks, 2)
+        """
+        cdef string key = _read_key(extra_key, ".block_hashes")
+        cdef vector[uint64_t] hashes
+        cdef _Tokens tokens = _read_tokens(token_ids, ".block_hashes")
+        with nogil:
+            hashes = self._manager.get().block_hashes(tokens.data, tokens.size, key)
+        return _numpy_copy(hashes.data(), hashes.size() * sizeof(uint64_t), np.uint64).reshape(-1, 2)
+
+    def events(self):
+        """What has happened in the prefix cache since the last call, the oldest first.
+
+        The manager keeps the last `num_events` of them; `stats` counts those that were dropped.
+
+        Returns
+        -------
+        ndarray of a structured dtype
+            ``hash`` and ``parent_hash`` (two uint64 each; see `block_hashes`), ``kind`` (int32: ``EVENT_STORED``,
+            ``EVENT_REMOVED`` or ``EVENT_EVICTED`` of this class), ``block`` (int32) and ``token_ids`` (int32, a
+            block's).  The parent of a first block is its namespace; a block whose parent has left the cache has zeros
+            there.
+        """
+        cdef vector[uint8_t] records
+        with nogil:
+            records = self._manager.get().drain_events()
+        return _numpy_copy(records.data(), records.size(), np.dtype([
+            ("hash", np.uint64, 2), ("parent_hash", np.uint64, 2), ("kind", np.int32), ("block", np.int32),
+            ("token_ids", np.int32, self.block_size)]))
+
     def reset_prefix_cache(self):
         """Forget all cached prefixes, after a change of weights for instance.
 
-        Live sequences keep their blocks and publish nothing more; preempt them to compute them afresh.
+        Live sequences keep their blocks and publish nothing more; preempt them to compute them afresh.  Pins keep
+        nothing any more.
         """
         with nogil:
             self._manager.get().reset_prefix_cache()
 
     # --- blocks for a batch ------------------------------------------------------------------------------------------
 
-    def step(self, seqs, num_new_tokens, out=None):
+    def step(self, seqs, num_new_tokens, out=None, *, token_ids=None):
         """Give blocks to the next tokens of a batch, all or nothing, and say where everything lies.
 
         Sequence i computes its next ``num_new_tokens[i]`` tokens that are known and not computed: the whole prompt, a
@@ -346,6 +485,8 @@ cdef class BlockManager:
             At least one for each sequence; a single number counts for all.
         out : StepBatch, optional
             A batch whose arrays are to be reused.
+        token_ids : int or sequence or array of int, optional
+            One token for each sequence, appended to it first: what was sampled in the last step.  -1 appends nothing.
 
         Returns
         -------
@@ -360,29 +501,35 @@ cdef class BlockManager:
             A sequence is unknown, repeated or swapped out, has not that many tokens to compute, or `out` is too small.
         """
         cdef vector[int64_t] ids, counts
-        cdef int64_t width, count, tokens = 0
+        cdef _Tokens tokens
+        cdef int64_t width, count, num_tokens = 0
         cdef StepBatch batch
+        cdef StepRequest request
         _read_ids(seqs, ".step", ids)
         if _is_single(num_new_tokens):
             count = _integer(num_new_tokens, ".step", "num_new_tokens", 1, _INT32_MAX)
             counts.assign(ids.size(), count)
         else:
             _read_int64(num_new_tokens, ".step", "num_new_tokens", counts)
-        if counts.size() != ids.size():
-            raise _invalid(".step", "num_new_tokens", f"hold a number for each of {ids.size()} sequences",
-                           counts.size())
+        _same_length(counts.size(), ids.size(), ".step", "num_new_tokens", "a number")
+        request.ids, request.counts, request.num_seqs = ids.data(), counts.data(), ids.size()
+        request.tokens = NULL
+        if token_ids is not None:
+            tokens = _read_tokens([token_ids] if _is_single(token_ids) else token_ids, ".step", _NO_TOKEN)
+            _same_length(tokens.size, ids.size(), ".step", "token_ids", "one token")
+            request.tokens = tokens.data
         if out is None:
             with nogil:
-                width = self._manager.get().max_table_blocks(ids.data(), counts.data(), ids.size())
+                width = self._manager.get().max_table_blocks(request)
                 for count in counts:
-                    tokens += count
-            batch = StepBatch(ids.size(), width, tokens)
+                    num_tokens += count
+            batch = StepBatch(ids.size(), width, num_tokens)
         elif isinstance(out, StepBatch):
             batch = out
         else:
             raise _invalid(".step", "out", "be a StepBatch", type(out).__name__)
         with nogil:
-            self._manager.get().step(ids.data(), counts.data(), ids.size(), batch._arrays)
+            self._manager.get().step(request, batch._arrays)
         batch._show()
         return batch
 
@@ -472,6 +619,11 @@ cdef class BlockManager:
         return self._manager.get().config().window or None
 
     @property
+    def num_events(self):
+        """Events of the prefix cache that are kept for `events`."""
+        return self._manager.get().config().num_events
+
+    @property
     def num_free_blocks(self):
         """Blocks that can be handed out: free ones and unused cached ones."""
         return self._manager.get().num_free()
@@ -502,19 +654,19 @@ cdef class BlockManager:
 
     def num_tokens(self, seq):
         """Tokens of a sequence that are known, computed or not."""
-        return self._manager.get().num_tokens(_integer(seq, ".num_tokens", "seq", -2**63, 2**63 - 1))
+        return self._manager.get().num_tokens(_id(seq, ".num_tokens", "seq"))
 
     def num_computed_tokens(self, seq):
         """Tokens of a sequence whose KV is in its blocks, those of the last step included."""
-        return self._manager.get().num_computed(_integer(seq, ".num_computed_tokens", "seq", -2**63, 2**63 - 1))
+        return self._manager.get().num_computed(_id(seq, ".num_computed_tokens", "seq"))
 
     def num_cached_tokens(self, seq):
         """Tokens of a sequence that were found in the prefix cache when it was added or last took its prefix."""
-        return self._manager.get().num_cached(_integer(seq, ".num_cached_tokens", "seq", -2**63, 2**63 - 1))
+        return self._manager.get().num_cached(_id(seq, ".num_cached_tokens", "seq"))
 
     def is_swapped(self, seq):
         """Whether the blocks of a sequence are in the host pool."""
-        return self._manager.get().swapped(_integer(seq, ".is_swapped", "seq", -2**63, 2**63 - 1))
+        return self._manager.get().swapped(_id(seq, ".is_swapped", "seq"))
 
     def token_ids(self, seq):
         """A copy of a sequence's tokens.
@@ -524,7 +676,7 @@ cdef class BlockManager:
         ndarray of int32, shape (num_tokens,)
         """
         cdef vector[int32_t] tokens = self._manager.get().token_ids(
-            _integer(seq, ".token_ids", "seq", -2**63, 2**63 - 1))
+            _id(seq, ".token_ids", "seq"))
         return _numpy_copy(tokens.data(), tokens.size() * sizeof(int32_t), np.int32)
 
     def block_table(self, seq):
@@ -536,12 +688,12 @@ cdef class BlockManager:
             -1 where a sliding window has released the block.
         """
         cdef vector[int32_t] table = self._manager.get().block_table(
-            _integer(seq, ".block_table", "seq", -2**63, 2**63 - 1))
+            _id(seq, ".block_table", "seq"))
         return _numpy_copy(table.data(), table.size() * sizeof(int32_t), np.int32)
 
     def ref_count(self, block):
         """How many sequences hold a device block."""
-        return self._manager.get().ref_count(_integer(block, ".ref_count", "block", -2**63, 2**63 - 1))
+        return self._manager.get().ref_count(_id(block, ".ref_count", "block"))
 
     def stats(self):
         """Counters since the manager was made.
@@ -552,9 +704,11 @@ cdef class BlockManager:
             ``allocated`` blocks handed out; ``freed`` blocks that their last sequence gave back, cached or not;
             ``evicted`` cached blocks whose place was taken; ``published`` blocks put into the prefix cache;
             ``merged_duplicates`` blocks given back because the cache held the same prefix already;
-            ``prefix_queried_tokens`` and ``prefix_hit_tokens``, whose quotient is the hit rate; ``cow_copies``;
+            ``prefix_queried_tokens`` and ``prefix_hit_tokens``, whose quotient is the hit rate, and those of the hits
+            that were a part of a block, ``partial_hit_tokens``; ``cow_copies``;
             ``window_released`` block-table entries; ``preemptions``; ``swapped_out_blocks`` and ``swapped_in_blocks``
-            copied; ``peak_blocks`` held at once; ``held_blocks``, ``cached_blocks`` and ``sequences`` at present.
+            copied; ``dropped_events``; ``peak_blocks`` held at once; ``held_blocks``, ``cached_blocks`` and
+            ``sequences`` at present.
         """
         cdef PoolCounters pool = self._manager.get().pool_counters()
         cdef Counters counters = self._manager.get().counters()
@@ -566,11 +720,13 @@ cdef class BlockManager:
             "merged_duplicates": counters.merged_duplicates,
             "prefix_queried_tokens": counters.prefix_queried_tokens,
             "prefix_hit_tokens": counters.prefix_hit_tokens,
+            "partial_hit_tokens": counters.partial_hit_tokens,
             "cow_copies": counters.cow_copies,
             "window_released": counters.window_released,
             "preemptions": counters.preemptions,
             "swapped_out_blocks": counters.swapped_out_blocks,
             "swapped_in_blocks": counters.swapped_in_blocks,
+            "dropped_events": self._manager.get().num_dropped_events(),
             "peak_blocks": pool.peak_held,
             "held_blocks": self._manager.get().num_held(),
             "cached_blocks": self._manager.get().num_published(),
@@ -588,7 +744,7 @@ cdef class BlockManager:
             An invariant is broken; the message names it.  This is a bug.
         """
         with nogil:
-            State.check(self._manager.get()[0])
+            Check.run(self._manager.get()[0])
 
     def layout(self):
         """What a picture of the cache needs, as plain data, to be drawn later by ``pagedattn._svg.render``.
@@ -602,7 +758,7 @@ cdef class BlockManager:
         """
         cdef Layout layout
         with nogil:
-            layout = State.layout(self._manager.get()[0])
+            layout = self._manager.get().layout()
         fields = _numpy_copy(layout.sequences.data(), layout.sequences.size() * sizeof(int64_t), np.int64)
         fields = fields.reshape(-1, 5)
         return {
@@ -626,11 +782,11 @@ cdef class BlockManager:
         Returns
         -------
         dict of str to ndarray
-            Ready for ``numpy.savez``.  It holds the secret hash key and all tokens.
+            Ready for ``numpy.savez``.  It holds the secret hash key and all tokens, and no events.
         """
         cdef Snapshot snapshot
         with nogil:
-            snapshot = State.snapshot(self._manager.get()[0])
+            snapshot = SnapshotWriter.write(self._manager.get()[0])
         return {field.name.decode(): _numpy_copy(field.data, field.num_bytes, field.dtype.decode())
                 for field in view_fields(snapshot)}
 
@@ -668,7 +824,7 @@ cdef class BlockManager:
                 view = array.view(np.uint8)
                 assign_field(state, field.name, &view[0], view.shape[0])
         with nogil:
-            manager._manager = move(State.restore(state))
+            manager._manager = move(SnapshotReader.read(state))
         return manager
 
     def __repr__(self):

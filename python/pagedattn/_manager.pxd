@@ -6,6 +6,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
+from libcpp.utility cimport pair
 from libcpp.vector cimport vector
 
 
@@ -41,7 +42,12 @@ cdef inline int raise_error() except -1:
     raise RuntimeError(message)
 
 
-cdef extern from "blocks/manager_state.h" namespace "pagedattn::blocks" nogil:
+cdef extern from "blocks/tokens.h" namespace "pagedattn::blocks" nogil:
+    pair[int64_t, int64_t] range_of[T](const T *, int64_t)
+    void narrow(const vector[int64_t] &, vector[int32_t] &) except +raise_error
+
+
+cdef extern from "blocks/layout.h" namespace "pagedattn::blocks" nogil:
     cdef cppclass HashKey:
         uint64_t words[6]
     HashKey key_from_seed(uint64_t seed)
@@ -53,7 +59,14 @@ cdef extern from "blocks/manager_state.h" namespace "pagedattn::blocks" nogil:
         cbool prefix_caching
         double watermark
         int64_t window
+        int64_t num_events
         HashKey key
+
+    cdef cppclass StepRequest:
+        const int64_t *ids
+        const int64_t *counts
+        const int32_t *tokens
+        int64_t num_seqs
 
     cdef cppclass StepArrays:
         int32_t *block_tables
@@ -80,12 +93,19 @@ cdef extern from "blocks/manager_state.h" namespace "pagedattn::blocks" nogil:
     cdef cppclass Counters:
         int64_t prefix_queried_tokens
         int64_t prefix_hit_tokens
+        int64_t partial_hit_tokens
         int64_t cow_copies
         int64_t merged_duplicates
         int64_t window_released
         int64_t preemptions
         int64_t swapped_out_blocks
         int64_t swapped_in_blocks
+
+    cdef cppclass Layout:
+        vector[int64_t] sequences
+        vector[int32_t] tables
+        vector[int32_t] ref_counts
+        vector[uint8_t] published
 
     cdef cppclass Manager:
         Manager(const Config &) except +raise_error
@@ -95,11 +115,16 @@ cdef extern from "blocks/manager_state.h" namespace "pagedattn::blocks" nogil:
         void append(const int64_t *, int64_t, const int64_t *, const int32_t *) except +raise_error
         void truncate(int64_t, int64_t) except +raise_error
         vector[int64_t] fork(int64_t, int64_t) except +raise_error
+        void reorder(const int64_t *, int64_t, const int64_t *) except +raise_error
         void free(const int64_t *, int64_t) except +raise_error
         void preempt(const int64_t *, int64_t) except +raise_error
+        int64_t pin(const int32_t *, int64_t, const string &) except +raise_error
+        void unpin(const int64_t *, int64_t) except +raise_error
+        vector[uint64_t] block_hashes(const int32_t *, int64_t, const string &) except +raise_error
         void reset_prefix_cache() except +raise_error
-        int64_t max_table_blocks(const int64_t *, const int64_t *, int64_t) except +raise_error
-        void step(const int64_t *, const int64_t *, int64_t, StepArrays &) except +raise_error
+        vector[uint8_t] drain_events() except +raise_error
+        int64_t max_table_blocks(const StepRequest &) except +raise_error
+        void step(const StepRequest &, StepArrays &) except +raise_error
         vector[int64_t] swap_out(const int64_t *, int64_t) except +raise_error
         vector[int64_t] swap_in(const int64_t *, int64_t) except +raise_error
         int64_t num_tokens(int64_t) except +raise_error
@@ -109,17 +134,23 @@ cdef extern from "blocks/manager_state.h" namespace "pagedattn::blocks" nogil:
         vector[int32_t] token_ids(int64_t) except +raise_error
         vector[int32_t] block_table(int64_t) except +raise_error
         vector[int64_t] ids() except +raise_error
+        vector[int64_t] pins() except +raise_error
+        int64_t num_pinned(int64_t) except +raise_error
         int32_t ref_count(int64_t) except +raise_error
         int64_t num_free() except +raise_error
         int64_t num_free_host() except +raise_error
         int64_t num_held() except +raise_error
         int64_t num_published() except +raise_error
         int64_t num_sequences() except +raise_error
+        int64_t num_dropped_events() except +raise_error
         Counters counters() except +raise_error
         PoolCounters pool_counters() except +raise_error
+        Layout layout() except +raise_error
         const Config &config()
         void weaken_hash(int)
 
+
+cdef extern from "blocks/snapshot.h" namespace "pagedattn::blocks" nogil:
     cdef cppclass Snapshot:
         pass
 
@@ -129,24 +160,17 @@ cdef extern from "blocks/manager_state.h" namespace "pagedattn::blocks" nogil:
         const void *data
         size_t num_bytes
 
-    cdef cppclass Layout:
-        vector[int64_t] sequences
-        vector[int32_t] tables
-        vector[int32_t] ref_counts
-        vector[uint8_t] published
-
     vector[FieldView] view_fields(const Snapshot &) except +raise_error
     void assign_field(Snapshot &, string, const void *, size_t) except +raise_error
 
-    cdef cppclass State:
+    cdef cppclass Check:
         @staticmethod
-        void check(const Manager &) except +raise_error
+        void run(const Manager &) except +raise_error
 
+    cdef cppclass SnapshotWriter:
         @staticmethod
-        Layout layout(const Manager &) except +raise_error
+        Snapshot write(const Manager &) except +raise_error
 
+    cdef cppclass SnapshotReader:
         @staticmethod
-        Snapshot snapshot(const Manager &) except +raise_error
-
-        @staticmethod
-        unique_ptr[Manager] restore(const Snapshot &) except +raise_error
+        unique_ptr[Manager] read(const Snapshot &) except +raise_error

@@ -4,7 +4,8 @@
 // in the block. Two 64-bit lanes absorb four tokens a round; a round is one 64x64 -> 128-bit multiplication a lane,
 // folded to 64 bits. All of the secret key enters, so that nobody outside the process can aim prompts at one bucket.
 // The hash only finds candidates: the pool compares tokens and parents before it serves a block, so a collision costs
-// time and never correctness.
+// time and never correctness. A chain of blocks is bound by the latency of its multiplications; who walks it does other
+// work beside it (see HashesAhead).
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -26,16 +27,18 @@ struct HashKey {
   uint64_t words[kNumWords] = {};
 };
 
-// SplitMix64: turns a small user seed into key words without visible structure.
+// SplitMix64: turns a small state into words without visible structure.
+inline uint64_t next_word(uint64_t &state) {
+  state += 0x9e3779b97f4a7c15u;
+  uint64_t z = state;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
 inline HashKey key_from_seed(uint64_t seed) {
   HashKey key;
-  for (uint64_t &word : key.words) {
-    seed += 0x9e3779b97f4a7c15u;
-    uint64_t z = seed;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    word = z ^ (z >> 31);
-  }
+  for (uint64_t &word : key.words) word = next_word(seed);
   return key;
 }
 
@@ -65,7 +68,7 @@ inline Hash128 hash_bytes(const HashKey &key, Hash128 parent, const void *data, 
     std::memcpy(pair, bytes, left);
     absorb(state, key, pair[0], pair[1]);
   }
-  // The length tells a padded tail from real zero bytes.
+  // The length tells a padded tail from real zero bytes; each lane takes from the other.
   return {fold_multiply(state.lo ^ key.words[4], state.hi ^ num_bytes),
           fold_multiply(state.hi ^ key.words[5], ~state.lo)};
 }

@@ -7,6 +7,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <unordered_map>
+
 #include "blocks/manager_step.h"
 
 namespace pagedattn::blocks {
@@ -46,6 +48,7 @@ inline std::vector<int64_t> Manager::swap_out(const int64_t *ids, int64_t n) {
       if (device_blocks[i] != kNone) pool_.release(device_blocks[i]);
     }
     s->swapped = true;
+    s->borrows_tail = false;
     s->num_published = 0;
     s->tip = Namespaces::root(s->space);
     s->chain_broken |= s->num_released > 0;
@@ -65,10 +68,10 @@ inline std::vector<int64_t> Manager::swap_in(const int64_t *ids, int64_t n) {
   for (size_t i = 0; i < batch_.size(); ++i) {
     const Sequence &s = *batch_[i];
     if (!s.swapped) {
-      throw InvalidArgument(text("swap_in", "seqs") + "be swapped out; " + std::to_string(s.id) + " is on the device");
+      throw InvalidArgument(must("swap_in", "seqs") + "be swapped out; " + std::to_string(s.id) + " is on the device");
     }
     if (config_.prefix_caching && !s.chain_broken) {
-      walk_prefix(s.tip, s.tokens.data(), s.num_computed / config_.block_size, [&](int32_t block) {
+      walk_prefix(s.tip, s.tokens.data(), blocks_.full(s.num_computed), [&](int32_t block) {
         cached[i].push_back(block);
         if (pool_.ref_count(block) == 0) revived.emplace(block, 1);
       });
@@ -108,9 +111,12 @@ inline std::vector<int64_t> Manager::swap_in(const int64_t *ids, int64_t n) {
       if (block != kNone) host_.release(block);
     }
     s.swapped = false;
+    s.shares_tail = true;
     ++s.table_version;
   }
-  for (Sequence *s : batch_) publish_full_blocks(*s);
+  for (Sequence *s : batch_) {
+    if (can_publish(*s)) publish_full_blocks(*s);
+  }
   counters_.swapped_in_blocks += needed;
   return mapping;
 }

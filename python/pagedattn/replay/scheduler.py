@@ -44,7 +44,7 @@ class Sequence:
     prompt_seen : int
         Prompt tokens that have been counted, computed or found cached; a preemption does not take them back.
     shares_tail : bool
-        Whether its last block is still its sibling's, right after a fork.
+        Whether its last block is still its sibling's, right after a fork, or the prefix cache's.
     """
 
     request: Request

@@ -24,7 +24,10 @@ def shared_prefixes(requests: Iterable[Request]) -> NDArray[np.int64]:
 
 
 def found_tokens(prompts: NDArray[np.int64], shared: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
-    """Tokens ``[R]`` that the block manager finds cached: whole blocks, and never a prompt's last token."""
+    """Tokens ``[R]`` in whole blocks that the block manager finds cached, never a prompt's last token.
+
+    A part of a block that it may find besides is copied, and saves no memory.
+    """
     return np.minimum(shared, prompts - 1) // block_size * block_size
 
 

@@ -1,0 +1,96 @@
+// The extra keys in use, each with a small number: the roots of the prefix cache's trees.
+//
+// A namespace lives while a sequence or a published block needs it. Keys are compared byte by byte.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "blocks/prefix_index.h"
+
+namespace pagedattn::blocks {
+
+// Whose child a block is: a node of the tree (block >= 0, with its generation), or a namespace (block < 0).
+struct Parent {
+  int32_t block = 0;
+  uint32_t generation = 0;
+  bool operator==(const Parent &) const = default;
+};
+
+class Namespaces {
+ public:
+  static Parent root(int32_t space) { return {~space, 0}; }
+
+  int32_t find(const std::string &key) const {
+    const auto it = by_key_.find(key);
+    return it == by_key_.end() ? kNone : it->second;
+  }
+
+  int32_t acquire(const std::string &key, const HashKey &hash_key) {
+    int32_t space = find(key);
+    if (space == kNone) {
+      space = free_slots_.empty() ? num_slots() : free_slots_.back();
+      insert(space, key, hash_key);
+      if (!free_slots_.empty()) free_slots_.pop_back();
+    }
+    retain(space);
+    return space;
+  }
+
+  void retain(int32_t space) { ++at(space).users; }
+
+  void release(int32_t space) {
+    Entry &entry = at(space);
+    if (--entry.users > 0) return;
+    by_key_.erase(entry.key);
+    entry = Entry();
+    free_slots_.push_back(space);
+  }
+
+  // Restoring a snapshot keeps the numbers that published blocks refer to.
+  void insert(int32_t space, const std::string &key, const HashKey &hash_key) {
+    if (space >= num_slots()) entries_.resize(static_cast<size_t>(space) + 1);
+    by_key_[key] = space;
+    at(space) = {key, root_hash(key, hash_key), 0, 0, true};
+  }
+  void rebuild_free_slots() {
+    free_slots_.clear();
+    for (int32_t i = num_slots(); i-- > 0;) {
+      if (!at(i).live) free_slots_.push_back(i);
+    }
+  }
+
+  static Hash128 root_hash(const std::string &key, const HashKey &hash_key) {
+    return hash_bytes(hash_key, Hash128(), key.data(), key.size());
+  }
+
+  int32_t num_slots() const { return static_cast<int32_t>(entries_.size()); }
+  bool live(int32_t space) const { return space >= 0 && space < num_slots() && at(space).live; }
+  int64_t users(int32_t space) const { return at(space).users; }
+  const std::string &key(int32_t space) const { return at(space).key; }
+  Hash128 root_hash(int32_t space) const { return at(space).root_hash; }
+  int32_t &newest_child(int32_t space) { return at(space).newest_child; }
+  int32_t newest_child(int32_t space) const { return at(space).newest_child; }
+
+ private:
+  struct Entry {
+    std::string key;
+    Hash128 root_hash;
+    int64_t users = 0;
+    int32_t newest_child = 0;  // plus one; 0: none
+    bool live = false;
+  };
+
+  Entry &at(int32_t space) { return entries_[static_cast<size_t>(space)]; }
+  const Entry &at(int32_t space) const { return entries_[static_cast<size_t>(space)]; }
+
+  std::vector<Entry> entries_;
+  std::vector<int32_t> free_slots_;
+  std::unordered_map<std::string, int32_t> by_key_;
+};
+
+}  // namespace pagedattn::blocks

@@ -1,0 +1,385 @@
+// The snapshot of a manager: its whole state as plain arrays, written and read back.
+//
+// What a reader is given may be damaged: everything that is used as an index or a size is checked before, and at the
+// end the invariants are proved as for any manager.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "blocks/check.h"
+
+namespace pagedattn::blocks {
+
+constexpr int64_t kSnapshotVersion = 2;
+constexpr int32_t kMaxNamespaces = 1 << 24;  // so that a damaged snapshot cannot ask for all of the memory
+
+// Plain arrays; `sequences` has kSequenceFields numbers a sequence, the ragged ones follow each other without a gap.
+struct Snapshot {
+  static constexpr int64_t kHeaderFields = 10;
+  static constexpr int64_t kSequenceFields = 12;
+  static constexpr size_t kCounters = 14;
+
+  std::vector<int64_t> header;  // version, num_blocks, block_size, num_host_blocks, prefix_caching, window, next id,
+                                // first block never used, first host block never used, num_events
+  std::vector<double> watermark;
+  std::vector<uint64_t> hash_key;
+  std::vector<int64_t> counters;
+  std::vector<uint32_t> generations;
+  std::vector<int32_t> newest_children;
+  std::vector<int32_t> cached_blocks, cached_parents;
+  std::vector<uint32_t> cached_parent_generations;
+  std::vector<uint64_t> cached_hashes;
+  std::vector<int8_t> cached_priorities;
+  std::vector<int32_t> cached_tokens;
+  std::vector<int32_t> free_blocks;       // in the order in which they will be handed out
+  std::vector<int32_t> evictable_blocks;  // in the order in which they will be evicted
+  std::vector<int32_t> free_host_blocks;
+  std::vector<int64_t> sequences;
+  std::vector<int32_t> sequence_tokens;
+  std::vector<int32_t> sequence_tables;
+  std::vector<int32_t> namespaces, namespace_newest_children;
+  std::vector<int64_t> namespace_lengths;
+  std::vector<uint8_t> namespace_keys;
+};
+
+// The fields by name, for whoever stores them: `visit(name, dtype, vector)`.
+template <typename AnySnapshot, typename Visit>
+void for_each_field(AnySnapshot &s, Visit visit) {
+  visit("header", "int64", s.header);
+  visit("watermark", "float64", s.watermark);
+  visit("hash_key", "uint64", s.hash_key);
+  visit("counters", "int64", s.counters);
+  visit("generations", "uint32", s.generations);
+  visit("newest_children", "int32", s.newest_children);
+  visit("cached_blocks", "int32", s.cached_blocks);
+  visit("cached_parents", "int32", s.cached_parents);
+  visit("cached_parent_generations", "uint32", s.cached_parent_generations);
+  visit("cached_hashes", "uint64", s.cached_hashes);
+  visit("cached_priorities", "int8", s.cached_priorities);
+  visit("cached_tokens", "int32", s.cached_tokens);
+  visit("free_blocks", "int32", s.free_blocks);
+  visit("evictable_blocks", "int32", s.evictable_blocks);
+  visit("free_host_blocks", "int32", s.free_host_blocks);
+  visit("sequences", "int64", s.sequences);
+  visit("sequence_tokens", "int32", s.sequence_tokens);
+  visit("sequence_tables", "int32", s.sequence_tables);
+  visit("namespaces", "int32", s.namespaces);
+  visit("namespace_newest_children", "int32", s.namespace_newest_children);
+  visit("namespace_lengths", "int64", s.namespace_lengths);
+  visit("namespace_keys", "uint8", s.namespace_keys);
+}
+
+struct FieldView {
+  const char *name;
+  const char *dtype;
+  const void *data;
+  size_t num_bytes;
+};
+
+inline std::vector<FieldView> view_fields(const Snapshot &snapshot) {
+  std::vector<FieldView> fields;
+  for_each_field(snapshot, [&](const char *name, const char *dtype, const auto &values) {
+    fields.push_back({name, dtype, values.data(), values.size() * sizeof(values[0])});
+  });
+  return fields;
+}
+
+inline void assign_field(Snapshot &snapshot, std::string_view wanted, const void *data, size_t num_bytes) {
+  for_each_field(snapshot, [&](const char *name, const char *, auto &values) {
+    if (wanted != name) return;
+    values.resize(num_bytes / sizeof(values[0]));
+    if (num_bytes > 0) std::memcpy(values.data(), data, num_bytes);
+  });
+}
+
+class SnapshotWriter {
+ public:
+  static Snapshot write(const Manager &m) {
+    const std::lock_guard lock(m.mutex_);
+    Snapshot out;
+    write_facts(m, out);
+    write_cache(m.pool_, out);
+    write_lists(m, out);
+    for (const SequenceMap *map : {&m.sequences_, &m.pins_}) {
+      for (const int64_t id : Manager::sorted_ids(*map)) write_sequence(*map->find(id), map == &m.pins_, out);
+    }
+    write_namespaces(m.pool_.namespaces(), out);
+    return out;
+  }
+
+ private:
+  static void write_facts(const Manager &m, Snapshot &out) {
+    const PoolCounters &p = m.pool_.counters();
+    const Counters &c = m.counters_;
+    out.header = {kSnapshotVersion,         m.config_.num_blocks, m.config_.block_size, m.config_.num_host_blocks,
+                  m.config_.prefix_caching, m.config_.window,     m.next_id_,           m.pool_.places_.num_used(),
+                  m.host_.next_unused_,     m.config_.num_events};
+    out.watermark = {m.config_.watermark};
+    out.hash_key.assign(std::begin(m.pool_.key().words), std::end(m.pool_.key().words));
+    out.counters = {p.allocated,
+                    p.freed,
+                    p.evicted,
+                    p.published,
+                    p.peak_held,
+                    c.prefix_queried_tokens,
+                    c.prefix_hit_tokens,
+                    c.partial_hit_tokens,
+                    c.cow_copies,
+                    c.merged_duplicates,
+                    c.window_released,
+                    c.preemptions,
+                    c.swapped_out_blocks,
+                    c.swapped_in_blocks};
+  }
+
+  static void write_cache(const BlockPool &pool, Snapshot &out) {
+    for (int32_t block = 0; pool.caching() && block < pool.places_.num_used(); ++block) {
+      const BlockPool::Node &node = pool.nodes_[block];
+      out.generations.push_back(node.generation);
+      out.newest_children.push_back(node.newest_child);
+      if (!pool.published(block)) continue;
+      out.cached_blocks.push_back(block);
+      out.cached_parents.push_back(node.parent.block);
+      out.cached_parent_generations.push_back(node.parent.generation);
+      out.cached_hashes.insert(out.cached_hashes.end(), {node.hash.lo, node.hash.hi});
+      out.cached_priorities.push_back(pool.places_.priority(block));
+      out.cached_tokens.insert(out.cached_tokens.end(), pool.tokens(block), pool.tokens(block) + pool.block_size());
+    }
+  }
+
+  static void write_lists(const Manager &m, Snapshot &out) {
+    const BlockPlaces &places = m.pool_.places_;
+    for (int32_t b = places.free_top_; b != kNone; b = places.links_[b].next) out.free_blocks.push_back(b);
+    for (const auto &list : places.lists_) {
+      for (int32_t b = list.head; b != kNone; b = places.links_[b].next) out.evictable_blocks.push_back(b);
+    }
+    for (int32_t b = m.host_.free_top_; b != kNone; b = m.host_.free_link_[b]) out.free_host_blocks.push_back(b);
+  }
+
+  static void write_sequence(const Sequence &s, bool is_pin, Snapshot &out) {
+    const int64_t flags =
+        s.swapped | s.started << 1 | s.chain_broken << 2 | s.queried << 3 | s.borrows_tail << 4 | is_pin << 5;
+    out.sequences.insert(out.sequences.end(),
+                         {s.id, s.num_tokens(), s.num_blocks(), s.num_computed, s.num_cached, s.num_published,
+                          s.num_released, s.tip.block, s.tip.generation, s.space, s.priority, flags});
+    out.sequence_tokens.insert(out.sequence_tokens.end(), s.tokens.begin(), s.tokens.end());
+    out.sequence_tables.insert(out.sequence_tables.end(), s.table.begin(), s.table.end());
+  }
+
+  static void write_namespaces(const Namespaces &namespaces, Snapshot &out) {
+    for (int32_t space = 0; space < namespaces.num_slots(); ++space) {
+      if (!namespaces.live(space)) continue;
+      const std::string &key = namespaces.key(space);
+      out.namespaces.push_back(space);
+      out.namespace_newest_children.push_back(namespaces.newest_child(space));
+      out.namespace_lengths.push_back(static_cast<int64_t>(key.size()));
+      out.namespace_keys.insert(out.namespace_keys.end(), key.begin(), key.end());
+    }
+  }
+};
+
+class SnapshotReader {
+ public:
+  static std::unique_ptr<Manager> read(const Snapshot &in) {
+    auto m = std::make_unique<Manager>(read_config(in));
+    m->next_id_ = in.header[6];
+    m->pool_.places_.next_unused_ = static_cast<int32_t>(in.header[7]);
+    m->host_.next_unused_ = static_cast<int32_t>(in.header[8]);
+    read_namespaces(m->pool_, in);
+    read_cache(m->pool_, in);
+    read_lists(*m, in);
+    read_sequences(*m, in);
+    const auto &c = in.counters;
+    m->pool_.counters_ = {c[0], c[1], c[2], c[3], c[4]};
+    m->counters_ = {c[5], c[6], c[7], c[8], c[9], c[10], c[11], c[12], c[13]};
+    try {
+      Check::run_unlocked(*m);
+    } catch (const CorruptState &error) {
+      bad(std::string("`snapshot` contradicts itself: ") + error.what());
+    }
+    return m;
+  }
+
+ private:
+  [[noreturn]] static void bad(const std::string &what) { throw InvalidArgument("BlockManager.restore: " + what); }
+  static void require(bool holds, const char *what) {
+    if (!holds) bad(std::string("`snapshot` must be one that BlockManager.snapshot() made; ") + what);
+  }
+
+  static Config read_config(const Snapshot &in) {
+    require(!in.header.empty(), "its header is empty");
+    if (in.header[0] != kSnapshotVersion) {
+      bad("`snapshot` must have version " + std::to_string(kSnapshotVersion) + "; got " + std::to_string(in.header[0]));
+    }
+    require(static_cast<int64_t>(in.header.size()) == Snapshot::kHeaderFields && in.watermark.size() == 1 &&
+                in.hash_key.size() == HashKey::kNumWords && in.counters.size() == Snapshot::kCounters,
+            "its header is incomplete");
+    constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+    for (const size_t i : {1u, 2u, 3u, 7u, 8u, 9u})
+      require(in.header[i] >= 0 && in.header[i] <= kMax, "a size is out of range");
+    require(in.header[1] > 0 && in.header[2] > 0 && in.header[5] >= 0 && in.header[6] >= 0, "a size is out of range");
+    require(in.header[7] <= in.header[1] && in.header[8] <= in.header[3], "it uses more blocks than there are");
+    require(in.watermark[0] >= 0 && in.watermark[0] < 1, "its watermark is out of range");
+    Config config;
+    config.num_blocks = static_cast<int32_t>(in.header[1]);
+    config.block_size = static_cast<int32_t>(in.header[2]);
+    config.num_host_blocks = static_cast<int32_t>(in.header[3]);
+    config.prefix_caching = in.header[4] != 0;
+    config.window = in.header[5];
+    config.watermark = in.watermark[0];
+    config.num_events = in.header[9];
+    std::copy(in.hash_key.begin(), in.hash_key.end(), config.key.words);
+    return config;
+  }
+
+  static void read_namespaces(BlockPool &pool, const Snapshot &in) {
+    Namespaces &namespaces = pool.namespaces();
+    require(in.namespaces.size() == in.namespace_lengths.size() &&
+                in.namespaces.size() == in.namespace_newest_children.size(),
+            "its namespaces are incomplete");
+    size_t at = 0;
+    for (size_t i = 0; i < in.namespaces.size(); ++i) {
+      const int32_t space = in.namespaces[i];
+      const auto length = static_cast<size_t>(in.namespace_lengths[i]);
+      require(in.namespace_lengths[i] >= 0 && length <= in.namespace_keys.size() - at, "its namespaces are incomplete");
+      require(space >= 0 && space < kMaxNamespaces && !namespaces.live(space), "a namespace is repeated");
+      const std::string key(in.namespace_keys.begin() + static_cast<std::ptrdiff_t>(at),
+                            in.namespace_keys.begin() + static_cast<std::ptrdiff_t>(at + length));
+      require(namespaces.find(key) == kNone, "a namespace is repeated");
+      namespaces.insert(space, key, pool.key());
+      require_child(pool, in.namespace_newest_children[i]);
+      namespaces.newest_child(space) = in.namespace_newest_children[i];
+      at += length;
+    }
+    namespaces.rebuild_free_slots();
+  }
+
+  static void require_child(const BlockPool &pool, int32_t child_plus_one) {
+    require(child_plus_one >= 0 && child_plus_one <= pool.num_blocks(), "a newest child is out of range");
+  }
+
+  static void read_cache(BlockPool &pool, const Snapshot &in) {
+    const size_t n = in.cached_blocks.size();
+    const size_t used = pool.caching() ? static_cast<size_t>(pool.places_.num_used()) : 0;
+    const auto size = static_cast<size_t>(pool.block_size());
+    require(in.generations.size() == used && in.newest_children.size() == used && in.cached_parents.size() == n &&
+                in.cached_parent_generations.size() == n && in.cached_hashes.size() == 2 * n &&
+                in.cached_priorities.size() == n && in.cached_tokens.size() / size == n &&
+                in.cached_tokens.size() % size == 0 && (pool.caching() || n == 0),
+            "its cached blocks are incomplete");
+    for (size_t i = 0; i < used; ++i) {
+      BlockPool::Node &node = pool.nodes_[static_cast<int64_t>(i)];
+      require_child(pool, in.newest_children[i]);
+      node.generation = in.generations[i];
+      node.newest_child = in.newest_children[i];
+    }
+    for (size_t i = 0; i < n; ++i) {
+      const int32_t block = in.cached_blocks[i];
+      const Parent parent{in.cached_parents[i], in.cached_parent_generations[i]};
+      require(block >= 0 && block < pool.places_.num_used() && (i == 0 || block > in.cached_blocks[i - 1]) &&
+                  pool.published(block),
+              "a cached block is out of range or repeated");
+      require(parent.block < 0 ? pool.namespaces().live(~parent.block) : parent.block < pool.num_blocks(),
+              "a cached block has no parent");
+      BlockPool::Node &node = pool.nodes_[block];
+      node.parent = parent;
+      node.hash = {in.cached_hashes[2 * i], in.cached_hashes[2 * i + 1]};
+      pool.places_.set_priority(block, in.cached_priorities[i]);
+      std::memcpy(&pool.tokens_[int64_t{block} * pool.block_size()], &in.cached_tokens[i * size],
+                  size * sizeof(int32_t));
+      pool.index_.insert(block, node.hash);
+      if (parent.block < 0) pool.namespaces().retain(~parent.block);
+      ++pool.num_published_;
+    }
+  }
+
+  static void read_lists(Manager &m, const Snapshot &in) {
+    BlockPlaces &places = m.pool_.places_;
+    const auto require_used = [&](int32_t block) {
+      require(block >= 0 && block < places.num_used(), "a free block is out of range");
+    };
+    for (size_t i = in.free_blocks.size(); i-- > 0;) {
+      require_used(in.free_blocks[i]);
+      places.put_free(in.free_blocks[i]);
+    }
+    for (const int32_t block : in.evictable_blocks) {
+      require_used(block);
+      places.put_evictable(block);
+    }
+    for (size_t i = in.free_host_blocks.size(); i-- > 0;) {
+      const int32_t block = in.free_host_blocks[i];
+      require(block >= 0 && block < m.host_.next_unused_, "a free host block is out of range");
+      m.host_.free_link_[block] = m.host_.free_top_;
+      m.host_.free_top_ = block;
+    }
+  }
+
+  static void read_sequences(Manager &m, const Snapshot &in) {
+    require(in.sequences.size() % Snapshot::kSequenceFields == 0, "its sequences are incomplete");
+    size_t token = 0;
+    size_t entry = 0;
+    for (size_t at = 0; at < in.sequences.size(); at += Snapshot::kSequenceFields) {
+      const int64_t *f = &in.sequences[at];
+      require(f[1] >= 0 && static_cast<size_t>(f[1]) <= in.sequence_tokens.size() - token && f[2] >= 0 &&
+                  static_cast<size_t>(f[2]) <= in.sequence_tables.size() - entry,
+              "its sequences are incomplete");
+      require(f[0] >= 0 && m.sequences_.find(f[0]) == nullptr && m.pins_.find(f[0]) == nullptr,
+              "a sequence is repeated");
+      require(f[3] >= 0 && f[3] <= std::numeric_limits<int32_t>::max(), "a sequence is too long");
+      require(f[7] < m.config_.num_blocks && m.pool_.namespaces().live(static_cast<int32_t>(f[9])),
+              "a sequence is in no namespace");
+      auto s = std::make_unique<Sequence>(read_sequence(f));
+      const auto *tokens = in.sequence_tokens.data() + token;
+      const auto *table = in.sequence_tables.data() + entry;
+      s->tokens.assign(tokens, tokens + f[1]);
+      s->table.assign(table, table + f[2]);
+      token += static_cast<size_t>(f[1]);
+      entry += static_cast<size_t>(f[2]);
+      count_references(m, *s);
+      ((f[11] & 32) != 0 ? m.pins_ : m.sequences_).insert(std::move(s));
+    }
+  }
+
+  static Sequence read_sequence(const int64_t *f) {
+    Sequence s;
+    s.id = f[0];
+    s.num_computed = f[3];
+    s.num_cached = f[4];
+    s.num_published = f[5];
+    s.num_released = f[6];
+    s.tip = {static_cast<int32_t>(f[7]), static_cast<uint32_t>(f[8])};
+    s.space = static_cast<int32_t>(f[9]);
+    s.priority = static_cast<int8_t>(f[10]);
+    s.swapped = (f[11] & 1) != 0;
+    s.started = (f[11] & 2) != 0;
+    s.chain_broken = (f[11] & 4) != 0;
+    s.queried = (f[11] & 8) != 0;
+    s.borrows_tail = (f[11] & 16) != 0;
+    s.shares_tail = true;  // the next write looks
+    return s;
+  }
+
+  static void count_references(Manager &m, const Sequence &s) {
+    for (const int32_t block : s.table) {
+      if (block == kNone) continue;
+      require(block >= 0 && block < (s.swapped ? m.config_.num_host_blocks : m.config_.num_blocks),
+              "a block table points outside the pool");
+      BlockPlaces &places = m.pool_.places_;
+      if (s.swapped) {
+        if (m.host_.count_[block]++ == 0) ++m.host_.num_held_;
+      } else if (places.held(block)) {
+        places.add_reference(block);
+      } else {
+        places.hold_first(block);
+      }
+    }
+    m.pool_.namespaces().retain(s.space);
+  }
+};
+
+}  // namespace pagedattn::blocks

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at a manager, proving its invariants, and its snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from block_manager_helpers import add_computed, assert_unchanged, compute_all
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pagedattn import BlockManager, OutOfBlocks
+from pagedattn._errors import InvalidArgumentError, PagedAttnError
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_parameters_can_be_read_back() -> None:
+    m = BlockManager(8, 4, num_host_blocks=3, prefix_caching=False, watermark=0.25, window=7)
+    assert (m.num_blocks, m.block_size, m.num_host_blocks, m.num_free_host_blocks) == (8, 4, 3, 3)
+    assert (m.prefix_caching, m.watermark, m.window) == (False, 0.25, 7)
+    assert BlockManager(8, 4).window is None
+    assert repr(m) == "BlockManager(num_blocks=8, block_size=4, sequences=0, held=0, cached=0, free=8)"
+
+
+def test_the_counters_count() -> None:
+    m = BlockManager(4, 4)
+    a = add_computed(m, range(9))
+    b = m.fork(a)[0]
+    m.append([a, b], [1, 2])
+    m.step([a, b], 1)
+    m.free([a, b])
+    add_computed(m, range(50, 63))
+    assert m.stats() == {
+        "allocated": 8,
+        "freed": 4,
+        "evicted": 2,
+        "published": 5,
+        "merged_duplicates": 0,
+        "prefix_queried_tokens": 22,
+        "prefix_hit_tokens": 0,
+        "partial_hit_tokens": 0,
+        "cow_copies": 1,
+        "window_released": 0,
+        "preemptions": 0,
+        "swapped_out_blocks": 0,
+        "swapped_in_blocks": 0,
+        "dropped_events": 0,
+        "peak_blocks": 4,
+        "held_blocks": 4,
+        "cached_blocks": 3,
+        "sequences": 1,
+    }
+
+
+def test_layout_holds_what_the_picture_needs() -> None:
+    m = BlockManager(8, 4)
+    a = add_computed(m, range(6))
+    b = m.add(range(10))
+    m.free(add_computed(m, range(50, 54)))
+    layout = m.layout()
+    assert layout["seq_ids"].tolist() == [a, b]
+    assert layout["num_tokens"].tolist() == [6, 10]
+    assert layout["num_computed_tokens"].tolist() == [6, 4]
+    assert layout["table_offsets"].tolist() == [0, 2, 3]
+    assert layout["tables"].tolist() == [0, 1, 0]
+    assert layout["ref_counts"].tolist() == [2, 1, 0, 0, 0, 0, 0, 0]
+    assert layout["is_cached"].tolist() == [True, False, True, False, False, False, False, False]
+    assert layout["is_swapped"].tolist() == [False, False]
+
+
+# --- snapshots and check ----------------------------------------------------------------------------------------------
+
+
+def played_manager(rng: np.random.Generator, **options: object) -> BlockManager:
+    m = BlockManager(24, 2, num_host_blocks=16, **options)
+    for i in range(20):
+        seq = m.add(rng.integers(0, 2, rng.integers(1, 12)), extra_key=b"k" * (i % 3), priority=i % 2)
+        try:
+            compute_all(m, seq)
+        except OutOfBlocks:
+            m.free(m.seqs()[:4])
+        if i % 7 == 3:
+            m.fork(m.seqs()[0], 2)
+    m.swap_out(m.seqs()[:1])
+    return m
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix_caching": False}, {"window": 3}, {"watermark": 0.1}])
+def test_a_restored_manager_goes_on_exactly_like_the_original(options: dict[str, object]) -> None:
+    rng = np.random.default_rng()
+    m = played_manager(rng, **options)
+    twin = BlockManager.restore(m.snapshot())
+    twin.check()
+    assert_unchanged(twin, m.snapshot())
+    for _ in range(30):
+        prompt = rng.integers(0, 2, rng.integers(1, 12))
+        seqs = [m.add(prompt), twin.add(prompt)]
+        assert seqs[0] == seqs[1]
+        while True:
+            try:
+                tables = [compute_all(x, seqs[0]).block_tables.tolist() for x in (m, twin)]
+                break
+            except OutOfBlocks:
+                victim = m.seqs()[0]
+                m.free(victim)
+                twin.free(victim)
+                if victim == seqs[0]:
+                    tables = [[], []]
+                    break
+        assert tables[0] == tables[1]
+    assert_unchanged(twin, m.snapshot())
+
+
+def test_a_snapshot_survives_a_file(tmp_path: object) -> None:
+    m = played_manager(np.random.default_rng())
+    path = f"{tmp_path}/state.npz"
+    np.savez(path, **m.snapshot())
+    with np.load(path) as stored:
+        assert_unchanged(BlockManager.restore(stored), m.snapshot())
+
+
+def test_a_snapshot_of_another_version_is_refused() -> None:
+    snapshot = BlockManager(4, 4).snapshot()
+    snapshot["header"][0] = 99
+    with pytest.raises(InvalidArgumentError, match="must have version 2; got 99"):
+        BlockManager.restore(snapshot)
+
+
+def test_an_incomplete_snapshot_is_refused() -> None:
+    snapshot = BlockManager(4, 4).snapshot()
+    with pytest.raises(InvalidArgumentError, match="must hold 'free_blocks'"):
+        BlockManager.restore({k: v for k, v in snapshot.items() if k != "free_blocks"})
+    with pytest.raises(InvalidArgumentError, match=r"\['header'\]` must be int64"):
+        BlockManager.restore({**snapshot, "header": snapshot["header"].astype(np.int32)})
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_damaged_snapshot_is_refused_or_consistent(data: st.DataObject) -> None:
+    m = played_manager(np.random.default_rng(5), seed=1)
+    snapshot = m.snapshot()
+    name = data.draw(st.sampled_from([k for k, v in snapshot.items() if v.size and k != "namespaces"]))
+    field = snapshot[name]
+    at = data.draw(st.integers(0, field.size - 1))
+    if data.draw(st.booleans()):
+        if name == "header" and at < 4:
+            return  # another pool, possibly enormous
+        value = data.draw(st.integers(-3, 40)) if field.dtype.kind in "if" else data.draw(st.integers(0, 40))
+        field[at] = value
+    else:
+        snapshot[name] = np.delete(field, at)
+    try:
+        restored = BlockManager.restore(snapshot)
+    except (InvalidArgumentError, MemoryError):
+        return
+    restored.check()
+    restored.free(restored.seqs())
+    restored.check()
+
+
+@pytest.mark.parametrize(
+    ("field", "damage", "message"),
+    [
+        ("free_blocks", lambda a: a[1:], "has leaked"),
+        ("free_blocks", lambda a: np.append(a, a[0]), "is in the free lists twice"),
+        ("evictable_blocks", lambda a: a[1:], "has leaked"),
+        ("sequence_tables", lambda a: np.append(a[1:], a[-1]), "contradicts itself"),
+        ("cached_tokens", lambda a: a + 1, "holds other tokens"),
+        ("cached_parents", lambda a: np.full_like(a, -1), "contradicts itself"),
+    ],
+)
+def test_check_names_what_is_broken(field: str, damage: Callable[[np.ndarray], np.ndarray], message: str) -> None:
+    m = BlockManager(8, 2)
+    a = add_computed(m, range(7))
+    m.fork(a)
+    m.free(add_computed(m, [8, 8]))
+    m.free(add_computed(m, [9, 9, 9]))
+    snapshot = m.snapshot()
+    snapshot[field] = damage(snapshot[field])
+    with pytest.raises(InvalidArgumentError, match=message):
+        BlockManager.restore(snapshot)
+
+
+def test_check_passes_on_a_new_manager() -> None:
+    BlockManager(8, 4).check()
+    assert issubclass(InvalidArgumentError, PagedAttnError)
