@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A block manager beside a model of what its blocks contain.
 
-The model knows nothing of how blocks are chosen.  It keeps a toy KV cache in which the entry of a slot is the whole
-prefix, namespace included, that a real entry would be computed from; it carries out what the manager says (copies,
-writes, swaps) and then looks through every block table, as a kernel would.  A wrongly shared, doubly used, lost or
-overwritten block shows as a wrong prefix.
+The model knows nothing of how blocks are chosen.  It keeps a toy KV cache in which the entry of a slot is a number for
+the whole prefix, namespace included, that a real entry would be computed from; it carries out what the manager says
+(copies, writes, swaps) and then looks through every block table, as a kernel would.  A wrongly shared, doubly used,
+lost or overwritten block shows as a wrong prefix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -22,13 +22,17 @@ from pagedattn._errors import InvalidArgumentError
 
 OTHER_TOKEN = 7  # in no prompt
 
-Prefix = tuple[bytes, tuple[int, ...]]
+Block = list[int]  # the entries of its slots; 0 where nothing was written
+
+# A number for each prefix: for the namespace or the prefix before it, and its last token.
+_PREFIXES: dict[tuple[bytes | int, int], int] = {}
 
 
 @dataclass
 class Sequence:
     key: bytes
-    tokens: list[int]
+    tokens: list[int] = field(default_factory=list)
+    prefixes: list[int] = field(default_factory=list)  # the entry of each token
     computed: int = 0
     swapped: bool = False
     started: bool = False
@@ -37,8 +41,18 @@ class Sequence:
     def pending(self) -> int:
         return len(self.tokens) - self.computed
 
-    def entry(self, position: int) -> Prefix:
-        return self.key, tuple(self.tokens[: position + 1])
+    def append(self, tokens: list[int]) -> None:
+        for token in tokens:
+            before = self.prefixes[-1] if self.prefixes else self.key
+            self.prefixes.append(_PREFIXES.setdefault((before, token), len(_PREFIXES) + 1))
+        self.tokens += tokens
+
+    def cut(self, keep: int) -> None:
+        del self.tokens[keep:], self.prefixes[keep:]
+        self.computed = min(self.computed, keep)
+
+    def copy(self) -> Sequence:
+        return replace(self, tokens=[*self.tokens], prefixes=[*self.prefixes])
 
 
 def attempt(call: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, Any]:
@@ -62,8 +76,8 @@ class CheckedManager:
         self.m = BlockManager(**config)
         self.m._weaken_hash(hash_bits)
         self.hash_bits = hash_bits
-        self.kv: dict[int, Prefix | None] = {}
-        self.host_kv: dict[int, Prefix | None] = {}
+        self.kv: list[Block] = [[0] * self.m.block_size for _ in range(self.m.num_blocks)]
+        self.host_kv: list[Block] = [[0] * self.m.block_size for _ in range(self.m.num_host_blocks)]
         self.sequences: dict[int, Sequence] = {}
         self.pins: dict[int, tuple[bytes, list[int]]] = {}
         self.cached: set[int] = set()  # the blocks that the prefix cache offers, as its events tell
@@ -113,7 +127,8 @@ class CheckedManager:
         assert cached <= len(tokens) - 1
         assert cached % size == 0 or 2 * (cached % size) >= size
         assert self.m.prefix_caching or cached == 0
-        self.sequences[seq] = Sequence(key, tokens, cached)
+        s = self.sequences[seq] = Sequence(key, computed=cached)
+        s.append(tokens)
 
     def step(self, r: Random) -> None:
         seqs = self.some(r, [i for i in self.ids(swapped=False) if self.sequences[i].pending])
@@ -141,15 +156,14 @@ class CheckedManager:
             assert self.m.window is not None
             assert keep < s.computed
             return
-        s.tokens = s.tokens[:keep]
-        s.computed = min(s.computed, keep)
+        s.cut(keep)
 
     def fork(self, r: Random) -> None:
         seq = r.choice(self.ids())
         free = self.m.num_free_blocks
         s = self.sequences[seq]
         for child in self.m.fork(seq, r.randint(1, 2)):
-            self.sequences[child] = Sequence(s.key, list(s.tokens), s.computed, s.swapped, s.started)
+            self.sequences[child] = s.copy()
         assert self.m.num_free_blocks == free, "a fork took blocks"
 
     def reorder(self, r: Random) -> None:
@@ -160,7 +174,7 @@ class CheckedManager:
         assert self.m.usage <= held, "reordering took blocks"
         old = dict(self.sequences)
         for seq, parent in zip(seqs, parents, strict=True):
-            self.sequences[seq] = replace(old[parent])
+            self.sequences[seq] = old[parent].copy()
 
     def pin(self, r: Random) -> None:
         s = self.sequences[r.choice(self.ids())]
@@ -247,12 +261,13 @@ class CheckedManager:
 
     # What makes a call possible, and how often a soak makes it.
     def possible(self) -> dict[str, int]:
-        resident, live = self.ids(swapped=False), bool(self.sequences)
-        waiting = self.ids(started=False, swapped=False)
+        resident = [s for s in self.sequences.values() if not s.swapped]
+        live = bool(self.sequences)
+        waiting = any(not s.started for s in resident)
         room = len(self.sequences) < self.MAX_SEQUENCES
         return {
             "add": 12 * room,
-            "step": 12 * any(self.sequences[i].pending for i in resident),
+            "step": 12 * any(s.pending for s in resident),
             "decode": 30 * bool(resident),
             "append": 6 * live,
             "truncate": 6 * live,
@@ -262,9 +277,9 @@ class CheckedManager:
             "unpin": 4 * bool(self.pins),
             "free": 6 * live,
             "preempt": 3 * live,
-            "take_prefix": 4 * bool(waiting),
+            "take_prefix": 4 * waiting,
             "swap_out": 5 * bool(resident),
-            "swap_in": 10 * bool(self.ids(swapped=True)),
+            "swap_in": 10 * (len(resident) < len(self.sequences)),
             "snapshot_and_restore": 1,
             "reset_prefix_cache": 1,
             "name_a_sequence_that_is_not_there": 1,
@@ -272,12 +287,11 @@ class CheckedManager:
 
     # --- carrying out ---
 
-    def copy(self, src: dict[int, Any], dst: dict[int, Any], pairs: np.ndarray) -> None:
+    def copy(self, src: list[Block], dst: list[Block], pairs: np.ndarray) -> None:
         """All at once, as one launch would: no pair may depend on another."""
-        size = self.m.block_size
-        read = [[src.get(a * size + k) for k in range(size)] for a, _ in pairs.tolist()]
+        read = [[*src[a]] for a, _ in pairs.tolist()]
         for (_, b), entries in zip(pairs.tolist(), read, strict=True):
-            dst.update({b * size + k: entry for k, entry in enumerate(entries)})
+            dst[b] = entries
 
     def try_append(self, seqs: list[int], new: list[list[int]]) -> None:
         flat = [token for tokens in new for token in tokens]
@@ -286,7 +300,7 @@ class CheckedManager:
             assert "fit into the pool" in str(error)
             return
         for seq, tokens in zip(seqs, new, strict=True):
-            self.sequences[seq].tokens = self.sequences[seq].tokens + tokens
+            self.sequences[seq].append(tokens)
 
     def needed_blocks(self, seqs: list[int], counts: list[int]) -> int:
         size = self.m.block_size
@@ -324,7 +338,7 @@ class CheckedManager:
             return
         assert needed <= free
         for seq, tokens in zip(seqs, new, strict=True):
-            self.sequences[seq].tokens = self.sequences[seq].tokens + tokens
+            self.sequences[seq].append(tokens)
         self.run_kernels(seqs, counts, batch)
 
     def run_kernels(self, seqs: list[int], counts: list[int], batch: StepBatch) -> None:
@@ -337,19 +351,26 @@ class CheckedManager:
             s = self.sequences[seq]
             for position in range(s.computed, s.computed + count):
                 assert next(positions) == position
-                self.kv[next(slots)] = s.entry(position)
+                slot = next(slots)
+                self.kv[slot // size][slot % size] = s.prefixes[position]
         for i, (seq, count) in enumerate(zip(seqs, counts, strict=True)):
             s = self.sequences[seq]
             start, s.computed, s.started = s.computed, s.computed + count, True
             assert batch.seq_lens[i] == s.computed
-            for position in range(self.first_visible(start), s.computed):
-                slot = int(batch.block_tables[i, position // size]) * size + position % size
-                assert self.kv[slot] == s.entry(position), "a kernel would read another prompt's KV"
+            self.compare_entries(s, batch.block_tables[i].tolist(), self.kv, self.first_visible(start))
 
     # --- comparing ---
 
     def first_visible(self, position: int) -> int:
         return 0 if self.m.window is None else max(0, position - self.m.window + 1)
+
+    def compare_entries(self, s: Sequence, table: list[int], cache: list[Block], first: int) -> None:
+        """What a kernel would read from position `first` on."""
+        size = self.m.block_size
+        begin, end = first // size, -(-s.computed // size)
+        entries = [entry for block in table[begin:end] for entry in cache[block]]
+        found = entries[first - begin * size : s.computed - begin * size]
+        assert found == s.prefixes[first : s.computed], "a block holds another prompt's KV"
 
     def compare(self) -> None:
         self.m.check()
@@ -362,18 +383,17 @@ class CheckedManager:
             table = self.m.block_table(seq).tolist()
             assert len(table) == -(-s.computed // size)
             cache = self.host_kv if s.swapped else self.kv
-            for position in range(self.first_visible(s.computed), s.computed):
-                slot = table[position // size] * size + position % size
-                assert cache[slot] == s.entry(position), "a block holds another prompt's KV"
-
+            self.compare_entries(s, table, cache, self.first_visible(s.computed))
         for key, tokens in self.pins.values():
             assert self.m.match([*tokens, OTHER_TOKEN], extra_key=key) >= len(tokens), "a pinned prefix was evicted"
-        for event in self.m.events():
-            assert (event["block"] in self.cached) == (event["kind"] != BlockManager.EVENT_STORED)
-            self.cached ^= {int(event["block"])}
-        assert self.cached == set(np.flatnonzero(self.m.layout()["is_cached"]).tolist())
+        events = self.m.events()
+        for block, kind in zip(events["block"].tolist(), events["kind"].tolist(), strict=True):
+            assert (block in self.cached) == (kind != BlockManager.EVENT_STORED)
+            self.cached ^= {block}
+        assert len(self.cached) == self.m.num_cached_blocks
 
     def finish(self) -> None:
+        assert self.cached == set(np.flatnonzero(self.m.layout()["is_cached"]).tolist())
         self.m.free(list(self.sequences))
         self.m.unpin(list(self.pins))
         self.m.check()

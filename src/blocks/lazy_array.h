@@ -30,8 +30,9 @@ class LazyArray {
   T &operator[](int64_t i) { return data_[i]; }
   const T &operator[](int64_t i) const { return data_[i]; }
 
-  // Soon to be read: asks for the line now, so that the wait overlaps with other work.
+  // Soon to be read, or written: asks for the line now, so that the wait overlaps with other work.
   void prefetch(int64_t i) const { __builtin_prefetch(data_ + i); }
+  void prefetch_for_writing(int64_t i) const { __builtin_prefetch(data_ + i, 1); }
 
  private:
   struct Free {

@@ -92,6 +92,7 @@ inline void Manager::take_cached_blocks(Sequence &s) {
 }
 
 // Publishes the blocks that have become full.
+constexpr int64_t kPublishAhead = 6;
 inline void Manager::publish_full_blocks(Sequence &s) {
   s.chain_broken = !pool_.alive(s.tip);
   if (s.chain_broken) return;
@@ -99,7 +100,12 @@ inline void Manager::publish_full_blocks(Sequence &s) {
   HashesAhead ahead(pool_, pool_.hash_of(s.tip), s.tokens.data() + s.num_published * blocks_.size(),
                     full - s.num_published);
   bool tip_is_new = false;  // then it has no children yet, and nothing has to be looked for
-  while (s.num_published < full && !s.chain_broken) tip_is_new = publish_block(s, ahead.next_hash(), tip_is_new);
+  while (s.num_published < full && !s.chain_broken) {
+    if (const int64_t later = s.num_published + kPublishAhead; later < full) {
+      pool_.prefetch_for_publishing(std::max(0, s.table[static_cast<size_t>(later)]));
+    }
+    tip_is_new = publish_block(s, ahead.next_hash(), tip_is_new);
+  }
 }
 
 // Where the cache holds the same prefix already, the sequence changes over to the cached block and gives its own back.

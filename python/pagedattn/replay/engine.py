@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pagedattn
-from pagedattn import BlockManager
+from pagedattn import BlockManager, StepBatch
 from pagedattn._device import ELEMENT, STORAGE, Device
 
 from .caches import make_caches
@@ -136,7 +136,9 @@ class Engine:
         self._occupancy = Occupancy(settings.block_size)
         self._layout: Any = None
         self._clock = Clock(self._device.synchronize)
-        self._scheduler = Scheduler(requests, settings, self.manager, self._clock)
+        widest = min(num_blocks, settings.blocks(self._max_length))
+        batch = StepBatch(settings.max_batch, widest, settings.rows(num_blocks))
+        self._scheduler = Scheduler(requests, settings, self.manager, batch, self._clock)
 
     def step(self, *, keep_layout: bool = False) -> bool:
         """Run one step; false if the trace is done."""

@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pagedattn import BlockManager, OutOfBlocks
+from pagedattn import BlockManager, OutOfBlocks, StepBatch
 
 from .clock import Clock
 from .model import Model
@@ -43,6 +42,8 @@ class Sequence:
         Samples it stands for: more than one until its prompt is computed and it forks.
     prompt_seen : int
         Prompt tokens that have been counted, computed or found cached; a preemption does not take them back.
+    sampled : int
+        A sampled token that the block manager has not been told of yet: the next step appends it.  -1 for none.
     shares_tail : bool
         Whether its last block is still its sibling's, right after a fork, or the prefix cache's.
     """
@@ -56,6 +57,7 @@ class Sequence:
     computed: int = 0
     width: int = 1
     prompt_seen: int = 0
+    sampled: int = -1
     shares_tail: bool = False
 
     @property
@@ -75,7 +77,7 @@ class Step:
 
     sequences: list[Sequence]
     counts: list[int]
-    arrays: Any
+    arrays: StepBatch
 
 
 @dataclass(slots=True)
@@ -104,15 +106,25 @@ class Scheduler:
         Limits on batch and chunk.
     manager : BlockManager
         Holds the blocks.
+    batch : StepBatch
+        Its arrays are reused by every step.
     clock : Clock
         Is charged for the manager's calls.
     """
 
-    def __init__(self, requests: Iterable[Request], settings: Settings, manager: BlockManager, clock: Clock) -> None:
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        settings: Settings,
+        manager: BlockManager,
+        batch: StepBatch,
+        clock: Clock,
+    ) -> None:
         self.counts = Counts()
         self.running: list[Sequence] = []
         self._settings = settings
         self._manager = manager
+        self._batch = batch
         self._clock = clock
         self._arriving = deque(requests)
         self._preempted: deque[Sequence] = deque()
@@ -127,17 +139,19 @@ class Scheduler:
                 return None
             while self.running:
                 sequences, counts = self._plan()
+                ids, sampled = [s.id for s in sequences], [s.sampled for s in sequences]
                 try:
                     with self._clock("block manager"):
-                        arrays = self._manager.step([s.id for s in sequences], counts)
+                        self._manager.step(ids, counts, self._batch, token_ids=sampled)
                 except OutOfBlocks:
                     self._make_room()
                 else:
-                    return Step(sequences, counts, arrays)
+                    for sequence in sequences:
+                        sequence.sampled = -1
+                    return Step(sequences, counts, self._batch)
 
     def commit(self, step: Step) -> None:
         """Account for a step that was computed: fork, sample, and free what is finished."""
-        grown: list[Sequence] = []
         finished: list[Sequence] = []
         for sequence, count in zip(step.sequences, step.counts, strict=True):
             sequence.computed += count
@@ -146,13 +160,13 @@ class Scheduler:
             if sequence.computed < sequence.known:
                 continue
             for sample in [sequence, *self._fork(sequence)]:
+                sample.sampled = int(sample.tokens[sample.known])
                 sample.known += 1
                 self.counts.generated_tokens += 1
-                (finished if sample.known == len(sample.tokens) else grown).append(sample)
-        with self._clock("block manager"):
-            if grown:
-                self._manager.append([s.id for s in grown], [int(s.tokens[s.known - 1]) for s in grown])
-            if finished:
+                if sample.known == len(sample.tokens):
+                    finished.append(sample)
+        if finished:
+            with self._clock("block manager"):
                 self._manager.free([s.id for s in finished])
         for sequence in finished:
             self.running.remove(sequence)
@@ -223,6 +237,7 @@ class Scheduler:
         self._open_samples[request.index] = request.samples
         self.counts.hit_tokens += cached
         started = Sequence(request, 0, tokens, Model.digests(tokens), name, len(prompt), cached, request.samples)
+        started.shares_tail = cached % self._settings.block_size != 0
         self._count_prompt(started)
         return started
 
@@ -237,6 +252,7 @@ class Scheduler:
             self._free_at_failure = self._manager.num_free_blocks
             return False
         sequence.computed = cached
+        sequence.shares_tail = cached % self._settings.block_size != 0
         self.counts.recomputed_tokens -= cached
         return True
 
