@@ -1,11 +1,11 @@
 // The keyed 128-bit hash that chains blocks of tokens into prefixes.
 //
 // A block's hash is a function of its parent block's hash and of its own tokens, so it names the whole prefix that ends
-// in the block. Two 64-bit lanes absorb four tokens a round; a round is one 64x64 -> 128-bit multiplication a lane,
-// folded to 64 bits. All of the secret key enters, so that nobody outside the process can aim prompts at one bucket.
-// The hash only finds candidates: the pool compares tokens and parents before it serves a block, so a collision costs
-// time and never correctness. A chain of blocks is bound by the latency of its multiplications; who walks it does other
-// work beside it (see HashesAhead).
+// in the block. It consists of two 64-bit lanes that know nothing of each other: each absorbs four tokens a round, with
+// its own words of the secret key, by one 64x64 -> 128-bit multiplication folded to 64 bits. Nobody outside the process
+// can aim prompts at one bucket. Both lanes together are a block's name; look-ups need the first one alone. It only
+// finds candidates: the pool compares tokens and parents before it serves a block, so a collision costs time and never
+// correctness.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -48,33 +48,36 @@ inline uint64_t fold_multiply(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-inline void absorb(Hash128 &state, const HashKey &key, uint64_t x, uint64_t y) {
-  // The lanes take the words in opposite roles: an input that cancels in one lane does not cancel in the other.
-  state.lo = fold_multiply(state.lo ^ x, y ^ key.words[2]);
-  state.hi = fold_multiply(state.hi ^ y, x ^ key.words[3]);
-}
+// Which words of the key a lane takes. The lanes also take each pair of input words in opposite roles.
+enum class Lane { kLow, kHigh };
 
-inline Hash128 hash_bytes(const HashKey &key, Hash128 parent, const void *data, size_t num_bytes) {
-  Hash128 state{parent.lo ^ key.words[0], parent.hi ^ key.words[1]};
+template <Lane lane>
+uint64_t hash_lane(const HashKey &key, uint64_t parent, const void *data, size_t num_bytes) {
+  constexpr int kFirst = lane == Lane::kLow ? 0 : 3;
+  const auto absorb = [&](uint64_t state, uint64_t x, uint64_t y) {
+    return lane == Lane::kLow ? fold_multiply(state ^ x, y ^ key.words[kFirst + 1])
+                              : fold_multiply(state ^ y, x ^ key.words[kFirst + 1]);
+  };
+  uint64_t state = parent ^ key.words[kFirst];
   const auto *bytes = static_cast<const unsigned char *>(data);
   uint64_t pair[2];
   size_t left = num_bytes;
   for (; left >= sizeof(pair); left -= sizeof(pair), bytes += sizeof(pair)) {
     std::memcpy(pair, bytes, sizeof(pair));
-    absorb(state, key, pair[0], pair[1]);
+    state = absorb(state, pair[0], pair[1]);
   }
   if (left > 0) {
     pair[0] = pair[1] = 0;
     std::memcpy(pair, bytes, left);
-    absorb(state, key, pair[0], pair[1]);
+    state = absorb(state, pair[0], pair[1]);
   }
-  // The length tells a padded tail from real zero bytes; each lane takes from the other.
-  return {fold_multiply(state.lo ^ key.words[4], state.hi ^ num_bytes),
-          fold_multiply(state.hi ^ key.words[5], ~state.lo)};
+  // The length tells a padded tail from real zero bytes.
+  return fold_multiply(state, key.words[kFirst + 2] ^ num_bytes);
 }
 
-inline Hash128 hash_tokens(const HashKey &key, Hash128 parent, const int32_t *tokens, int64_t num_tokens) {
-  return hash_bytes(key, parent, tokens, static_cast<size_t>(num_tokens) * sizeof(int32_t));
+inline Hash128 hash_bytes(const HashKey &key, Hash128 parent, const void *data, size_t num_bytes) {
+  return {hash_lane<Lane::kLow>(key, parent.lo, data, num_bytes),
+          hash_lane<Lane::kHigh>(key, parent.hi, data, num_bytes)};
 }
 
 }  // namespace pagedattn::blocks

@@ -110,13 +110,17 @@ class BlockPool {
     return parent.block < 0 ? namespaces_.root_hash(~parent.block) : nodes_[parent.block].hash;
   }
 
+  // The hash of a block that follows one: its name, or the lane of it that a look-up needs.
   Hash128 child_hash(Hash128 parent, const int32_t *tokens) const {
-    const Hash128 hash = hash_tokens(key_, parent, tokens, block_size_);
+    const Hash128 hash = hash_bytes(key_, parent, tokens, block_bytes());
     return {hash.lo & hash_mask_, hash.hi & hash_mask_};
+  }
+  uint64_t child_hash(uint64_t parent_lo, const int32_t *tokens) const {
+    return hash_lane<Lane::kLow>(key_, parent_lo, tokens, block_bytes()) & hash_mask_;
   }
 
   // The published child of `parent` that holds exactly these tokens, or kNone.
-  int32_t find(Parent parent, Hash128 hash, const int32_t *tokens) const {
+  int32_t find(Parent parent, uint64_t hash, const int32_t *tokens) const {
     return index_.find(hash, [&](int32_t block) { return is_child(block, parent, tokens); });
   }
   // Of a block of the index. The hash is not asked: it follows from the two.
@@ -125,8 +129,8 @@ class BlockPool {
   }
 
   // Look-ups wait for memory: these ask for what find() will read, first the entry, then what the entry leads to.
-  void prefetch_entry(Hash128 hash) const { index_.prefetch(hash); }
-  int32_t prefetch_guess(Hash128 hash) const {
+  void prefetch_entry(uint64_t hash) const { index_.prefetch(hash); }
+  int32_t prefetch_guess(uint64_t hash) const {
     const int32_t block = index_.guess(hash);
     if (block != kNone) {
       nodes_.prefetch(block);
@@ -152,10 +156,10 @@ class BlockPool {
   bool publish(int32_t block, Parent parent, Hash128 hash, const int32_t *tokens, int8_t priority) {
     Node &node = nodes_[block];
     if (node.generation >= kLastGeneration) return false;
-    std::memcpy(&tokens_[int64_t{block} * block_size_], tokens, static_cast<size_t>(block_size_) * sizeof(int32_t));
+    std::memcpy(&tokens_[int64_t{block} * block_size_], tokens, block_bytes());
     node = {hash, parent, node.generation + 1, 0};
     places_.set_priority(block, priority);
-    index_.insert(block, hash);
+    index_.insert(block, hash.lo);
     if (parent.block < 0) {
       namespaces_.newest_child(~parent.block) = block + 1;
       namespaces_.retain(~parent.block);
@@ -172,7 +176,7 @@ class BlockPool {
   void withdraw(int32_t block, EventKind reason = EventKind::kRemoved) {
     if (events_.enabled()) report(reason, block);
     Node &node = nodes_[block];
-    index_.erase(block, node.hash, [&](int32_t other) { return nodes_[other].hash; });
+    index_.erase(block, node.hash.lo, [&](int32_t other) { return nodes_[other].hash.lo; });
     ++node.generation;
     if (node.parent.block < 0) namespaces_.release(~node.parent.block);
     --num_published_;
@@ -205,6 +209,7 @@ class BlockPool {
   static_assert(sizeof(Node) == 32);
   static constexpr uint32_t kLastGeneration = std::numeric_limits<uint32_t>::max() - 1;
 
+  size_t block_bytes() const { return static_cast<size_t>(block_size_) * sizeof(int32_t); }
   static bool is_odd(uint32_t x) { return (x & 1) != 0; }
 
   void allocate(int64_t n, int32_t *out) {
@@ -233,7 +238,7 @@ class BlockPool {
     for (int64_t i = 0; i < n; ++i) {
       walk();
       if (near != kNone && n > 1) {
-        index_.prefetch(nodes_[near].hash);
+        index_.prefetch(nodes_[near].hash.lo);
         near = places_.next_oldest(near);
       }
       const int32_t block = out[i] = places_.take_oldest();
@@ -251,7 +256,7 @@ class BlockPool {
   }
 
   bool same_tokens(int32_t block, const int32_t *tokens) const {
-    return std::memcmp(this->tokens(block), tokens, static_cast<size_t>(block_size_) * sizeof(int32_t)) == 0;
+    return std::memcmp(this->tokens(block), tokens, block_bytes()) == 0;
   }
 
   int32_t block_size_;

@@ -148,7 +148,7 @@ class Check {
     std::vector<char> seen(static_cast<size_t>(pool.num_blocks()));
     const auto hash_of = [&](int32_t block) {
       if (block < 0 || block >= pool.num_blocks()) broken("the prefix index points outside the pool");
-      return pool.nodes_[block].hash;
+      return pool.nodes_[block].hash.lo;
     };
     pool.index_.for_each(hash_of, [&](int32_t block, bool can_be_found) {
       ++indexed;

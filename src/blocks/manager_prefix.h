@@ -19,7 +19,7 @@ inline void make_room(std::vector<int32_t> &values, int64_t size) {
 // Calls `visit(block)` for each cached block of the prefix that follows `parent`, at most `limit` of them.
 template <typename Visit>
 void Manager::walk_prefix(Parent parent, const int32_t *tokens, int64_t limit, Visit visit) const {
-  HashesAhead ahead(pool_, pool_.hash_of(parent), tokens, limit);
+  HashesAhead<uint64_t> ahead(pool_, pool_.hash_of(parent).lo, tokens, limit);
   for (int64_t i = 0; i < limit; ++i, tokens += blocks_.size()) {
     const auto [hash, guess] = ahead.next();
     const bool right = guess != kNone && pool_.is_child(guess, parent, tokens);
@@ -37,7 +37,7 @@ inline Manager::PartialMatch Manager::match_partly(Parent parent, const int32_t 
   const int64_t most = std::min(size, num_left - 1);  // the last token is always left to compute
   if (2 * most < size) return {};
   int32_t block = kNone;
-  if (num_left == size) block = pool_.find(parent, pool_.child_hash(pool_.hash_of(parent), tokens), tokens);
+  if (num_left == size) block = pool_.find(parent, pool_.child_hash(pool_.hash_of(parent).lo, tokens), tokens);
   if (block == kNone) block = pool_.newest_child(parent);
   if (block == kNone) return {};
   const int64_t equal = std::mismatch(tokens, tokens + most, pool_.tokens(block)).first - tokens;
@@ -50,7 +50,7 @@ inline bool Manager::can_outdo_borrowed_tail(const Sequence &s) const {
   const int64_t whole = s.num_published * size;
   const int32_t *tokens = s.tokens.data() + whole;
   const int64_t num_left = s.num_tokens() - whole;
-  if (num_left > size && pool_.find(s.tip, pool_.child_hash(pool_.hash_of(s.tip), tokens), tokens) != kNone)
+  if (num_left > size && pool_.find(s.tip, pool_.child_hash(pool_.hash_of(s.tip).lo, tokens), tokens) != kNone)
     return true;
   return match_partly(s.tip, tokens, num_left).num_tokens > s.num_computed - whole;
 }
@@ -97,8 +97,8 @@ inline void Manager::publish_full_blocks(Sequence &s) {
   s.chain_broken = !pool_.alive(s.tip);
   if (s.chain_broken) return;
   const int64_t full = blocks_.full(s.num_computed);
-  HashesAhead ahead(pool_, pool_.hash_of(s.tip), s.tokens.data() + s.num_published * blocks_.size(),
-                    full - s.num_published);
+  HashesAhead<Hash128> ahead(pool_, pool_.hash_of(s.tip), s.tokens.data() + s.num_published * blocks_.size(),
+                             full - s.num_published);
   bool tip_is_new = false;  // then it has no children yet, and nothing has to be looked for
   while (s.num_published < full && !s.chain_broken) {
     if (const int64_t later = s.num_published + kPublishAhead; later < full) {
@@ -113,7 +113,7 @@ inline void Manager::publish_full_blocks(Sequence &s) {
 inline bool Manager::publish_block(Sequence &s, Hash128 hash, bool tip_is_new) {
   int32_t &entry = s.table[static_cast<size_t>(s.num_published)];
   const int32_t *tokens = s.tokens.data() + s.num_published * blocks_.size();
-  const int32_t cached = tip_is_new || entry == kNone ? kNone : pool_.find(s.tip, hash, tokens);
+  const int32_t cached = tip_is_new || entry == kNone ? kNone : pool_.find(s.tip, hash.lo, tokens);
   if (cached == kNone) {
     s.chain_broken = entry == kNone || !pool_.publish(entry, s.tip, hash, tokens, s.priority);
     if (s.chain_broken) return false;

@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "blocks/block_hash.h"
 #include "blocks/prefix_index.h"
 
 namespace pagedattn::blocks {

@@ -1,10 +1,10 @@
 // The prefix cache's look-up table: from a hash to the published blocks that may have it.
 //
-// Open addressing in buckets of one cache line, 16 entries of 32 bits. An entry is a block's number and, in the bits
-// that numbers of this pool do not need, a part of its hash: 14 bits in a pool of 200 000 blocks, so that a look-up of
-// what is not there almost never has to look at a block. A full bucket overflows into the next one; an entry that
-// leaves a full bucket lets those that were carried past it back in, so no tombstones pile up. At most 60 % of the
-// entries are taken, 6.7 bytes a block.
+// Open addressing in buckets of one cache line, 16 entries of 32 bits. The hash's upper bits choose the bucket; an
+// entry is a block's number and, in the bits that numbers of this pool do not need, some of the lower bits of its hash:
+// 14 bits in a pool of 200 000 blocks, so that a look-up of what is not there almost never has to look at a block. A
+// full bucket overflows into the next one; an entry that leaves a full bucket lets those that were carried past it back
+// in, so no tombstones pile up. At most 60 % of the entries are taken, 6.7 bytes a block.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -15,7 +15,6 @@
 #include <emmintrin.h>
 #endif
 
-#include "blocks/block_hash.h"
 #include "blocks/lazy_array.h"
 
 namespace pagedattn::blocks {
@@ -31,7 +30,7 @@ class PrefixIndex {
 
   // The first block under this hash for which `is_it(block)` holds, or kNone.
   template <typename IsIt>
-  int32_t find(Hash128 hash, IsIt is_it) const {
+  int32_t find(uint64_t hash, IsIt is_it) const {
     for (int64_t bucket = home(hash);; bucket = next(bucket)) {
       for (uint32_t hits = matches(bucket, tag(hash)); hits != 0; hits &= hits - 1) {
         const int32_t block = block_of(entries_[bucket * kWidth + std::countr_zero(hits)]);
@@ -42,15 +41,15 @@ class PrefixIndex {
   }
 
   // A block that probably has this hash, without looking at it, or kNone: what a caller prefetches.
-  int32_t guess(Hash128 hash) const {
+  int32_t guess(uint64_t hash) const {
     const int64_t bucket = home(hash);
     const uint32_t hits = matches(bucket, tag(hash));
     return hits == 0 ? kNone : block_of(entries_[bucket * kWidth + std::countr_zero(hits)]);
   }
 
-  void prefetch(Hash128 hash) const { entries_.prefetch(home(hash) * kWidth); }
+  void prefetch(uint64_t hash) const { entries_.prefetch(home(hash) * kWidth); }
 
-  void insert(int32_t block, Hash128 hash) {
+  void insert(int32_t block, uint64_t hash) {
     int64_t bucket = home(hash);
     while (full(bucket)) bucket = next(bucket);
     entries_[bucket * kWidth + num_taken(bucket)] = tag(hash) | (static_cast<uint32_t>(block) + 1);
@@ -58,7 +57,7 @@ class PrefixIndex {
 
   // `hash_of(block)` is the hash of any block of the index.
   template <typename HashOf>
-  void erase(int32_t block, Hash128 hash, HashOf hash_of) {
+  void erase(int32_t block, uint64_t hash, HashOf hash_of) {
     const uint32_t entry = tag(hash) | (static_cast<uint32_t>(block) + 1);
     int64_t bucket = home(hash);
     uint32_t position;
@@ -84,7 +83,7 @@ class PrefixIndex {
     for (int64_t i = 0; i < num_buckets_ * kWidth; ++i) {
       if (entries_[i] == 0) continue;
       const int32_t block = block_of(entries_[i]);
-      const Hash128 hash = hash_of(block);
+      const uint64_t hash = hash_of(block);
       int64_t bucket = home(hash);
       while (bucket != i / kWidth && full(bucket)) bucket = next(bucket);
       const bool packed = i % kWidth == 0 || entries_[i - 1] != 0;
@@ -95,13 +94,13 @@ class PrefixIndex {
  private:
   static constexpr int kWidth = static_cast<int>(kCacheLine / sizeof(uint32_t));
 
-  int64_t home(Hash128 hash) const {
+  int64_t home(uint64_t hash) const {
     // The high half of hash x buckets spreads any number of buckets evenly, without a division.
     __extension__ using uint128 = unsigned __int128;
-    return static_cast<int64_t>((static_cast<uint128>(hash.lo) * static_cast<uint64_t>(num_buckets_)) >> 64);
+    return static_cast<int64_t>((static_cast<uint128>(hash) * static_cast<uint64_t>(num_buckets_)) >> 64);
   }
   int64_t next(int64_t bucket) const { return bucket + 1 == num_buckets_ ? 0 : bucket + 1; }
-  uint32_t tag(Hash128 hash) const { return static_cast<uint32_t>(hash.hi) & ~number_mask_; }
+  uint32_t tag(uint64_t hash) const { return static_cast<uint32_t>(hash) & ~number_mask_; }
   int32_t block_of(uint32_t entry) const { return static_cast<int32_t>(entry & number_mask_) - 1; }
   bool full(int64_t bucket) const { return entries_[bucket * kWidth + kWidth - 1] != 0; }
 

@@ -13,7 +13,7 @@
 namespace pagedattn::blocks {
 
 // What every step looks at comes first and fills two cache lines.
-struct alignas(kCacheLine) Sequence {
+struct Sequence {
   int64_t id = 0;
   std::vector<int32_t> tokens;  // all that are known, computed or not
   std::vector<int32_t> table;   // ceil(num_computed / block_size) blocks; kNone where the window has passed

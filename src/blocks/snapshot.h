@@ -292,7 +292,7 @@ class SnapshotReader {
       pool.places_.set_priority(block, in.cached_priorities[i]);
       std::memcpy(&pool.tokens_[int64_t{block} * pool.block_size()], &in.cached_tokens[i * size],
                   size * sizeof(int32_t));
-      pool.index_.insert(block, node.hash);
+      pool.index_.insert(block, node.hash.lo);
       if (parent.block < 0) pool.namespaces().retain(~parent.block);
       ++pool.num_published_;
     }

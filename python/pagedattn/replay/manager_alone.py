@@ -3,8 +3,8 @@
 
 It says what the manager costs and what its prefix cache finds under a real load.  Requests arrive in the order of the
 trace; one starts as soon as there is a place for it and room for all its tokens, has its prompt computed in one step,
-and then decodes a token a step beside the others until it is done.  What runs when follows from lengths alone, so that
-a model of the cache can be put through the very same turns.
+and then decodes a token a step beside the others until it is done.  What runs when follows from lengths alone, so a
+model of the cache can be put through the very same turns.
 """
 
 from __future__ import annotations
