@@ -156,7 +156,7 @@ class BlockPool {
   bool publish(int32_t block, Parent parent, Hash128 hash, const int32_t *tokens, int8_t priority) {
     Node &node = nodes_[block];
     if (node.generation >= kLastGeneration) return false;
-    std::memcpy(&tokens_[int64_t{block} * block_size_], tokens, block_bytes());
+    copy_tokens(&tokens_[int64_t{block} * block_size_], tokens);
     node = {hash, parent, node.generation + 1, 0};
     places_.set_priority(block, priority);
     index_.insert(block, hash.lo);
@@ -253,6 +253,11 @@ class BlockPool {
     // Of a block whose parent has left the cache only its own name is known.
     const Hash128 parent = alive(node.parent) ? hash_of(node.parent) : Hash128();
     events_.push({node.hash, parent, kind, block}, tokens(block));
+  }
+
+  void copy_tokens(int32_t *to, const int32_t *from) const {
+    constexpr int32_t kUsual = 16;  // a constant size spares the call
+    block_size_ == kUsual ? std::memcpy(to, from, kUsual * sizeof(int32_t)) : std::memcpy(to, from, block_bytes());
   }
 
   bool same_tokens(int32_t block, const int32_t *tokens) const {

@@ -140,9 +140,19 @@ inline void Manager::prepare_tail(Sequence &s, Tail tail, StepArrays &out) {
   ++counters_.cow_copies;
 }
 
-inline void count_up(int64_t *__restrict out, int64_t first, int64_t n) {
+// The slots and positions of the tokens from `position` to `end`, the first of which lies in the block `table[block]`.
+inline void write_slots(const int32_t *table, int64_t size, int64_t block, int64_t position, int64_t end,
+                        int64_t *__restrict slots, int64_t *__restrict positions) {
 #pragma GCC unroll 4
-  for (int64_t i = 0; i < n; ++i) out[i] = first + i;
+  for (int64_t i = 0; i < end - position; ++i) positions[i] = position + i;
+  for (; position < end; ++block) {
+    const int64_t shift = (table[block] - block) * size + position;
+    const int64_t n = std::min(end, (block + 1) * size) - position;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < n; ++i) slots[i] = shift + i;
+    slots += n;
+    position += n;
+  }
 }
 
 inline void Manager::write_row(const Sequence &s, int64_t i, int64_t count, StepArrays &out) const {
@@ -156,19 +166,11 @@ inline void Manager::write_row(const Sequence &s, int64_t i, int64_t count, Step
 
   const int64_t start = out.num_tokens;
   const int64_t end = s.num_computed + count;
-  const int64_t size = blocks_.size();
   out.seq_lens[i] = static_cast<int32_t>(end);
   out.query_start_loc[i] = static_cast<int32_t>(start);
-  count_up(out.positions + start, s.num_computed, count);
-  int64_t *slots = out.slot_mapping + start;
-  int64_t block = count == 1 ? s.num_blocks() - 1 : blocks_.full(s.num_computed);
-  for (int64_t position = s.num_computed; position < end; ++block) {
-    const int64_t block_end = std::min(end, (block + 1) * size);
-    const int64_t first_slot = s.table[static_cast<size_t>(block)] * size + position - block * size;
-    count_up(slots, first_slot, block_end - position);
-    slots += block_end - position;
-    position = block_end;
-  }
+  const int64_t block = count == 1 ? s.num_blocks() - 1 : blocks_.full(s.num_computed);
+  write_slots(s.table.data(), blocks_.size(), block, s.num_computed, end, out.slot_mapping + start,
+              out.positions + start);
 }
 
 inline void Manager::step(const StepRequest &request, StepArrays &out) {
