@@ -137,8 +137,12 @@ cdef _Tokens _read_tokens(values, str call, int64_t least=0):
     return tokens
 
 
-cdef cbool _is_single(value) noexcept:
-    return PyLong_CheckExact(value) or (hasattr(value, "__index__") and not getattr(value, "ndim", 0))
+cdef cbool _is_single(value):
+    if PyLong_CheckExact(value):
+        return True
+    if type(value) is list:  # the usual ones first: an attribute that is missing takes long to be missed
+        return False
+    return hasattr(value, "__index__") and not getattr(value, "ndim", 0)
 
 
 cdef int _read_ids(seqs, str call, vector[int64_t] &out, str argument="seqs") except -1:

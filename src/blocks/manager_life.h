@@ -10,8 +10,6 @@
 
 namespace pagedattn::blocks {
 
-constexpr size_t kRoomToGrow = 64;  // the first sampled tokens need no new memory
-
 // --- validation ---
 
 inline void Manager::throw_unknown(int64_t id, const char *call) const {
@@ -98,7 +96,7 @@ inline void Manager::shorten(Sequence &s, int64_t num_tokens) {
 
 inline std::unique_ptr<Sequence> Manager::copy_of(const Sequence &s) {
   auto copy = std::make_unique<Sequence>();
-  copy->tokens.reserve(s.tokens.size() + kRoomToGrow);
+  copy->tokens.reserve(with_room_to_grow(s.tokens.size()));
   copy->table.reserve(s.table.size() + 1);
   *copy = s;
   copy->shares_tail = true;
@@ -111,7 +109,7 @@ inline int64_t Manager::add(const int32_t *tokens, int64_t num_tokens, const std
   const std::lock_guard lock(mutex_);
   require_can_fit(num_tokens, "add", "token_ids");
   auto sequence = std::make_unique<Sequence>();
-  sequence->tokens.reserve(static_cast<size_t>(num_tokens) + kRoomToGrow);
+  sequence->tokens.reserve(with_room_to_grow(static_cast<size_t>(num_tokens)));
   sequence->tokens.assign(tokens, tokens + num_tokens);
   sequence->table.reserve(static_cast<size_t>(blocks_.holding(num_tokens) + 1));
   sequence->priority = priority;

@@ -17,10 +17,13 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pagedattn import BlockManager, StepBatch
 
 from .traces import VOCABULARY_BITS, Request
+
+_PROMPTS_AHEAD = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,13 @@ def turns(requests: Iterable[Request], num_blocks: int, block_size: int, max_bat
         turn += 1
 
 
+def _prompts(requests: SequenceOf[Request]) -> Iterator[NDArray[np.int32]]:
+    # Many at a time: making one needs more memory than the processor's caches hold, and the next call would find them
+    # emptied.
+    for first in range(0, len(requests), _PROMPTS_AHEAD):
+        yield from [request.prompt() for request in requests[first : first + _PROMPTS_AHEAD]]
+
+
 def replay_manager(
     requests: SequenceOf[Request], *, num_blocks: int, block_size: int = 16, max_batch: int = 64
 ) -> ManagerRun:
@@ -109,6 +119,7 @@ def replay_manager(
     longest = max(request.final_length for request in requests)
     batch = StepBatch(max_batch, -(-longest // block_size), max(longest, max_batch))
     sampled = np.random.default_rng(0).integers(0, 2**VOCABULARY_BITS, max_batch, np.int32)
+    prompts = _prompts(requests)
     names: dict[int, int] = {}
     seqs = np.empty(0, np.int64)
     clock = time.perf_counter
@@ -122,7 +133,7 @@ def replay_manager(
             seconds += clock() - start
             steps += 1
         for request in turn.admitted:
-            prompt = request.prompt()
+            prompt = next(prompts)
             start = clock()
             seq = manager.add(prompt)
             manager.step(seq, len(prompt) - manager.num_cached_tokens(seq), batch)
