@@ -219,7 +219,7 @@ class Manager {
     }
     pool_.namespaces().retain(copy.space);
   }
-  static std::unique_ptr<Sequence> copy_of(const Sequence &s);
+  std::unique_ptr<Sequence> copy_of(const Sequence &s);
   void shrink_table(Sequence &s, int64_t keep);
   void forget_computed(Sequence &s);
   void shorten(Sequence &s, int64_t num_tokens);
@@ -270,6 +270,7 @@ class Manager {
   HostPool host_;
   SequenceMap sequences_;
   SequenceMap pins_;  // sequences that only hold blocks
+  SpareSequences spares_;
   Counters counters_;
   int64_t next_id_ = 0;
 

@@ -95,9 +95,7 @@ inline void Manager::shorten(Sequence &s, int64_t num_tokens) {
 }
 
 inline std::unique_ptr<Sequence> Manager::copy_of(const Sequence &s) {
-  auto copy = std::make_unique<Sequence>();
-  copy->tokens.reserve(with_room_to_grow(s.tokens.size()));
-  copy->table.reserve(s.table.size() + 1);
+  auto copy = spares_.take(with_room_to_grow(s.tokens.size()), s.table.size() + 1);
   *copy = s;
   copy->shares_tail = true;
   return copy;
@@ -108,10 +106,9 @@ inline std::unique_ptr<Sequence> Manager::copy_of(const Sequence &s) {
 inline int64_t Manager::add(const int32_t *tokens, int64_t num_tokens, const std::string &extra_key, int8_t priority) {
   const std::lock_guard lock(mutex_);
   require_can_fit(num_tokens, "add", "token_ids");
-  auto sequence = std::make_unique<Sequence>();
-  sequence->tokens.reserve(with_room_to_grow(static_cast<size_t>(num_tokens)));
+  auto sequence = spares_.take(with_room_to_grow(static_cast<size_t>(num_tokens)),
+                               static_cast<size_t>(blocks_.holding(num_tokens) + 1));
   sequence->tokens.assign(tokens, tokens + num_tokens);
-  sequence->table.reserve(static_cast<size_t>(blocks_.holding(num_tokens) + 1));
   sequence->priority = priority;
   sequence->id = next_id_;
   sequences_.make_room(1);
@@ -206,7 +203,7 @@ inline void Manager::free(const int64_t *ids, int64_t n) {
   for (Sequence *s : batch_) {
     shrink_table(*s, 0);
     pool_.namespaces().release(s->space);
-    sequences_.erase(s->id);
+    spares_.put(sequences_.take(s->id));
   }
 }
 

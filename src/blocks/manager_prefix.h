@@ -216,7 +216,7 @@ inline void Manager::unpin(const int64_t *ids, int64_t n) {
     Sequence &pin = *pins_.find(ids[i]);
     shrink_table(pin, 0);
     pool_.namespaces().release(pin.space);
-    pins_.erase(ids[i]);
+    pins_.take(ids[i]);
   }
 }
 

@@ -63,9 +63,11 @@ class SequenceMap {
     return placed;
   }
 
-  void erase(int64_t id) {
+  // Takes a sequence out of the map.
+  std::unique_ptr<Sequence> take(int64_t id) {
     size_t hole = home(id);
     while (slots_[hole].id != id) hole = next(hole);
+    std::unique_ptr<Sequence> taken = std::move(slots_[hole].sequence);
     slots_[hole] = Slot();
     --size_;
     // Close the gap: whoever probed past the hole moves back into it.
@@ -75,6 +77,7 @@ class SequenceMap {
       slots_[hole] = std::exchange(slots_[i], Slot());
       hole = i;
     }
+    return taken;
   }
 
   int64_t size() const { return static_cast<int64_t>(size_); }
@@ -114,6 +117,38 @@ class SequenceMap {
 
   std::vector<Slot> slots_;  // a power of two
   size_t size_ = 0;
+};
+
+// Sequences that are no longer in use, for the memory they have: memory that goes back to the system comes back page by
+// page, which takes longer than all that is done with it.
+class SpareSequences {
+ public:
+  // A new sequence with room for so many tokens.
+  std::unique_ptr<Sequence> take(size_t num_tokens, size_t num_blocks) {
+    auto sequence = std::make_unique<Sequence>();
+    if (!spares_.empty()) {
+      sequence->tokens = std::move(spares_.back()->tokens);
+      sequence->table = std::move(spares_.back()->table);
+      spares_.pop_back();
+      sequence->tokens.clear();
+      sequence->table.clear();
+    }
+    sequence->tokens.reserve(num_tokens);
+    sequence->table.reserve(num_blocks);
+    return sequence;
+  }
+
+  void put(std::unique_ptr<Sequence> sequence) {
+    if (spares_.size() == kMostSpares || sequence->tokens.capacity() > kMostTokens) return;
+    if (spares_.capacity() == 0) spares_.reserve(kMostSpares);
+    spares_.push_back(std::move(sequence));
+  }
+
+ private:
+  static constexpr size_t kMostSpares = 64;
+  static constexpr size_t kMostTokens = size_t{1} << 16;  // of a spare, so 16 MiB in all
+
+  std::vector<std::unique_ptr<Sequence>> spares_;
 };
 
 }  // namespace pagedattn::blocks

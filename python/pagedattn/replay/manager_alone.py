@@ -90,6 +90,33 @@ def turns(requests: Iterable[Request], num_blocks: int, block_size: int, max_bat
         turn += 1
 
 
+class _Rows:
+    """Who runs in which row of the batch.  The last row takes a free place, so that no other table is written anew."""
+
+    def __init__(self, max_batch: int) -> None:
+        self._seqs = np.zeros(max_batch, np.int64)
+        self._requests: list[int] = []
+        self._rows: dict[int, int] = {}
+
+    def seqs(self) -> NDArray[np.int64]:
+        return self._seqs[: len(self._requests)]
+
+    def add(self, request: Request, seq: int) -> None:
+        row = self._rows[request.index] = len(self._requests)
+        self._requests.append(request.index)
+        self._seqs[row] = seq
+
+    def remove(self, request: Request) -> int:
+        row = self._rows.pop(request.index)
+        seq = int(self._seqs[row])
+        last = self._requests.pop()
+        if last != request.index:
+            self._requests[row] = last
+            self._rows[last] = row
+            self._seqs[row] = self._seqs[len(self._requests)]
+        return seq
+
+
 def _prompts(requests: SequenceOf[Request]) -> Iterator[NDArray[np.int32]]:
     # Many at a time: making one needs more memory than the processor's caches hold, and the next call would find them
     # emptied.
@@ -117,36 +144,33 @@ def replay_manager(
     """
     manager = BlockManager(num_blocks, block_size)
     longest = max(request.final_length for request in requests)
-    batch = StepBatch(max_batch, -(-longest // block_size), max(longest, max_batch))
+    widest = -(-longest // block_size)
+    alone, together = StepBatch(1, widest, longest), StepBatch(max_batch, widest, max_batch)
     sampled = np.random.default_rng(0).integers(0, 2**VOCABULARY_BITS, max_batch, np.int32)
     prompts = _prompts(requests)
-    names: dict[int, int] = {}
-    seqs = np.empty(0, np.int64)
+    running = _Rows(max_batch)
     clock = time.perf_counter
     seconds, steps = 0.0, 0
     for turn in turns(requests, num_blocks, block_size, max_batch):
+        seqs = running.seqs()
         if len(seqs):
-            sampled += 1
-            sampled &= 2**VOCABULARY_BITS - 1
             start = clock()
-            manager.step(seqs, 1, batch, token_ids=sampled[: len(seqs)])
+            manager.step(seqs, 1, together, token_ids=sampled[: len(seqs)])
             seconds += clock() - start
             steps += 1
         for request in turn.admitted:
             prompt = next(prompts)
             start = clock()
             seq = manager.add(prompt)
-            manager.step(seq, len(prompt) - manager.num_cached_tokens(seq), batch)
+            manager.step(seq, len(prompt) - manager.num_cached_tokens(seq), alone)
             seconds += clock() - start
             steps += 1
-            names[request.index] = seq
+            running.add(request, seq)
         if turn.finished:
-            done = [names.pop(request.index) for request in turn.finished]
+            done = [running.remove(request) for request in turn.finished]
             start = clock()
             manager.free(done)
             seconds += clock() - start
-        if turn.admitted or turn.finished:
-            seqs = np.array(list(names.values()), np.int64)
     manager.check()
     stats = manager.stats()
     return ManagerRun(
