@@ -29,10 +29,15 @@ inline std::vector<int64_t> Manager::swap_out(const int64_t *ids, int64_t n) {
                               std::to_string(host_.num_free()) + " are free",
                           needed, host_.num_free());
   }
+  // All memory is found before anything changes.
   std::vector<int64_t> mapping;
   mapping.reserve(static_cast<size_t>(2 * needed));
-  for (Sequence *s : batch_) {
-    const std::vector<int32_t> device_blocks = s->table;
+  std::vector<std::vector<int32_t>> device_tables;
+  device_tables.reserve(batch_.size());
+  for (const Sequence *s : batch_) device_tables.push_back(s->table);
+  for (size_t k = 0; k < batch_.size(); ++k) {
+    Sequence *s = batch_[k];
+    const std::vector<int32_t> &device_blocks = device_tables[k];
     for (int32_t &entry : s->table) {
       if (entry == kNone) continue;
       int32_t &host = on_host[entry];
@@ -83,16 +88,17 @@ inline std::vector<int64_t> Manager::swap_in(const int64_t *ids, int64_t n) {
   const auto needed = static_cast<int64_t>(on_device.size());
   require_free(needed + static_cast<int64_t>(revived.size()), true, "swap_in");
 
-  std::vector<std::vector<int32_t>> host_tables(batch_.size());
+  std::vector<int64_t> mapping;
+  mapping.reserve(static_cast<size_t>(2 * needed));
+  std::vector<std::vector<int32_t>> host_tables;
+  host_tables.reserve(batch_.size());
+  for (const Sequence *s : batch_) host_tables.push_back(s->table);
   for (size_t i = 0; i < batch_.size(); ++i) {
     Sequence &s = *batch_[i];
-    host_tables[i] = s.table;
     for (size_t k = 0; k < cached[i].size(); ++k) pool_.hold(s.table[k] = cached[i][k], s.priority);
     s.num_published = static_cast<int64_t>(cached[i].size());
     if (!cached[i].empty()) s.tip = pool_.node(cached[i].back());
   }
-  std::vector<int64_t> mapping;
-  mapping.reserve(static_cast<size_t>(2 * needed));
   for (size_t i = 0; i < batch_.size(); ++i) {
     Sequence &s = *batch_[i];
     for (size_t k = cached[i].size(); k < s.table.size(); ++k) {
