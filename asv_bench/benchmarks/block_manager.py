@@ -62,7 +62,7 @@ class Free(OneCall):
 
 
 class Admit(OneCall):
-    """16 prompts of 4096 tokens, one by one: all of each is new, or all is cached but its last block."""
+    """16 prompts of 4096 tokens, one by one: all of each is new, or all is cached but its last token or block."""
 
     params: ClassVar = [["miss", "hit"]]
     param_names: ClassVar = ["prefix"]
@@ -74,7 +74,7 @@ class Admit(OneCall):
         self.manager.step(seqs, [PROMPT] * 16)
         self.manager.free(seqs)
         self.prompts = cached if prefix == "hit" else prompts(16, seed=1)
-        self.expected = [PROMPT - BLOCK_SIZE if prefix == "hit" else 0] * 16
+        self.least = PROMPT - BLOCK_SIZE if prefix == "hit" else 0
 
     def time_add_and_step(self, prefix: str) -> None:
         found = []
@@ -82,7 +82,7 @@ class Admit(OneCall):
             seq = self.manager.add(prompt)
             found.append(self.manager.num_cached_tokens(seq))
             self.manager.step([seq], [PROMPT - found[-1]])
-        assert found == self.expected
+        assert min(found) >= self.least
 
 
 class Match:
