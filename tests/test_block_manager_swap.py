@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pagedattn
 import pytest
+from backends import NumpyBackend
 from block_manager_helpers import add_computed, assert_unchanged
 from pagedattn import BlockManager, OutOfBlocks
 from pagedattn._errors import InvalidArgumentError
@@ -106,3 +108,37 @@ def test_preemption_gives_all_blocks_back_and_keeps_the_tokens() -> None:
     assert not m.is_swapped(b)
     assert m.take_prefix(a) == 8
     assert m.step([a, b], [2, 6]).seq_lens.tolist() == [10, 6]
+
+
+def test_the_mappings_go_straight_into_swap_blocks(backend: NumpyBackend, rng: np.random.Generator) -> None:
+    m = BlockManager(6, 4, num_host_blocks=6, prefix_caching=False)
+    device = [backend.array(np.zeros((6, 4, 2, 8), np.float16)) for _ in "kv"]
+    host = [np.zeros((6, 4, 2, 8), np.float16) for _ in "kv"]
+
+    def compute(seq: int, count: int) -> list[np.ndarray]:
+        batch = m.step(seq, count)
+        new = [rng.standard_normal((count, 2, 8)).astype(np.float16) for _ in "kv"]
+        pagedattn.copy_blocks(device, backend.array(batch.copies))
+        pagedattn.reshape_and_cache(*backend.arrays(*new), *device, backend.array(batch.slot_mapping))
+        return new
+
+    def move(sources: list[object], destinations: list[object], mapping: np.ndarray) -> None:
+        for source, destination in zip(sources, destinations, strict=True):
+            pagedattn.swap_blocks(source, destination, mapping)
+        backend.synchronize()
+
+    seq = m.add(range(10))
+    written = compute(seq, 10)
+    fork = m.fork(seq)[0]
+    move(device, host, m.swap_out([seq, fork]))
+    other = m.add(range(50, 74))
+    compute(other, 24)  # all six blocks are overwritten
+    m.free(other)
+    move(host, device, m.swap_in([fork, seq]))
+    m.append(fork, 7)
+    grown = compute(fork, 1)
+    for cache, old, new in zip(device, written, grown, strict=True):
+        slots = backend.host(cache).reshape(24, 2, 8)
+        for sequence, expected in ((seq, old), (fork, np.concatenate([old, new]))):
+            table = np.repeat(m.block_table(sequence) * 4, 4) + np.tile(np.arange(4), len(m.block_table(sequence)))
+            np.testing.assert_array_equal(slots[table[: len(expected)]], expected)
