@@ -48,11 +48,11 @@ def computed(manager: BlockManager, ids: np.ndarray) -> list[int]:
 
 def allocate() -> float:
     """A block handed out, its table entry, 16 slots and 16 positions written."""
-    manager = BlockManager(1024, BLOCK_SIZE, prefix_caching=False)
-    seqs = np.array([manager.add(row) for row in prompts(16, 1024)])
-    batch = StepBatch(16, 64, 16 * 1024)
-    counts = np.full(16, 1024)
-    return best(lambda _: manager.step(seqs, counts, batch), lambda: manager.preempt(seqs), 200) / 1024
+    manager = BlockManager(2048, BLOCK_SIZE, prefix_caching=False)
+    seqs = np.array([manager.add(row) for row in prompts(16, 2048)])
+    batch = StepBatch(16, 128, 16 * 2048)
+    counts = np.full(16, 2048)
+    return best(lambda _: manager.step(seqs, counts, batch), lambda: manager.preempt(seqs), 200) / 2048
 
 
 def allocate_evicting() -> float:

@@ -140,16 +140,22 @@ inline void Manager::prepare_tail(Sequence &s, Tail tail, StepArrays &out) {
   ++counters_.cow_copies;
 }
 
-// The slots and positions of the tokens from `position` to `end`, the first of which lies in the block `table[block]`.
+inline void count_up(int64_t *__restrict out, int64_t first, int64_t n) {
+  constexpr int64_t kUsual = 16;  // of a whole block, mostly: a constant number needs no loop
+  if (n == kUsual) {
+    for (int64_t i = 0; i < kUsual; ++i) out[i] = first + i;
+    return;
+  }
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < n; ++i) out[i] = first + i;
+}
+
+// The slots of the tokens from `position` to `end`, the first of which lies in the block `table[block]`.
 inline void write_slots(const int32_t *table, int64_t size, int64_t block, int64_t position, int64_t end,
-                        int64_t *__restrict slots, int64_t *__restrict positions) {
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < end - position; ++i) positions[i] = position + i;
+                        int64_t *slots) {
   for (; position < end; ++block) {
-    const int64_t shift = (table[block] - block) * size + position;
     const int64_t n = std::min(end, (block + 1) * size) - position;
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < n; ++i) slots[i] = shift + i;
+    count_up(slots, (table[block] - block) * size + position, n);
     slots += n;
     position += n;
   }
@@ -169,8 +175,8 @@ inline void Manager::write_row(const Sequence &s, int64_t i, int64_t count, Step
   out.seq_lens[i] = static_cast<int32_t>(end);
   out.query_start_loc[i] = static_cast<int32_t>(start);
   const int64_t block = count == 1 ? s.num_blocks() - 1 : blocks_.full(s.num_computed);
-  write_slots(s.table.data(), blocks_.size(), block, s.num_computed, end, out.slot_mapping + start,
-              out.positions + start);
+  write_slots(s.table.data(), blocks_.size(), block, s.num_computed, end, out.slot_mapping + start);
+  count_up(out.positions + start, s.num_computed, count);
 }
 
 inline void Manager::step(const StepRequest &request, StepArrays &out) {
