@@ -39,7 +39,6 @@ struct Args {
   int num_kv_heads;
   int half_rotary;
   DType cos_sin_dtype;
-  bool wide_table;  // cosines and sines lie as a pack must
   bool long_positions;
   bool interleaved;
 };
@@ -58,23 +57,17 @@ __device__ Place place_of(const Args &args, int unit) {
   return args.interleaved ? Place{2 * pair, 2 * pair + N, pair} : Place{pair, args.half_rotary + pair, pair};
 }
 
-template <class T, int N>
-__device__ void load_floats(const T *data, bool wide, float (&values)[N]) {
-  Pack<T, N> pack;
-  if (wide) pack = *reinterpret_cast<const Pack<T, N> *>(data);
-#pragma unroll
-  for (int i = 0; i < N; ++i) values[i] = to_float(wide ? pack.element[i] : data[i]);
-}
-
-// N cosines or sines from the element `at` of the table on.
 template <int N>
-__device__ void load_from_table(const Args &args, int64_t at, float (&values)[N]) {
-  if (args.cos_sin_dtype == DType::kFloat32) {
-    load_floats(static_cast<const float *>(args.cos_sin) + at, args.wide_table, values);
-  } else if (args.cos_sin_dtype == DType::kFloat16) {
-    load_floats(static_cast<const float16 *>(args.cos_sin) + at, args.wide_table, values);
-  } else {
-    load_floats(static_cast<const bfloat16 *>(args.cos_sin) + at, args.wide_table, values);
+__device__ void load_floats(const void *data, DType dtype, int64_t at, float (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (dtype == DType::kFloat32) {
+      values[i] = static_cast<const float *>(data)[at + i];
+    } else if (dtype == DType::kFloat16) {
+      values[i] = to_float(static_cast<const float16 *>(data)[at + i]);
+    } else {
+      values[i] = to_float(static_cast<const bfloat16 *>(data)[at + i]);
+    }
   }
 }
 
@@ -111,21 +104,16 @@ __device__ void load_packs(const char *head, const Place &place, float (&x)[2 * 
 
 template <class Target, int N>
 __device__ void store_packs(char *head, const Place &place, const float (&x)[2 * N], float scale) {
-  float a[N], b[N];
+  constexpr bool kScaled = sizeof(Target) == 1;
+  Pack<Target, N> a, b;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    a[i] = x[i];
-    b[i] = x[N + i];
+    a.element[i] = from_float<Target>(kScaled ? x[i] / scale : x[i]);
+    b.element[i] = from_float<Target>(kScaled ? x[N + i] / scale : x[N + i]);
   }
-  auto *const first = reinterpret_cast<Pack<Target, N> *>(reinterpret_cast<Target *>(head) + place.first);
-  auto *const second = reinterpret_cast<Pack<Target, N> *>(reinterpret_cast<Target *>(head) + place.second);
-  if constexpr (sizeof(Target) == 1) {
-    *first = divide_and_round<Target>(a, scale);
-    *second = divide_and_round<Target>(b, scale);
-  } else {
-    *first = from_floats<Target>(a);
-    *second = from_floats<Target>(b);
-  }
+  auto *elements = reinterpret_cast<Target *>(head);
+  *reinterpret_cast<Pack<Target, N> *>(elements + place.first) = a;
+  *reinterpret_cast<Pack<Target, N> *>(elements + place.second) = b;
 }
 
 template <class Source, class Target, int N>
@@ -158,8 +146,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock) rope_and_cache_kernel(const 
     if (!is_value && place.pair >= 0) {
       float cosine[N], sine[N];
       const int64_t row = position * args.cos_sin_stride + place.pair;
-      load_from_table(args, row, cosine);
-      load_from_table(args, row + args.half_rotary, sine);
+      load_floats<N>(args.cos_sin, args.cos_sin_dtype, row, cosine);
+      load_floats<N>(args.cos_sin, args.cos_sin_dtype, row + args.half_rotary, sine);
       rotate<N>(x, cosine, sine, args.interleaved);
     }
     if (is_query) {
@@ -174,16 +162,6 @@ __global__ void __launch_bounds__(kThreadsPerBlock) rope_and_cache_kernel(const 
   }
 }
 
-// Whether n cosines or sines of any thread's begin at a multiple of an access's size.
-bool table_fits(const RopeAndCacheParams &p, int64_t n) {
-  const int64_t size = dtype_size(p.cos_sin_dtype);
-  AccessWidth table(n * size);
-  table.address(p.cos_sin);
-  table.stride(p.cos_sin_stride * size, p.max_position);
-  table.stride(p.rotary_dim / 2 * size, 2);
-  return table.bytes() == std::min<int64_t>(n * size, 16);
-}
-
 template <class Source, class Target, int N>
 void launch(const RopeAndCacheParams &p, Args args, cudaStream_t stream, const char *name) {
   const int64_t units = p.write.head_dim / (2 * N);
@@ -191,7 +169,6 @@ void launch(const RopeAndCacheParams &p, Args args, cudaStream_t stream, const c
   const int total = checked_int((p.num_q_heads + int64_t{2} * p.write.num_kv_heads) * units, "elements a token");
   const dim3 threads = threads_over_rows(total);
   const unsigned blocks = blocks_over_rows(p.write.num_tokens, threads.y);
-  args.wide_table = table_fits(p, N);
   rope_and_cache_kernel<Source, Target, N><<<blocks, threads, 0, stream>>>(args);
   check_launch(name);
 }

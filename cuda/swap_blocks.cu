@@ -33,9 +33,9 @@ constexpr int64_t kMaxPitch = 0x7fffffff;  // cudaDevAttrMaxPitch of every devic
 // So many copies are enqueued in less time than preparing the kernel takes.
 constexpr int64_t kFewCopies = 8;
 // Warps of the kernel.  Within the device nothing is to be left to others.  To and from the host, more would be little
-// faster alone, and decode beside them slower: on an H100 it keeps 92 % of its speed beside 66 warps that read from the
-// host, 89 beside 132.  Writes to the host are not waited for, so that too many fill queues which all others stand in
-// too: 95 to 98 % beside 24 warps, 90 to 93 beside 33, 76 beside 66, 23 beside 132.
+// faster alone, and decode beside them slower: on an H100 it keeps 89 to 92 % of its speed beside 66 warps that read
+// from the host, 89 beside 132.  Writes to the host are not waited for, so that too many fill queues which all others
+// stand in too: 91 to 98 % beside 24 warps, 90 to 93 beside 33, 76 beside 66, 23 beside 132.
 int64_t kernel_warps(const CopyBlocksParams &p) {
   const int64_t multiprocessors = device_facts().num_multiprocessors;
   if (p.src_on_host) return std::max<int64_t>(multiprocessors / 2, 1);
