@@ -29,6 +29,7 @@ Registry &registry() {
 }  // namespace
 
 bool Event::passed() const {
+  const RelaxedCapture relaxed;
   const cudaError_t error = cudaEventQuery(event_);
   if (error == cudaErrorNotReady) return false;
   check_cuda(error, "cudaEventQuery");

@@ -229,6 +229,7 @@ class UseOnStream {
     try {
       for (const HostSide &side : sides_) side.used_on(stream_);
     } catch (const std::exception &) {
+      const RelaxedCapture relaxed;
       cudaStreamSynchronize(stream_);
     }
   }

@@ -66,6 +66,16 @@ def test_a_batch_can_serve_two_managers_in_turn() -> None:
         assert out.block_tables[0, :2].tolist() == m.block_table(seq).tolist()
 
 
+def test_a_batch_that_is_initialised_again_forgets_what_its_arrays_held() -> None:
+    m = BlockManager(64, 4)
+    batch = StepBatch(1, 8, 8)
+    m.step([m.add(range(8))], 8, out=batch)
+    batch.__init__(40, 8, 40)  # type: ignore[misc]
+    seqs = [m.add([100 + i]) for i in range(40)]
+    m.step(seqs, 1, out=batch)
+    np.testing.assert_array_equal(batch.block_tables[:, 0], [m.block_table(seq)[0] for seq in seqs])
+
+
 @pytest.mark.parametrize(("capacity", "array"), [((1, 8, 16), "seq_lens"), ((2, 1, 16), "block_tables"),
                                                  ((2, 8, 5), "slot_mapping")])  # fmt: skip
 def test_a_batch_that_is_too_small_is_refused(capacity: tuple[int, int, int], array: str) -> None:

@@ -143,6 +143,22 @@ def test_a_waiting_sequence_can_take_what_has_been_computed_meanwhile() -> None:
         m.take_prefix(b)
 
 
+def test_a_part_of_a_block_counts_as_a_hit_once_though_a_better_one_comes() -> None:
+    m = BlockManager(16, 8)
+    add_computed(m, [0, 1, 2, 3, 9, 9, 9, 9, 9])
+    waiting = m.add(range(9))
+    assert (m.num_cached_tokens(waiting), m.stats()["partial_hit_tokens"]) == (4, 4)
+    before = m.stats()["prefix_hit_tokens"]
+    add_computed(m, [0, 1, 2, 3, 4, 5, 9, 9, 9], extra_key=b"another")
+    add_computed(m, [*range(8), 7])
+    others = m.stats()["partial_hit_tokens"] - 4, m.stats()["prefix_hit_tokens"] - before
+    assert m.take_prefix(waiting) == 8
+    stats = m.stats()
+    assert stats["partial_hit_tokens"] == others[0]  # the whole block instead
+    assert stats["prefix_hit_tokens"] == before + others[1] + 4
+    m.check()
+
+
 def test_a_truncated_waiting_sequence_keeps_part_of_a_block() -> None:
     m = BlockManager(16, 4)
     add_computed(m, range(13))

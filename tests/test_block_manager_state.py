@@ -160,6 +160,32 @@ def test_a_damaged_snapshot_is_refused_or_consistent(data: st.DataObject) -> Non
     restored.check()
 
 
+@pytest.mark.parametrize("block", [-(2**31) - 1, -1000, -1 - 2**20, 8, 2**32])
+def test_a_snapshot_whose_sequence_continues_no_block_is_refused(block: int) -> None:
+    # The published end has been released by the window, so that nothing else proves where the sequence goes on.
+    m = BlockManager(8, 2, window=1)
+    add_computed(m, range(4))
+    snapshot = m.snapshot()
+    snapshot["sequences"][7] = block
+    with pytest.raises(InvalidArgumentError, match="continues a block that there is not"):
+        BlockManager.restore(snapshot)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_snapshot_whose_window_released_a_block_that_is_still_written_to_is_refused(window: int | None) -> None:
+    m = BlockManager(8, 2, window=window, prefix_caching=False)
+    add_computed(m, range(3))
+    snapshot = m.snapshot()
+    table = snapshot["sequence_tables"]
+    snapshot["free_blocks"] = np.append(snapshot["free_blocks"], table[table >= 0]).astype(
+        snapshot["free_blocks"].dtype
+    )
+    snapshot["sequences"][6] = len(table)
+    table[:] = -1
+    with pytest.raises(InvalidArgumentError, match="released blocks that lie before it"):
+        BlockManager.restore(snapshot)
+
+
 @pytest.mark.parametrize(
     ("field", "damage", "message"),
     [

@@ -90,7 +90,7 @@ def test_an_adapter_and_a_salt_of_one_name_are_two_namespaces() -> None:
     assert m.match(range(6), extra_key=b"adapter:x") == 5
 
 
-def test_a_tenant_cannot_see_by_hits_or_evictions_what_another_has_asked() -> None:
+def test_a_tenant_cannot_see_by_hits_what_another_has_asked() -> None:
     m = BlockManager(16, 2)
     m.free(add_computed(m, range(6), extra_key=b"one tenant"))
     probe = m.add(range(6), extra_key=b"another")

@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -281,6 +282,12 @@ SWAP = [
         "`src.[01].`.*overlap",
     ),
     swap("destinations that overlap", change("dst", lambda d: [d[0], d[0]]), "dst[1]", "`dst.0.`.*overlap"),
+    swap(
+        "a torch event that has never been recorded",
+        put("event", SimpleNamespace(cuda_event=0)),
+        "event",
+        "from its first `record",
+    ),
     swap("an event for host arrays", put("event", 3), "event", "host arrays", **HOST),
     swap("block_mapping of int32", cast("block_mapping", np.int32), "block_mapping", "int64.*got int32"),
     swap("block_mapping of triples", put("block_mapping", np.zeros((2, 3), np.int64)), "block_mapping", r"\(2, 3\)"),

@@ -105,9 +105,6 @@ typedef struct pa_attention_args {
   double softcap;                   /**< > 0: scores become softcap * tanh(score / softcap); 0: off */
   double k_scale_value;             /**< used where k_scale is NULL; default 1 */
   double v_scale_value;             /**< used where v_scale is NULL; default 1 */
-  int64_t max_query_len;            /**< query tokens that no sequence has more of; 0: not known.  Where it is small,
-                                         fewer kernels are launched.  One with more is an error where index values
-                                         are verified, and gets no results elsewhere */
   int64_t window;                   /**< >= 1: only the last `window` of the visible keys; 0: off */
   int32_t causal;                   /**< 1 (default): row r of n at position L - n + r sees keys up to itself */
   int32_t kv_dtype;                 /**< what uint8 or uint16 storage holds; PA_DTYPE_NONE: the tensors say */
@@ -115,6 +112,9 @@ typedef struct pa_attention_args {
   int32_t check;                    /**< 1: verify index values on the GPU too (synchronises); 0: no; -1: as
                                          PAGEDATTN_CHECK says.  On the CPU they are always verified */
   void *stream;                     /**< cudaStream_t; ignored for host memory */
+  int64_t max_query_len;            /**< query tokens that no sequence has more of; 0: not known.  Where it is small,
+                                         fewer kernels are launched.  One with more is an error where index values
+                                         are verified, and gets no results elsewhere */
 } pa_attention_args;
 
 /** \brief Fills the defaults. */

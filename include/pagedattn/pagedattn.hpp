@@ -136,6 +136,8 @@ class PinnedBuffer {
  public:
   PinnedBuffer() = default;
   explicit PinnedBuffer(std::size_t size, std::int32_t device = 0) : size_(size) {
+    if (size == 0) return;
+    if (size > SIZE_MAX / sizeof(T)) throw std::bad_array_new_length();
     pa_error error;
     error.message[0] = '\0';
     void *data = nullptr;

@@ -82,6 +82,7 @@ cdef extern from "blocks/layout.h" namespace "pagedattn::blocks" nogil:
         int64_t num_seqs
         int64_t num_tokens
         int64_t num_copies
+        uint64_t manager
 
     cdef cppclass PoolCounters:
         int64_t allocated

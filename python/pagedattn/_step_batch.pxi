@@ -111,6 +111,7 @@ cdef class StepBatch:
         self._arrays.max_tokens = len(slot_mapping)
         self._arrays.max_copies = len(copies)
         self._arrays.num_seqs = self._arrays.num_tokens = self._arrays.num_copies = 0
+        self._arrays.manager = 0  # these arrays hold nothing of any manager yet
         self._show()
 
     cdef _show(self):

@@ -251,7 +251,15 @@ void swap_blocks(Object src, Object dst, Object block_mapping, Object event, Obj
   args.dst = destinations.data();
   args.block_mapping = mapping.get();
   args.stream = as_stream(call);
-  if (!event.is_none()) args.event = given_handle("swap_blocks", "event", event);
+  if (!event.is_none()) {
+    args.event = given_handle("swap_blocks", "event", event);
+    if (args.event == nullptr) {
+      raise_invalid(
+          "swap_blocks: `event` must be a CUDA event that exists, as a torch event does from its first "
+          "`record()` on; got " +
+          py::repr(event).cast<std::string>());
+    }
+  }
   run(pa_swap_blocks, args);
 }
 
@@ -289,7 +297,10 @@ void gather_kv(Object k_cache, Object v_cache, Object block_tables, Object seq_l
 py::array host_memory(py::ssize_t bytes, int device) {
   pa_error error;
   void *data = nullptr;
-  raise_on_error(pa_host_alloc(static_cast<size_t>(bytes), device, &data, &error), error);
+  PyThreadState *const thread = PyEval_SaveThread();
+  const pa_status status = pa_host_alloc(static_cast<size_t>(bytes), device, &data, &error);
+  take_gil(thread);
+  raise_on_error(status, error);
   const py::capsule owner(data, [](void *memory) {
     PyThreadState *const thread = PyEval_SaveThread();
     pa_host_free(memory, nullptr);

@@ -51,7 +51,8 @@ class Check {
     expect(s.num_cached >= 0 && s.num_cached <= s.num_computed, "a sequence found more cached than it has", s.id);
     expect(s.num_blocks() == m.blocks_.holding(s.num_computed), "a block table does not match the computed tokens",
            s.id);
-    expect(s.num_released >= 0 && s.num_released <= s.num_blocks(), "a window released blocks that never were", s.id);
+    expect(s.num_released >= 0 && s.num_released <= m.num_blocks_behind_window(s.num_computed),
+           "a window released blocks that lie before it", s.id);
     expect(m.pool_.namespaces().live(s.space), "a sequence is in no live namespace", s.id);
     ++users[static_cast<size_t>(s.space)];
     for (int64_t i = 0; i < s.num_blocks(); ++i) {

@@ -60,6 +60,7 @@ inline bool Manager::can_outdo_borrowed_tail(const Sequence &s) const {
 }
 
 inline void Manager::return_borrowed_tail(Sequence &s) {
+  counters_.partial_hit_tokens -= s.num_computed - s.num_published * blocks_.size();
   shrink_table(s, s.num_published);
   s.num_computed = s.num_cached = s.num_published * blocks_.size();
 }

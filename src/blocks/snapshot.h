@@ -16,7 +16,7 @@
 namespace pagedattn::blocks {
 
 constexpr int64_t kSnapshotVersion = 2;
-constexpr int32_t kMaxNamespaces = 1 << 24;  // so that a damaged snapshot cannot ask for all of the memory
+constexpr int32_t kMaxNamespaces = 1 << 24;  // so that a damaged snapshot asks for no more than a gigabyte of them
 
 // Plain arrays; `sequences` has kSequenceFields numbers a sequence, the ragged ones follow each other without a gap.
 struct Snapshot {
@@ -331,8 +331,10 @@ class SnapshotReader {
       require(f[0] >= 0 && m.sequences_.find(f[0]) == nullptr && m.pins_.find(f[0]) == nullptr,
               "a sequence is repeated");
       require(f[3] >= 0 && f[3] <= std::numeric_limits<int32_t>::max(), "a sequence is too long");
-      require(f[7] < m.config_.num_blocks && m.pool_.namespaces().live(static_cast<int32_t>(f[9])),
+      require(f[9] >= 0 && f[9] < kMaxNamespaces && m.pool_.namespaces().live(static_cast<int32_t>(f[9])),
               "a sequence is in no namespace");
+      require(f[7] == ~f[9] || (m.pool_.caching() && f[7] >= 0 && f[7] < m.config_.num_blocks),
+              "a sequence continues a block that there is not");
       auto s = std::make_unique<Sequence>(read_sequence(f));
       const auto *tokens = in.sequence_tokens.data() + token;
       const auto *table = in.sequence_tables.data() + entry;
