@@ -27,6 +27,8 @@ struct Scale {
   const float *ptr = nullptr;
   float value = 1.0f;
   bool per_head = false;
+
+  float of_head(int64_t head) const { return ptr == nullptr ? value : ptr[per_head ? head : 0]; }
 };
 
 // One of the two caches: [num_blocks, block_size, num_kv_heads, head_dim], the last dimension contiguous.

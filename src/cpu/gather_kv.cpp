@@ -47,9 +47,7 @@ void gather_part(const GatherKvParams &p, const Kernels &k, const Side &side, co
           static_cast<const char *>(side.cache.data) + (src_token + head * side.cache.head_stride) * src_size;
       char *to = static_cast<char *>(side.out.data) + (dst_token + head * side.out.head_stride) * dst_size;
       if (convert) {
-        const float scale =
-            side.scale.ptr == nullptr ? side.scale.value : side.scale.ptr[side.scale.per_head ? head : 0];
-        k.dequantize_row(p.out_dtype, to, p.kv_dtype, from, scale, length);
+        k.dequantize_row(p.out_dtype, to, p.kv_dtype, from, side.scale.of_head(head), length);
       } else if (streamed) {
         k.stream_run(to, from, from + length * dst_size, length * dst_size);
       } else {

@@ -38,8 +38,7 @@ void write_token(const ReshapeAndCacheParams &p, const Kernels &k, const Side &s
     const char *from = src + run * side.tokens.head_stride * src_size;
     char *to = dst + run * side.cache.head_stride * dst_size;
     if (quantize) {
-      const float scale = side.scale.ptr == nullptr ? side.scale.value : side.scale.ptr[side.scale.per_head ? run : 0];
-      k.quantize_row(p.kv_dtype, to, p.src_dtype, from, scale, length);
+      k.quantize_row(p.kv_dtype, to, p.src_dtype, from, side.scale.of_head(run), length);
     } else if (streamed) {
       k.stream_run(to, from, from + length * src_size, length * dst_size);
     } else {

@@ -66,10 +66,6 @@ char *cache_head(const CacheView &view, int64_t block, int64_t offset, int64_t h
          (block * view.block_stride + offset * view.token_stride + head * view.head_stride) * dtype_size(dtype);
 }
 
-float scale_of(const Scale &scale, int64_t head) {
-  return scale.ptr == nullptr ? scale.value : scale.ptr[scale.per_head ? head : 0];
-}
-
 void write_token(const RopeAndCacheParams &p, HeadRotation &rotation, int64_t token) {
   const ReshapeAndCacheParams &w = p.write;
   rotation.set_position(p.position(token));
@@ -82,9 +78,9 @@ void write_token(const RopeAndCacheParams &p, HeadRotation &rotation, int64_t to
   const int64_t block = slot / w.block_size, offset = slot % w.block_size;
   for (int32_t head = 0; head < w.num_kv_heads; ++head) {
     rotation.write(token_head(w.key, token, head, w.src_dtype), true, w.kv_dtype,
-                   cache_head(w.k_cache, block, offset, head, w.kv_dtype), scale_of(w.k_scale, head));
+                   cache_head(w.k_cache, block, offset, head, w.kv_dtype), w.k_scale.of_head(head));
     rotation.write(token_head(w.value, token, head, w.src_dtype), false, w.kv_dtype,
-                   cache_head(w.v_cache, block, offset, head, w.kv_dtype), scale_of(w.v_scale, head));
+                   cache_head(w.v_cache, block, offset, head, w.kv_dtype), w.v_scale.of_head(head));
   }
 }
 
