@@ -102,9 +102,16 @@ void check_limits(const AttentionParams &params) {
   }
 }
 
+// Of an item of a kernel whose tiles hold whole query tokens.
+int tile_queries(const AttentionKernel &kernel, const AttentionParams &params) {
+  return kernel.whole_queries ? kernel.rows / (params.num_q_heads / params.num_kv_heads) : 0;
+}
+
 // KV tiles to cost units, see work_schedule.cuh.
 int unit_shift(const AttentionKernel &kernel, const AttentionParams &params, int64_t max_length) {
-  const int64_t query_tiles = (most_rows(params) + kernel.rows - 1) / kernel.rows;
+  const int group = params.num_q_heads / params.num_kv_heads;
+  const int tile_rows = kernel.whole_queries ? tile_queries(kernel, params) * group : kernel.rows;
+  const int64_t query_tiles = (most_rows(params) + tile_rows - 1) / tile_rows;
   const int64_t items =
       (params.query_start_loc == nullptr ? params.num_seqs * query_tiles : params.num_seqs + query_tiles) *
       params.num_kv_heads;
@@ -184,9 +191,21 @@ AttentionKernelParams make_params(const AttentionParams &params) {
   p.softcap = params.softcap;
   p.kv_copy_bytes = kv_copy_bytes(params, kv_size);
   p.q_wide = access_bytes(params.q, q_size, params) >= 16;
-  p.out_wide = access_bytes(params.out, q_size, params) >= 4 * q_size;
+  p.out_bytes = static_cast<int32_t>(access_bytes(params.out, q_size, params));
   p.q_is_bfloat16 = params.q_dtype == DType::kBFloat16;
   return p;
+}
+
+TensorMaps encode_maps(const HopperKernel &hopper, const AttentionParams &params) {
+  const CacheBox box = cache_box(params, hopper.rows, hopper.kernel.tokens);
+  TensorMaps maps{};
+  maps.box_tokens = box.tokens;
+  maps.box_columns = box.columns;
+  maps.box_bytes = box.tokens * box.columns * hopper.rows.row_bytes;
+  maps.k = encode_cache(params, params.k_cache, box);
+  maps.v = encode_cache(params, params.v_cache, box);
+  if (hopper.kernel.whole_queries) maps.q = encode_queries(params, tile_queries(hopper.kernel, params));
+  return maps;
 }
 
 char *align_up(void *pointer) {
@@ -218,9 +237,9 @@ void launch(const AttentionKernel &kernel, void **arguments, cudaStream_t stream
 }  // namespace
 
 size_t paged_attention_workspace_size(const AttentionParams &params) {
-  // A caller's bytes may begin anywhere, and other caches of these shapes may lie better or worse.
-  return std::max(workspace_bytes(select_attention(params, CacheAlignment::kAssumedGood), params),
-                  workspace_bytes(select_attention(params, CacheAlignment::kAssumedBad), params)) +
+  // A caller's bytes may begin anywhere, and other arrays of these shapes may lie better or worse.
+  return std::max(workspace_bytes(select_attention(params, ArrayAlignment::kAssumedGood), params),
+                  workspace_bytes(select_attention(params, ArrayAlignment::kAssumedBad), params)) +
          kAlignment;
 }
 
@@ -228,7 +247,7 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   check_limits(params);
   const AttentionSelection selection = select_attention(params);
-  const size_t bytes = paged_attention_workspace_size(params);  // whatever these caches' alignment
+  const size_t bytes = paged_attention_workspace_size(params);  // whatever these arrays' alignment
   if (params.workspace != nullptr && params.workspace_size < bytes) {
     throw_invalid("paged_attention: `workspace` must have at least " + std::to_string(bytes) + " bytes; got " +
                   std::to_string(params.workspace_size));
@@ -236,19 +255,13 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
   record_kernel("paged_attention", selection.name);
   if (params.num_tokens == 0 || params.num_seqs == 0) return;
 
-  HopperDecodeParams kernel_params;
+  HopperParams kernel_params;
   static_cast<AttentionKernelParams &>(kernel_params) = make_params(params);
-  if (selection.hopper != nullptr) {
-    const CacheBox box = cache_box(params, selection.hopper->rows, selection.hopper->decode.tokens);
-    kernel_params.box_tokens = box.tokens;
-    kernel_params.box_columns = box.columns;
-    kernel_params.box_bytes = box.tokens * box.columns * selection.hopper->rows.row_bytes;
-    kernel_params.k_map = encode_cache(params, params.k_cache, box);
-    kernel_params.v_map = encode_cache(params, params.v_cache, box);
-  }
   int shifts[2] = {};
+  TensorMaps maps[2];
   for (int i = 0; i < selection.num_launches; ++i) {  // before anything is enqueued
     shifts[i] = unit_shift(*selection.launches[i].kernel, params, kernel_params.batch.max_length);
+    if (selection.launches[i].hopper != nullptr) maps[i] = encode_maps(*selection.launches[i].hopper, params);
   }
   std::optional<StreamMemory> own_memory;
   if (params.workspace == nullptr) own_memory.emplace(bytes, stream);
@@ -259,14 +272,16 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
   kernel_params.partials = reinterpret_cast<float *>(workspace + kArrivalBytes);
   void *arguments[] = {&kernel_params};  // every kernel's parameters are these, or the first of them
   for (int i = 0; i < selection.num_launches; ++i) {
-    const auto &[kernel, min_rows, max_rows] = selection.launches[i];
+    const auto &[kernel, hopper, min_rows, max_rows] = selection.launches[i];
     kernel_params.batch.min_rows = min_rows;
     // Places of partial results have room for no more than the call says.
     kernel_params.batch.max_rows = static_cast<int32_t>(std::min<int64_t>(max_rows, most_rows(params)));
     kernel_params.batch.unit_shift = shifts[i];
+    kernel_params.batch.tile_queries = tile_queries(*kernel, params);
     kernel_params.batch.max_head_shift = max_head_shift(*kernel, params);
     kernel_params.place_floats = place_floats(*kernel, params);
-    if (selection.hopper != nullptr && kernel == &selection.hopper->decode) {
+    kernel_params.maps = maps[i];
+    if (hopper != nullptr) {
       launch_dependent(*kernel, arguments, stream);
     } else {
       launch(*kernel, arguments, stream);

@@ -18,15 +18,33 @@
 #include "attention_params.cuh"
 #include "ptx.cuh"
 #include "row_table.cuh"
+#include "scores.cuh"
 #include "work_schedule.cuh"
 
 namespace pagedattn::cuda {
 
-__device__ inline float negative_infinity() { return __int_as_float(static_cast<int>(0xff800000u)); }
-
 // exp2(m - largest) where both may be minus infinity: then 0.
 __device__ inline float rescale_factor(float m, float largest) {
   return exp2_fast(m - (largest == negative_infinity() ? 0.0f : largest));
+}
+
+// What the sum of exp2(score - m) V of a query row is to be multiplied by; with `store_lse`, stores the row's
+// log-sum-exp where the call wants it.
+__device__ inline float end_row(const AttentionKernelParams &params, int64_t token, int head, int kv_head, float m,
+                                float l, bool store_lse) {
+  float largest = m, sum = l, factor = 1.0f;
+  if (params.sinks != nullptr) {
+    // Over the larger of the two, so that a sink far above every score does not overflow.
+    const float sink = params.sinks[head] * kLog2E;
+    largest = fmaxf(m, sink);
+    factor = rescale_factor(m, largest);
+    sum = l * factor + rescale_factor(sink, largest);
+  }
+  if (params.lse != nullptr && store_lse) {
+    params.lse[token * params.lse_token_stride + head * params.lse_head_stride] =
+        sum == 0.0f ? negative_infinity() : (largest + log2f(sum)) * kLn2;
+  }
+  return sum == 0.0f ? 0.0f : factor * params.v_scale.of_head(kv_head) / sum;
 }
 
 // How output elements are stored; float8 kernels learn it at run time.
@@ -36,7 +54,7 @@ template <OutputType kType>
 __device__ inline void store_output(const AttentionKernelParams &params, int64_t offset, float4 x) {
   if constexpr (kType == OutputType::kFloat32) {
     float *out = static_cast<float *>(params.out.data) + offset;
-    if (params.out_wide) {
+    if (params.out_bytes >= 16) {
       *reinterpret_cast<float4 *>(out) = x;
     } else {
       out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
@@ -46,7 +64,7 @@ __device__ inline void store_output(const AttentionKernelParams &params, int64_t
     uint16_t *out = static_cast<uint16_t *>(params.out.data) + offset;
     const uint2 packed = bfloat16 ? uint2{pack<__nv_bfloat16>(x.x, x.y), pack<__nv_bfloat16>(x.z, x.w)}
                                   : uint2{pack<__half>(x.x, x.y), pack<__half>(x.z, x.w)};
-    if (params.out_wide) {
+    if (params.out_bytes >= 8) {
       *reinterpret_cast<uint2 *>(out) = packed;
     } else {
       out[0] = static_cast<uint16_t>(packed.x), out[1] = static_cast<uint16_t>(packed.x >> 16);
@@ -198,19 +216,7 @@ class Epilogue {
     const int query = params_.batch.group.divide(row), kv_head = item.kv_head + place.head;
     const int64_t token = item.seq.first_token + query;
     const int head = kv_head * group + row - query * group;
-    float largest = state.m, sum = state.l, factor = 1.0f;
-    if (params_.sinks != nullptr) {
-      // Over the larger of the two, so that a sink far above every score does not overflow.
-      const float sink = params_.sinks[head] * kLog2E;
-      largest = fmaxf(state.m, sink);
-      factor = rescale_factor(state.m, largest);
-      sum = state.l * factor + rescale_factor(sink, largest);
-    }
-    if (params_.lse != nullptr && column == 0) {
-      params_.lse[token * params_.lse_token_stride + head * params_.lse_head_stride] =
-          sum == 0.0f ? negative_infinity() : (largest + log2f(sum)) * kLn2;
-    }
-    factor = sum == 0.0f ? 0.0f : factor * params_.v_scale.of_head(kv_head) / sum;
+    const float factor = end_row(params_, token, head, kv_head, state.m, state.l, column == 0);
     const float4 o = state.o;
     store_output<kOutputType>(params_, token * params_.out.token_stride + head * params_.out.head_stride + column,
                               {o.x * factor, o.y * factor, o.z * factor, o.w * factor});

@@ -13,7 +13,7 @@ constexpr int kMaxGrid = 4096;
 constexpr int kFewRows = 16;
 constexpr int kHopperRows = 64;
 
-// A persistent kernel over AttentionKernelParams (HopperDecodeParams), launched with any grid of up to kMaxGrid blocks.
+// A persistent kernel over AttentionKernelParams (HopperParams), launched with any grid of up to kMaxGrid blocks.
 struct AttentionKernel {
   const char *name;
   const void *function;
@@ -24,13 +24,13 @@ struct AttentionKernel {
   int head_dim;                                 // and its columns
   int (*places_per_block)(bool deterministic);  // partial results in the workspace
   int max_head_shift = 0;                       // an item has up to 2^this KV heads, if no more than `rows` rows
+  bool whole_queries = false;                   // tiles begin and end with query tokens, and may have fewer rows
 };
 
 // For rows of at most 16 a KV head, and for more.
 struct AttentionKernelPair {
   AttentionKernel few_rows;
   AttentionKernel many_rows;
-  const char *both;  // name of the launch of both
 };
 
 // By head dimension: tiles of 64, 128 and 256.  Each in its own source file.
@@ -49,18 +49,19 @@ struct CacheRowLayout {
   int heads;    // side by side
 };
 
-// For at most 64 rows a KV head, or 16 where rows of the cache have several heads.
-struct HopperDecodeKernel {
-  AttentionKernel decode;
-  const char *with_many_rows;  // name of the launch with the other kernel for sequences of more rows; may be null
+struct HopperKernel {
+  AttentionKernel kernel;
   CacheRowLayout rows;
 };
 
-// By rising head dimension, those for several heads last.  Built for sm_90a alone.
-using HopperDecodeKernels = std::span<const HopperDecodeKernel>;
-HopperDecodeKernels hopper_decode_float16();
-HopperDecodeKernels hopper_decode_bfloat16();
-HopperDecodeKernels hopper_decode_float8_e4m3();
-HopperDecodeKernels hopper_decode_float8_e5m2();
+// By rising head dimension, those for several heads last.  Built for sm_90a alone.  Decode is for at most 64 rows a KV
+// head, or 16 where rows of the cache have several heads; prefill is for more.
+using HopperKernels = std::span<const HopperKernel>;
+HopperKernels hopper_decode_float16();
+HopperKernels hopper_decode_bfloat16();
+HopperKernels hopper_decode_float8_e4m3();
+HopperKernels hopper_decode_float8_e5m2();
+HopperKernels hopper_prefill_float16();
+HopperKernels hopper_prefill_bfloat16();
 
 }  // namespace pagedattn::cuda

@@ -8,13 +8,11 @@ namespace pagedattn::cuda {
 const AttentionKernelPair &attention_mma_float8_e5m2(int head_dim_tile) {
   static const AttentionKernelPair kKernels[kNumHeadDimTiles] = {
       {attention_mma<Float8E5M2, 64, false>("mma_float8_e5m2_d64_few_rows"),
-       attention_mma<Float8E5M2, 64, true>("mma_float8_e5m2_d64_many_rows"), "mma_float8_e5m2_d64_few_rows+many_rows"},
+       attention_mma<Float8E5M2, 64, true>("mma_float8_e5m2_d64_many_rows")},
       {attention_mma<Float8E5M2, 128, false>("mma_float8_e5m2_d128_few_rows"),
-       attention_mma<Float8E5M2, 128, true>("mma_float8_e5m2_d128_many_rows"),
-       "mma_float8_e5m2_d128_few_rows+many_rows"},
+       attention_mma<Float8E5M2, 128, true>("mma_float8_e5m2_d128_many_rows")},
       {attention_mma<Float8E5M2, 256, false>("mma_float8_e5m2_d256_few_rows"),
-       attention_mma<Float8E5M2, 256, true>("mma_float8_e5m2_d256_many_rows"),
-       "mma_float8_e5m2_d256_few_rows+many_rows"},
+       attention_mma<Float8E5M2, 256, true>("mma_float8_e5m2_d256_many_rows")},
   };
   return kKernels[head_dim_tile];
 }

@@ -19,6 +19,7 @@ struct Batch {
   int32_t num_kv_heads;
   int32_t max_head_shift;  // items may have up to 2^this KV heads, which divide all KV heads; some kernels' always do
   FastDivisor group;       // query heads a KV head
+  int32_t tile_queries;    // of an item, for kernels whose tiles hold whole query tokens
   int32_t min_rows;        // a KV head of the sequences that a kernel serves: it passes over those with fewer or more
   int32_t max_rows;
   int32_t window;      // 0: off
@@ -77,7 +78,7 @@ struct AttentionKernelParams {
   float softcap;          // 0: off
   int32_t kv_copy_bytes;  // the widest copy that base, strides and D of both caches allow: 16, 8, or one element
   bool q_wide;            // rows of q can be read 16 bytes at a time
-  bool out_wide;          // rows of out can be written four elements at a time
+  int32_t out_bytes;      // the widest access that rows of out allow, up to 16
   bool q_is_bfloat16;     // read by the float8 kernels alone, which compute in float16 for either type
   float *partials;        // unfinished results, see attention_epilogue.cuh
   int32_t place_floats;   // that the place of one of them has

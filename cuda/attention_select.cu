@@ -7,6 +7,8 @@
 #include <array>
 #include <cstdint>
 #include <cstdlib>
+#include <map>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -43,7 +45,7 @@ const AttentionKernelPair &mma_kernels(DType kv_dtype, int tile) {
   }
 }
 
-HopperDecodeKernels hopper_kernels(DType kv_dtype) {
+HopperKernels decode_kernels(DType kv_dtype) {
   switch (kv_dtype) {
     case DType::kFloat16:
       return hopper_decode_float16();
@@ -55,6 +57,17 @@ HopperDecodeKernels hopper_kernels(DType kv_dtype) {
       return hopper_decode_float8_e5m2();
     default:
       throw Error(PA_ERROR_INTERNAL, "paged_attention: no CUDA kernel for this cache type");
+  }
+}
+
+HopperKernels prefill_kernels(DType kv_dtype) {
+  switch (kv_dtype) {
+    case DType::kFloat16:
+      return hopper_prefill_float16();
+    case DType::kBFloat16:
+      return hopper_prefill_bfloat16();
+    default:
+      return {};
   }
 }
 
@@ -73,25 +86,49 @@ bool generic_kernels_wanted() {
 // A kernel whose items always have several heads reads them faster, but one block joins all the partial results of an
 // item: if sequences are few, or one is far longer than the others, which the host does not know, that takes longer.
 // What a sequence gets must not depend on the batch if results are to be deterministic.
-bool many_heads_pay(const AttentionParams &params, const HopperDecodeKernel &kernel) {
+bool many_heads_pay(const AttentionParams &params, const HopperKernel &kernel) {
   if (params.deterministic || most_rows(params) > kFewRows || !heads_fill_rows(params, kernel.rows)) return false;
   return int64_t{params.num_seqs} * (params.num_kv_heads / kernel.rows.heads) * kMostSharers >=
          device_facts().num_multiprocessors;
 }
 
-const HopperDecodeKernel *hopper_kernel_for(const AttentionParams &params, CacheAlignment alignment) {
-  if (generic_kernels_wanted() || !PAGEDATTN_SM_90A || device_facts().compute_capability != 90) return nullptr;
-  if (!shape_fits_tensor_maps(params) || alignment == CacheAlignment::kAssumedBad) return nullptr;
-  if (alignment == CacheAlignment::kAsGiven && !strides_fit_tensor_maps(params)) return nullptr;
-  const HopperDecodeKernel *of_one_head = nullptr;
-  for (const HopperDecodeKernel &kernel : hopper_kernels(params.kv_dtype)) {
+bool hopper_kernels_serve(const AttentionParams &params, ArrayAlignment alignment) {
+  if (generic_kernels_wanted() || !PAGEDATTN_SM_90A || device_facts().compute_capability != 90) return false;
+  if (!shape_fits_tensor_maps(params) || alignment == ArrayAlignment::kAssumedBad) return false;
+  return alignment == ArrayAlignment::kAssumedGood || strides_fit_tensor_maps(params);
+}
+
+const HopperKernel *decode_kernel_for(const AttentionParams &params, ArrayAlignment alignment) {
+  if (!hopper_kernels_serve(params, alignment)) return nullptr;
+  const HopperKernel *of_one_head = nullptr;
+  for (const HopperKernel &kernel : decode_kernels(params.kv_dtype)) {
     if (kernel.rows.heads > 1) {
       if (many_heads_pay(params, kernel)) return &kernel;
-    } else if (of_one_head == nullptr && kernel.decode.head_dim >= params.head_dim) {
+    } else if (of_one_head == nullptr && kernel.kernel.head_dim >= params.head_dim) {
       of_one_head = &kernel;
     }
   }
   return of_one_head;
+}
+
+const HopperKernel *prefill_kernel_for(const AttentionParams &params, ArrayAlignment alignment) {
+  if (!hopper_kernels_serve(params, alignment)) return nullptr;
+  if (alignment == ArrayAlignment::kAsGiven && !queries_fit_tensor_map(params)) return nullptr;
+  for (const HopperKernel &kernel : prefill_kernels(params.kv_dtype)) {
+    if (kernel.kernel.head_dim >= params.head_dim && kernel.kernel.rows >= params.num_q_heads / params.num_kv_heads)
+      return &kernel;
+  }
+  return nullptr;
+}
+
+// The name of the launch of both, which is kept for good.
+const char *joint_name(const AttentionKernel &few, const AttentionKernel &many) {
+  static std::mutex mutex;
+  static std::map<std::pair<const char *, const char *>, std::string> names;
+  const std::lock_guard lock(mutex);
+  std::string &name = names[{few.name, many.name}];
+  if (name.empty()) name = std::string(few.name) + "+" + many.name;
+  return name.c_str();
 }
 
 std::string make_kernel_table() {
@@ -105,11 +142,14 @@ std::string make_kernel_table() {
                                                   {"float8_e5m2 cache", DType::kFloat8E5M2}};
   for (const auto &[name, dtype] : types) {
     if (PAGEDATTN_SM_90A) {
-      for (const HopperDecodeKernel &kernel : hopper_kernels(dtype)) {
+      for (const HopperKernel &kernel : decode_kernels(dtype)) {
         const bool many = kernel.rows.heads > 1;
-        add(name, kernel.decode.head_dim,
+        add(name, kernel.kernel.head_dim,
             many ? ", at most 16 rows a KV head, many sequences, sm_90" : ", at most 64 rows a KV head, sm_90",
-            kernel.decode);
+            kernel.kernel);
+      }
+      for (const HopperKernel &kernel : prefill_kernels(dtype)) {
+        add(name, kernel.kernel.head_dim, ", more rows, sm_90", kernel.kernel);
       }
     }
     for (int tile = 0; tile < kNumHeadDimTiles; ++tile) {
@@ -130,24 +170,22 @@ int64_t most_rows(const AttentionParams &params) {
   return params.max_query_len * (params.num_q_heads / params.num_kv_heads);
 }
 
-AttentionSelection select_attention(const AttentionParams &params, CacheAlignment alignment) {
+AttentionSelection select_attention(const AttentionParams &params, ArrayAlignment alignment) {
   const int tile = head_dim_tile(params.head_dim);
   if (params.q_dtype == DType::kFloat32) {
     const AttentionKernel &kernel = attention_fma_float32(tile);
-    return {kernel.name, nullptr, 1, {{&kernel}}};
+    return {kernel.name, 1, {{&kernel}}};
   }
   const AttentionKernelPair &pair = mma_kernels(params.kv_dtype, tile);
-  const HopperDecodeKernel *const hopper = hopper_kernel_for(params, alignment);
-  const AttentionKernel &few = hopper != nullptr ? hopper->decode : pair.few_rows;
-  const int most_few = hopper != nullptr ? kHopperRows : kFewRows;
+  const HopperKernel *const decode = decode_kernel_for(params, alignment);
+  const AttentionKernel &few = decode != nullptr ? decode->kernel : pair.few_rows;
+  const int most_few = decode != nullptr ? kHopperRows : kFewRows;
+  if (most_rows(params) <= most_few) return {few.name, 1, {{&few, decode, 1, most_few}}};
 
-  if (most_rows(params) <= most_few) return {few.name, hopper, 1, {{&few, 1, most_few}}};
-  if (params.num_q_heads / params.num_kv_heads > most_few)
-    return {pair.many_rows.name, nullptr, 1, {{&pair.many_rows}}};
-  return {hopper != nullptr ? hopper->with_many_rows : pair.both,
-          hopper,
-          2,
-          {{&pair.many_rows, most_few + 1}, {&few, 1, most_few}}};
+  const HopperKernel *const prefill = prefill_kernel_for(params, alignment);
+  const AttentionKernel &many = prefill != nullptr ? prefill->kernel : pair.many_rows;
+  if (params.num_q_heads / params.num_kv_heads > most_few) return {many.name, 1, {{&many, prefill}}};
+  return {joint_name(few, many), 2, {{&many, prefill, most_few + 1}, {&few, decode, 1, most_few}}};
 }
 
 const char *attention_kernel_table() {

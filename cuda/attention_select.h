@@ -15,21 +15,21 @@ int64_t most_rows(const AttentionParams &params);
 
 struct AttentionLaunch {
   const AttentionKernel *kernel = nullptr;
-  int min_rows = 1;  // a KV head of the sequences that it serves
+  const HopperKernel *hopper = nullptr;  // that the kernel is of, or null
+  int min_rows = 1;                      // a KV head of the sequences that it serves
   int max_rows = 1 << 30;
 };
 
 struct AttentionSelection {
   const char *name;
-  const HopperDecodeKernel *hopper;  // that the last launch is of, or null
   int num_launches;
   AttentionLaunch launches[2];
 };
 
-// The kernels of Hopper ask for more of the caches' addresses and strides than the generic ones.
-enum class CacheAlignment { kAsGiven, kAssumedGood, kAssumedBad };
+// The kernels of Hopper ask for more of the arrays' addresses and strides than the generic ones.
+enum class ArrayAlignment { kAsGiven, kAssumedGood, kAssumedBad };
 
 // Throws PA_ERROR_INVALID_ARGUMENT if the environment variable PAGEDATTN_CUDA_ARCH matters and holds what it must not.
-AttentionSelection select_attention(const AttentionParams &params, CacheAlignment alignment = CacheAlignment::kAsGiven);
+AttentionSelection select_attention(const AttentionParams &params, ArrayAlignment alignment = ArrayAlignment::kAsGiven);
 
 }  // namespace pagedattn::cuda

@@ -19,6 +19,7 @@
 #include "hopper_traits.cuh"
 #include "mma_queries.cuh"
 #include "mma_warp_rows.cuh"
+#include "segment_source.cuh"
 
 namespace pagedattn::cuda {
 
@@ -31,13 +32,13 @@ class TileProducer {
   using Kv = typename Traits::KvTile;
 
  public:
-  __device__ TileProducer(const HopperDecodeParams &params, typename Traits::Shared &shared)
+  __device__ TileProducer(const HopperParams &params, typename Traits::Shared &shared)
       : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32), policy_(read_once_policy()) {
     // A lane's box of every tile: K or V, columns, some of the tokens.
-    const int pieces = 2 * Kv::kColumns / params.box_columns;
-    const int column = lane_ % pieces / 2 * params.box_columns;
+    const int pieces = 2 * Kv::kColumns / params.maps.box_columns;
+    const int column = lane_ % pieces / 2 * params.maps.box_columns;
     is_v_ = lane_ % 2 != 0;
-    first_token_ = lane_ / pieces * params.box_tokens;
+    first_token_ = lane_ / pieces * params.maps.box_tokens;
     active_ = first_token_ < Traits::kTokens;
     element_ = column * (128 / Traits::kElementBytes);
     offset_ = (is_v_ ? Kv::kBytes : 0) + first_token_ / 8 * Kv::kEightRows + column * 1024;
@@ -73,16 +74,16 @@ class TileProducer {
       const int corner[5] = {element_, token - block * static_cast<int>(params_.block_size.divisor), 0,
                              first_head + head, clamp_to(place < 32 ? near : far, 0, params_.last_block)};
       // Boxes that nobody sees stay as they are.
-      const bool seen = active_ && token < keys.end && token + params_.box_tokens > keys.begin;
+      const bool seen = active_ && token < keys.end && token + params_.maps.box_tokens > keys.begin;
       const int boxes = __popc(__ballot_sync(kFullWarp, seen));
 
       const uint32_t count = count_ + static_cast<uint32_t>(head), slot = count % Traits::kSlots;
       wait(&shared_.tile_empty[slot], (count / Traits::kSlots & 1) ^ 1);
-      if (lane_ == 0) arrive_and_expect(&shared_.tile_full[slot], boxes * params_.box_bytes);
+      if (lane_ == 0) arrive_and_expect(&shared_.tile_full[slot], boxes * params_.maps.box_bytes);
       __syncwarp();
       if (seen) {
         copy_box(shared_address(shared_.ring[slot][0]) + static_cast<SharedAddress>(offset_),
-                 is_v_ ? &params_.v_map : &params_.k_map, corner, &shared_.tile_full[slot], policy_);
+                 is_v_ ? &params_.maps.v : &params_.maps.k, corner, &shared_.tile_full[slot], policy_);
       }
     }
   }
@@ -90,7 +91,7 @@ class TileProducer {
  private:
   __device__ int load_entries(int first) const { return first + lane_ < end_block_ ? table_[first + lane_] : 0; }
 
-  const HopperDecodeParams &params_;
+  const HopperParams &params_;
   typename Traits::Shared &shared_;
   int lane_;
   uint64_t policy_;
@@ -109,63 +110,13 @@ class TileProducer {
   int next_entries_;
 };
 
-// The segments of a block's range one after the other, for the first producer.
-template <class Traits>
-class SegmentSource {
-  using Segment = typename Traits::Segment;
-
- public:
-  __device__ explicit SegmentSource(const typename Traits::Cursor &cursor) : cursor_(cursor) {
-    const LineRange &range = cursor.range();
-    more_items_ = range.begin < range.end;
-    stop_ = range.end;
-  }
-
-  // The next, whose slots are to begin with this one; not valid behind the last.
-  __device__ Segment next(uint32_t first_slot) {
-    const auto &cut = cursor_.cut();
-    if (granules_.begin >= granules_.end && !next_item()) return {};
-    const int step = cut.deterministic ? 1 : granules_.end - granules_.begin, granule = granules_.begin;
-    granules_.begin += step;
-    return {true, item_, tiles_of(item_, cut, {granule, granule + step}), first_slot, granule};
-  }
-
- private:
-  // The item that the range ends in, and mostly cuts, comes first: it is joined while others are read, and the kernel's
-  // end waits for fewer partial results.
-  __device__ bool next_item() {
-    do {
-      if (!more_items_) return false;
-      if (found_ < 2) {
-        cursor_.find(found_ == 0, item_);
-      } else if (!cursor_.next(item_) || item_.start >= stop_) {
-        return false;
-      }
-      if (found_ == 0) {
-        stop_ = item_.start;
-        more_items_ = stop_ > cursor_.range().begin;
-      }
-      if (found_ < 2) ++found_;
-      granules_ = granules_of(item_, cursor_.cut(), cursor_.range());
-    } while (granules_.begin >= granules_.end);
-    return true;
-  }
-
-  const typename Traits::Cursor &cursor_;
-  WorkItem item_;
-  Range granules_{0, 0};  // of the item that are still to come
-  int found_ = 0;         // of the range's ends
-  int stop_;              // where the items that are still to come end
-  bool more_items_;
-};
-
 // The first producer finds the segments and tells all others; behind the last it tells each group that there are no
 // more.
 template <class Traits>
-__device__ void produce(const HopperDecodeParams &params, typename Traits::Shared &shared,
+__device__ void produce(const HopperParams &params, typename Traits::Shared &shared,
                         const typename Traits::Cursor &cursor) {
   TileProducer<Traits> producer(params, shared);
-  SegmentSource<Traits> source(cursor);
+  SegmentSource<typename Traits::Cursor> source(cursor);
   const bool leads = threadIdx.x < 32;
   int ends = 0;
 #pragma unroll 1
@@ -173,7 +124,7 @@ __device__ void produce(const HopperDecodeParams &params, typename Traits::Share
     const uint32_t place = number % Traits::kSegments, phase = number / Traits::kSegments & 1;
     typename Traits::Segment segment;
     if (leads) {
-      segment = source.next(producer.count());
+      segment = {source.next(), producer.count()};
     } else {
       wait(&shared.segment_full[place], phase);
       segment = shared.segments[place];
@@ -199,7 +150,7 @@ __device__ void produce(const HopperDecodeParams &params, typename Traits::Share
 // ---- the warps that compute --------------------------------------------------------------------------------------
 
 template <class Traits>
-__device__ void compute(const HopperDecodeParams &params, typename Traits::Shared &shared) {
+__device__ void compute(const HopperParams &params, typename Traits::Shared &shared) {
   const int index = static_cast<int>(threadIdx.x) - 32 * Traits::kProducers;
   const int group_index = index / Traits::kGroupThreads, thread = index % Traits::kGroupThreads;
   const int warp = thread / 32, lane = thread % 32, barrier = 1 + group_index;
@@ -262,13 +213,13 @@ __device__ void compute(const HopperDecodeParams &params, typename Traits::Share
 
 // The second warp does so, while the first looks for work.
 template <class Traits>
-__device__ void init_barriers(const HopperDecodeParams &params, typename Traits::Shared &shared) {
+__device__ void init_barriers(const HopperParams &params, typename Traits::Shared &shared) {
   static_assert(Traits::kSlots <= 32 && Traits::kSegments <= 32 && Traits::kGroups <= 32);
   if (threadIdx.x / 32 != 1) return;
   const int i = static_cast<int>(threadIdx.x) % 32;
   if (i == 0) {
-    prefetch_tensor_map(&params.k_map);
-    prefetch_tensor_map(&params.v_map);
+    prefetch_tensor_map(&params.maps.k);
+    prefetch_tensor_map(&params.maps.v);
   }
   if (i < Traits::kSlots) {
     init_barrier(&shared.tile_full[i], 1);
@@ -287,8 +238,7 @@ __device__ void init_barriers(const HopperDecodeParams &params, typename Traits:
 }
 
 template <class Traits>
-__global__ void __maxnreg__(Traits::kRegisters)
-    hopper_decode_kernel(const __grid_constant__ HopperDecodeParams params) {
+__global__ void __maxnreg__(Traits::kRegisters) hopper_decode_kernel(const __grid_constant__ HopperParams params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char shared_memory[];
   auto &shared = *reinterpret_cast<typename Traits::Shared *>(shared_memory);
@@ -310,14 +260,12 @@ __global__ void __maxnreg__(Traits::kRegisters)
 #endif
 }
 
-// Without `with_many_rows`, the kernel serves calls of at most 16 rows a KV head.
 template <class CacheElement, int kHeadDim, int kTileHeads = 1>
-HopperDecodeKernel hopper_decode(const char *name, const char *with_many_rows = nullptr) {
+HopperKernel hopper_decode(const char *name) {
   using Traits = HopperDecodeTraits<CacheElement, kHeadDim, kTileHeads>;
   return {{name, reinterpret_cast<const void *>(&hopper_decode_kernel<Traits>), Traits::kThreads,
            sizeof(typename Traits::Shared), Traits::kRows, Traits::kTokens, kHeadDim, &Traits::Cut::places_per_block,
            Traits::Shape::kMaxHeadShift},
-          with_many_rows,
           {Traits::KvTile::kColumns, Traits::KvTile::kRowBytes, Traits::KvTile::kCut, kTileHeads}};
 }
 

@@ -5,22 +5,15 @@
 
 namespace pagedattn::cuda {
 
-HopperDecodeKernels hopper_decode_bfloat16() {
-  static const HopperDecodeKernel kKernels[] = {
-      hopper_decode<__nv_bfloat16, 64>("hopper_decode_bfloat16_d64",
-                                       "hopper_decode_bfloat16_d64+mma_bfloat16_d64_many_rows"),
-      hopper_decode<__nv_bfloat16, 80>("hopper_decode_bfloat16_d80",
-                                       "hopper_decode_bfloat16_d80+mma_bfloat16_d128_many_rows"),
-      hopper_decode<__nv_bfloat16, 96>("hopper_decode_bfloat16_d96",
-                                       "hopper_decode_bfloat16_d96+mma_bfloat16_d128_many_rows"),
-      hopper_decode<__nv_bfloat16, 112>("hopper_decode_bfloat16_d112",
-                                        "hopper_decode_bfloat16_d112+mma_bfloat16_d128_many_rows"),
-      hopper_decode<__nv_bfloat16, 128>("hopper_decode_bfloat16_d128",
-                                        "hopper_decode_bfloat16_d128+mma_bfloat16_d128_many_rows"),
-      hopper_decode<__nv_bfloat16, 192>("hopper_decode_bfloat16_d192",
-                                        "hopper_decode_bfloat16_d192+mma_bfloat16_d256_many_rows"),
-      hopper_decode<__nv_bfloat16, 256>("hopper_decode_bfloat16_d256",
-                                        "hopper_decode_bfloat16_d256+mma_bfloat16_d256_many_rows"),
+HopperKernels hopper_decode_bfloat16() {
+  static const HopperKernel kKernels[] = {
+      hopper_decode<__nv_bfloat16, 64>("hopper_decode_bfloat16_d64"),
+      hopper_decode<__nv_bfloat16, 80>("hopper_decode_bfloat16_d80"),
+      hopper_decode<__nv_bfloat16, 96>("hopper_decode_bfloat16_d96"),
+      hopper_decode<__nv_bfloat16, 112>("hopper_decode_bfloat16_d112"),
+      hopper_decode<__nv_bfloat16, 128>("hopper_decode_bfloat16_d128"),
+      hopper_decode<__nv_bfloat16, 192>("hopper_decode_bfloat16_d192"),
+      hopper_decode<__nv_bfloat16, 256>("hopper_decode_bfloat16_d256"),
       hopper_decode<__nv_bfloat16, 80, 4>("hopper_decode_bfloat16_d80_4_heads"),
       hopper_decode<__nv_bfloat16, 96, 4>("hopper_decode_bfloat16_d96_4_heads"),
       hopper_decode<__nv_bfloat16, 112, 4>("hopper_decode_bfloat16_d112_4_heads"),

@@ -5,15 +5,15 @@
 
 namespace pagedattn::cuda {
 
-HopperDecodeKernels hopper_decode_float16() {
-  static const HopperDecodeKernel kKernels[] = {
-      hopper_decode<__half, 64>("hopper_decode_float16_d64", "hopper_decode_float16_d64+mma_float16_d64_many_rows"),
-      hopper_decode<__half, 80>("hopper_decode_float16_d80", "hopper_decode_float16_d80+mma_float16_d128_many_rows"),
-      hopper_decode<__half, 96>("hopper_decode_float16_d96", "hopper_decode_float16_d96+mma_float16_d128_many_rows"),
-      hopper_decode<__half, 112>("hopper_decode_float16_d112", "hopper_decode_float16_d112+mma_float16_d128_many_rows"),
-      hopper_decode<__half, 128>("hopper_decode_float16_d128", "hopper_decode_float16_d128+mma_float16_d128_many_rows"),
-      hopper_decode<__half, 192>("hopper_decode_float16_d192", "hopper_decode_float16_d192+mma_float16_d256_many_rows"),
-      hopper_decode<__half, 256>("hopper_decode_float16_d256", "hopper_decode_float16_d256+mma_float16_d256_many_rows"),
+HopperKernels hopper_decode_float16() {
+  static const HopperKernel kKernels[] = {
+      hopper_decode<__half, 64>("hopper_decode_float16_d64"),
+      hopper_decode<__half, 80>("hopper_decode_float16_d80"),
+      hopper_decode<__half, 96>("hopper_decode_float16_d96"),
+      hopper_decode<__half, 112>("hopper_decode_float16_d112"),
+      hopper_decode<__half, 128>("hopper_decode_float16_d128"),
+      hopper_decode<__half, 192>("hopper_decode_float16_d192"),
+      hopper_decode<__half, 256>("hopper_decode_float16_d256"),
       hopper_decode<__half, 80, 4>("hopper_decode_float16_d80_4_heads"),
       hopper_decode<__half, 96, 4>("hopper_decode_float16_d96_4_heads"),
       hopper_decode<__half, 112, 4>("hopper_decode_float16_d112_4_heads"),

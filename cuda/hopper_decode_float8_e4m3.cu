@@ -5,16 +5,12 @@
 
 namespace pagedattn::cuda {
 
-HopperDecodeKernels hopper_decode_float8_e4m3() {
-  static const HopperDecodeKernel kKernels[] = {
-      hopper_decode<Float8E4M3, 64>("hopper_decode_float8_e4m3_d64",
-                                    "hopper_decode_float8_e4m3_d64+mma_float8_e4m3_d64_many_rows"),
-      hopper_decode<Float8E4M3, 128>("hopper_decode_float8_e4m3_d128",
-                                     "hopper_decode_float8_e4m3_d128+mma_float8_e4m3_d128_many_rows"),
-      hopper_decode<Float8E4M3, 192>("hopper_decode_float8_e4m3_d192",
-                                     "hopper_decode_float8_e4m3_d192+mma_float8_e4m3_d256_many_rows"),
-      hopper_decode<Float8E4M3, 256>("hopper_decode_float8_e4m3_d256",
-                                     "hopper_decode_float8_e4m3_d256+mma_float8_e4m3_d256_many_rows"),
+HopperKernels hopper_decode_float8_e4m3() {
+  static const HopperKernel kKernels[] = {
+      hopper_decode<Float8E4M3, 64>("hopper_decode_float8_e4m3_d64"),
+      hopper_decode<Float8E4M3, 128>("hopper_decode_float8_e4m3_d128"),
+      hopper_decode<Float8E4M3, 192>("hopper_decode_float8_e4m3_d192"),
+      hopper_decode<Float8E4M3, 256>("hopper_decode_float8_e4m3_d256"),
       hopper_decode<Float8E4M3, 192, 4>("hopper_decode_float8_e4m3_d192_4_heads"),
   };
   return kKernels;

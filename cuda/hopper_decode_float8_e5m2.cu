@@ -5,16 +5,12 @@
 
 namespace pagedattn::cuda {
 
-HopperDecodeKernels hopper_decode_float8_e5m2() {
-  static const HopperDecodeKernel kKernels[] = {
-      hopper_decode<Float8E5M2, 64>("hopper_decode_float8_e5m2_d64",
-                                    "hopper_decode_float8_e5m2_d64+mma_float8_e5m2_d64_many_rows"),
-      hopper_decode<Float8E5M2, 128>("hopper_decode_float8_e5m2_d128",
-                                     "hopper_decode_float8_e5m2_d128+mma_float8_e5m2_d128_many_rows"),
-      hopper_decode<Float8E5M2, 192>("hopper_decode_float8_e5m2_d192",
-                                     "hopper_decode_float8_e5m2_d192+mma_float8_e5m2_d256_many_rows"),
-      hopper_decode<Float8E5M2, 256>("hopper_decode_float8_e5m2_d256",
-                                     "hopper_decode_float8_e5m2_d256+mma_float8_e5m2_d256_many_rows"),
+HopperKernels hopper_decode_float8_e5m2() {
+  static const HopperKernel kKernels[] = {
+      hopper_decode<Float8E5M2, 64>("hopper_decode_float8_e5m2_d64"),
+      hopper_decode<Float8E5M2, 128>("hopper_decode_float8_e5m2_d128"),
+      hopper_decode<Float8E5M2, 192>("hopper_decode_float8_e5m2_d192"),
+      hopper_decode<Float8E5M2, 256>("hopper_decode_float8_e5m2_d256"),
       hopper_decode<Float8E5M2, 192, 4>("hopper_decode_float8_e5m2_d192_4_heads"),
   };
   return kKernels;

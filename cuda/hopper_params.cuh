@@ -1,4 +1,4 @@
-// What the Hopper decode kernels are given besides what every attention kernel is.
+// What the Hopper kernels are given besides what every attention kernel is.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -9,13 +9,19 @@
 
 namespace pagedattn::cuda {
 
-struct HopperDecodeParams : AttentionKernelParams {
-  // What the copy engine takes at once: tokens of one block, and columns (see BoxTile).
+// For the bulk tensor copy engine, see tensor_map.h.
+struct TensorMaps {
+  // What it takes at once of a cache: tokens of one block, and columns.
   int32_t box_tokens;
   int32_t box_columns;
   int32_t box_bytes;
-  CUtensorMap k_map;
-  CUtensorMap v_map;
+  CUtensorMap k;
+  CUtensorMap v;
+  CUtensorMap q;  // of prefill's queries
+};
+
+struct HopperParams : AttentionKernelParams {
+  TensorMaps maps;
 };
 
 }  // namespace pagedattn::cuda

@@ -71,6 +71,17 @@ __device__ inline void copy_box(SharedAddress destination, const CUtensorMap *ma
       : "memory");
 }
 
+// The same of data that is read again and again.
+__device__ inline void copy_box(SharedAddress destination, const CUtensorMap *map, const int (&corner)[5],
+                                Barrier *barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(destination),
+      "l"(map), "r"(corner[0]), "r"(corner[1]), "r"(corner[2]), "r"(corner[3]), "r"(corner[4]),
+      "r"(shared_address(barrier))
+      : "memory");
+}
+
 // ---- registers, which a warpgroup hands to another ------------------------------------------------------------
 
 template <int kRegisters>

@@ -9,6 +9,7 @@
 #include "hopper_ptx.cuh"
 #include "mma_traits.cuh"
 #include "row_table.cuh"
+#include "segment_source.cuh"
 #include "work_schedule.cuh"
 
 namespace pagedattn::cuda {
@@ -105,12 +106,8 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
       Epilogue<Shape, kGroupThreads, kHeadDim, kGroupWarps, 16 * kGroupWarps, Types::kOutput, kStateColumns, 20>;
 
   // What the first warp tells the others of a segment.
-  struct Segment {
-    bool valid;  // false: there are no more
-    WorkItem item;
-    Range tiles;
+  struct Segment : cuda::Segment {
     uint32_t first_slot;  // counted from the kernel's first
-    int granule;
   };
   static constexpr int kSegments = 2 * kGroups;  // those in work and the next
 

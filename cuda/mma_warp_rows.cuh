@@ -5,14 +5,9 @@
 
 #include "mma_traits.cuh"
 #include "ptx.cuh"
+#include "scores.cuh"
 
 namespace pagedattn::cuda {
-
-// tanh to about 1e-7 absolute: scores that are computed from 16-bit numbers need no more.
-__device__ inline float tanh_fast(float x) {
-  const float e = exp2_fast(-2.0f * kLog2E * fabsf(x));
-  return copysignf(__fdividef(1.0f - e, 1.0f + e), x);
-}
 
 template <class Traits>
 class WarpRows {
@@ -115,8 +110,16 @@ class WarpRows {
 
   // Scores of the keys from `token` on become exp2(score - m), the state is brought to the new m.
   __device__ void softmax(Scores &s, int token) {
-    if (transform_) transform(s, token);
-    if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) mask(s, token);
+    if (transform_) {
+      const float scale[2] = {row_scale(0), row_scale(1)};
+      const float slope[2] = {table_->slope[row_], table_->slope[row_ + 8]};
+      const int position[2] = {table_->position[row_], table_->position[row_ + 8]};
+      transform_scores(s, params_, scale, slope, position, token);
+    }
+    if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
+      const Range keys[2] = {table_->keys[row_], table_->keys[row_ + 8]};
+      mask_scores(s, keys, token);
+    }
 
     float largest[2] = {m_[0], m_[1]};
 #pragma unroll
@@ -265,41 +268,6 @@ class WarpRows {
     return pre_scale_;
   }
 
-  // Products to scores in units of log 2: scale, soft cap, ALiBi.
-  __device__ void transform(Scores &s, int token) const {
-    const float cap = params_.softcap * kLog2E;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float scale = row_scale(row), slope = table_->slope[row_ + 8 * row];
-      const int first_key = token + lane_ % 4 * 2 - table_->position[row_ + 8 * row];
-#pragma unroll
-      for (int i = 0; i < kTokens / 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float x = s[i][2 * row + j] * scale;
-          if (params_.softcap > 0.0f) x = cap * tanh_fast(x);
-          s[i][2 * row + j] = x + slope * static_cast<float>(first_key + i * 8 + j);
-        }
-      }
-    }
-  }
-
-  __device__ void mask(Scores &s, int token) const {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const Range keys = table_->keys[row_ + 8 * row];
-      const int first_key = token + lane_ % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < kTokens / 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int key = first_key + i * 8 + j;
-          if (key < keys.begin || key >= keys.end) s[i][2 * row + j] = negative_infinity();
-        }
-      }
-    }
-  }
-
   const AttentionKernelParams &params_;
   int lane_;
   const RowTable<Traits::kRows> *table_;
@@ -310,7 +278,7 @@ class WarpRows {
   Range visible_to_any_;  // of the warp's rows
   Range visible_to_all_;
   bool transform_;       // scores are not just products times a positive number
-  float pre_scale_;      // what `transform` multiplies products by
+  float pre_scale_;      // what `transform_scores` multiplies products by
   float post_scale_[2];  // what turns its results, or else the products, into units of log 2
   float m_[2];           // before post_scale
   float l_[2];           // of the lane's own columns until store_state

@@ -123,6 +123,12 @@ __device__ inline void named_barrier(int barrier) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
+// Comes to such a barrier without waiting for it.
+template <int kThreads>
+__device__ inline void named_barrier_arrive(int barrier) {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 // Reads what another block wrote during this launch: from the L2 cache, never from a stale L1 line.
 __device__ inline float2 load_from_l2(const float2 *pointer) { return __ldcg(pointer); }
 __device__ inline float4 load_from_l2(const float4 *pointer) { return __ldcg(pointer); }

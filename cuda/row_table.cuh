@@ -4,12 +4,10 @@
 #pragma once
 
 #include "attention_params.cuh"
+#include "scores.cuh"
 #include "work_schedule.cuh"
 
 namespace pagedattn::cuda {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // Lies in shared memory: few tiles need more of it than the scale.
 template <int kRows>

@@ -55,6 +55,39 @@ CUtensorMapL2promotion promotion(int64_t row_bytes) {
   return CU_TENSOR_MAP_L2_PROMOTION_NONE;
 }
 
+// A tensor of five dimensions, the innermost first, whose elements follow each other.
+struct Tensor {
+  const void *data;
+  int64_t element_size;
+  int64_t extents[5];
+  int64_t strides[4];  // of the outer four, in elements
+  cuuint32_t box[5];
+  bool is_cut;  // see BoxTile
+  int64_t row;  // elements that are read together
+};
+
+CUtensorMap encode(const Tensor &tensor) {
+  cuuint64_t extents[5], strides[4];
+  for (int i = 0; i < 5; ++i) {
+    extents[i] = static_cast<cuuint64_t>(tensor.extents[i]);
+    if (i == 0) continue;
+    strides[i - 1] =
+        static_cast<cuuint64_t>(tensor.extents[i] <= 1 ? kColumnBytes : tensor.strides[i - 1] * tensor.element_size);
+  }
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result =
+      encoder()(&map, tensor.element_size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 5,
+                const_cast<void *>(tensor.data), extents, strides, tensor.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                tensor.is_cut ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                promotion(tensor.row * tensor.element_size), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw Error(PA_ERROR_CUDA, "paged_attention: cuTensorMapEncodeTiled failed with CUDA driver error " +
+                                   std::to_string(static_cast<int>(result)));
+  }
+  return map;
+}
+
 }  // namespace
 
 bool shape_fits_tensor_maps(const AttentionParams &params) {
@@ -63,6 +96,13 @@ bool shape_fits_tensor_maps(const AttentionParams &params) {
 
 bool strides_fit_tensor_maps(const AttentionParams &params) {
   return cache_fits(params, params.k_cache) && cache_fits(params, params.v_cache);
+}
+
+bool queries_fit_tensor_map(const AttentionParams &params) {
+  const int64_t size = dtype_size(params.q_dtype);
+  return reinterpret_cast<uintptr_t>(params.q.data) % kAlignment == 0 &&
+         stride_fits(params.q.head_stride, size, params.num_q_heads) &&
+         stride_fits(params.q.token_stride, size, params.num_tokens);
 }
 
 bool heads_fill_rows(const AttentionParams &params, const CacheRowLayout &rows) {
@@ -79,30 +119,28 @@ CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, in
 }
 
 CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, const CacheBox &box) {
-  const auto size = static_cast<cuuint64_t>(dtype_size(params.kv_dtype));
-  const auto stride = [&](int64_t elements, int64_t extent) {
-    return extent <= 1 ? static_cast<cuuint64_t>(kColumnBytes) : static_cast<cuuint64_t>(elements) * size;
-  };
   const auto columns = static_cast<cuuint32_t>(box.columns), elements = static_cast<cuuint32_t>(box.elements);
-  const cuuint64_t extents[5] = {
-      columns > 1 ? elements : static_cast<cuuint64_t>(params.head_dim), static_cast<cuuint64_t>(params.block_size),
-      columns, static_cast<cuuint64_t>(params.num_kv_heads / box.heads), static_cast<cuuint64_t>(params.num_blocks)};
-  const cuuint64_t strides[4] = {stride(cache.token_stride, params.block_size), kColumnBytes,
-                                 stride(cache.head_stride * box.heads, params.num_kv_heads),
-                                 stride(cache.block_stride, params.num_blocks)};
-  const cuuint32_t box_extents[5] = {elements, static_cast<cuuint32_t>(box.tokens), columns, 1, 1};
-  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result =
-      encoder()(&map, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, cache.data,
-                extents, strides, box_extents, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                box.is_cut ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                promotion(params.head_dim * box.heads * static_cast<int64_t>(size)), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw Error(PA_ERROR_CUDA, "paged_attention: cuTensorMapEncodeTiled failed with CUDA driver error " +
-                                   std::to_string(static_cast<int>(result)));
-  }
-  return map;
+  return encode({cache.data,
+                 dtype_size(params.kv_dtype),
+                 {box.columns > 1 ? box.elements : params.head_dim, params.block_size, box.columns,
+                  params.num_kv_heads / box.heads, params.num_blocks},
+                 {cache.token_stride, kColumnBytes / dtype_size(params.kv_dtype), cache.head_stride * box.heads,
+                  cache.block_stride},
+                 {elements, static_cast<cuuint32_t>(box.tokens), columns, 1, 1},
+                 box.is_cut,
+                 params.head_dim * box.heads});
+}
+
+CUtensorMap encode_queries(const AttentionParams &params, int tokens) {
+  const int group = params.num_q_heads / params.num_kv_heads;
+  return encode({params.q.data,
+                 dtype_size(params.q_dtype),
+                 {params.head_dim, group, params.num_kv_heads, params.num_tokens, 1},
+                 {params.q.head_stride, params.q.head_stride * group, params.q.token_stride, 0},
+                 {kColumnBytes / static_cast<cuuint32_t>(dtype_size(params.q_dtype)), static_cast<cuuint32_t>(group), 1,
+                  static_cast<cuuint32_t>(tokens), 1},
+                 true,
+                 params.head_dim});
 }
 
 }  // namespace pagedattn::cuda

@@ -13,6 +13,8 @@ namespace pagedattn::cuda {
 // Can the copy engine read both caches, eight tokens or more of one block at a time?
 bool shape_fits_tensor_maps(const AttentionParams &params);
 bool strides_fit_tensor_maps(const AttentionParams &params);
+// And queries?
+bool queries_fit_tensor_map(const AttentionParams &params);
 
 // Do the heads that are to lie side by side in a tile's rows do so in both caches, and fill these rows?
 bool heads_fill_rows(const AttentionParams &params, const CacheRowLayout &rows);
@@ -29,5 +31,9 @@ CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, in
 
 // The map of one cache: [N, Hkv / heads, columns, S, elements], or [N, Hkv, 1, S, D].  Throws PA_ERROR_CUDA.
 CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, const CacheBox &box);
+
+// The map of queries, [1, T, Hkv, Hq / Hkv, D], of which it takes 64 elements of so many tokens of one KV head at once.
+// Throws PA_ERROR_CUDA.
+CUtensorMap encode_queries(const AttentionParams &params, int tokens);
 
 }  // namespace pagedattn::cuda

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pagedattn
 from accuracy import assert_close, assert_lse_close
-from backends import NumpyBackend
-from batches import Batch, output, poison
+from backends import DTYPES, NumpyBackend
+from batches import Batch, make_batch, output, poison, scale_for
 
 
 def check_batch(backend: NumpyBackend, batch: Batch, *, strided_out: bool = False, **more: Any) -> None:
@@ -36,3 +36,52 @@ def check_output_alone(backend: NumpyBackend, batch: Batch, **more: Any) -> None
     out = backend.array(poison(batch.q.shape, batch.q.dtype))
     pagedattn.paged_attention(*args, out=out, **options, **more)
     assert_close(backend.host(out), batch.reference()[0], batch.q.dtype)
+
+
+def types(rng: np.random.Generator, kind: tuple[str, str], num_kv_heads: int) -> dict[str, Any]:
+    """Return the types of a batch, and scales for a float8 cache."""
+    dtype, kv_dtype = (DTYPES[name] for name in kind)
+    return {"dtype": dtype, "kv_dtype": kv_dtype, **scale_for(kv_dtype, rng, num_kv_heads)}
+
+
+def check_case(
+    backend: NumpyBackend,
+    rng: np.random.Generator,
+    case: dict[str, Any],
+    group: int,
+    seq_lens: list[int],
+    query_lens: list[int] | None,
+) -> None:
+    """Run and check a batch of a case of options, as `pairwise` makes them."""
+    num_kv_heads = 1 if group > 16 else 2
+    num_q_heads = group * num_kv_heads
+    options: dict[str, Any] = {
+        **types(rng, case["kind"], num_kv_heads),
+        "window": case["window"],
+        "causal": case["causal"],
+        "softcap": case["softcap"],
+    }
+    if "k_scale" in options and case["scales"] != "per head":
+        del options["k_scale"], options["v_scale"]
+        if case["scales"] == "number":
+            options |= {"k_scale": 0.7, "v_scale": 1.3}
+    if case["alibi"]:
+        options["alibi_slopes"] = rng.uniform(-0.02, 0.2, num_q_heads).astype(np.float32)
+    if case["sinks"]:
+        options["sinks"] = rng.uniform(-2, 3, num_q_heads).astype(np.float32)
+    batch = make_batch(
+        rng,
+        seq_lens,
+        query_lens,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=case["head_dim"],
+        block_size=case["block_size"],
+        layout=case["layout"],
+        packed_q=case["packed_q"],
+        **options,
+    )
+    if case["lse"]:
+        check_batch(backend, batch, strided_out=case["strided_out"], deterministic=case["deterministic"])
+    else:
+        check_output_alone(backend, batch, deterministic=case["deterministic"])

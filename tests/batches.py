@@ -9,7 +9,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers the types with NumPy)
@@ -215,3 +215,12 @@ def scale_for(kv_dtype: Any, rng: np.random.Generator, num_kv_heads: int) -> dic
     if not is_float8(kv_dtype):
         return {}
     return {name: rng.uniform(0.3, 2.0, num_kv_heads).astype(np.float32) for name in ("k_scale", "v_scale")}
+
+
+def naming_poisoned_blocks(rng: np.random.Generator, batch: Batch) -> Batch:
+    """Return the batch with half of the table entries that name no block naming one that holds nothing but NaN."""
+    poisoned = np.flatnonzero(is_poison(batch.k_cache).all(axis=(1, 2, 3)))
+    tables = batch.block_tables
+    free = ((tables < 0) | (tables >= len(batch.k_cache))) & (rng.random(tables.shape) < 0.5)
+    assert free.any()
+    return replace(batch, block_tables=np.where(free, rng.choice(poisoned, tables.shape), tables).astype(np.int32))

@@ -7,25 +7,18 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from attention_check import check_batch, check_output_alone
-from backends import DTYPES, CupyBackend
-from batches import LAYOUTS, SIXTEEN_BIT_KINDS, SLICES, Batch, is_poison, make_batch, poison, scale_for
+from attention_check import check_batch, check_case, types
+from backends import CupyBackend
+from batches import LAYOUTS, SIXTEEN_BIT_KINDS, SLICES, make_batch, naming_poisoned_blocks, poison
 from pairwise import case_id, pairwise
 
 pytestmark = pytest.mark.gpu
 
 SEQ_LENS = [1, 15, 16, 17, 0, 63, 64, 65, 200, 700]
-
-
-def types(rng: np.random.Generator, kind: tuple[str, str], num_kv_heads: int) -> dict[str, Any]:
-    """Return the types of a batch, and scales for a float8 cache."""
-    dtype, kv_dtype = (DTYPES[name] for name in kind)
-    return {"dtype": dtype, "kv_dtype": kv_dtype, **scale_for(kv_dtype, rng, num_kv_heads)}
 
 
 def queries(seq_lens: list[int], query_len: int) -> list[int]:
@@ -102,40 +95,8 @@ def test_every_pair_of_options_of_decode_matches_the_reference(
     cuda: CupyBackend, rng: np.random.Generator, case: dict[str, Any]
 ) -> None:
     query_len, group = case["rows"]
-    num_kv_heads = 1 if group > 16 else 2
-    num_q_heads = group * num_kv_heads
-    options: dict[str, Any] = {
-        **types(rng, case["kind"], num_kv_heads),
-        "window": case["window"],
-        "causal": case["causal"],
-        "softcap": case["softcap"],
-    }
-    if "k_scale" in options and case["scales"] != "per head":
-        del options["k_scale"], options["v_scale"]
-        if case["scales"] == "number":
-            options |= {"k_scale": 0.7, "v_scale": 1.3}
-    if case["alibi"]:
-        options["alibi_slopes"] = rng.uniform(-0.02, 0.2, num_q_heads).astype(np.float32)
-    if case["sinks"]:
-        options["sinks"] = rng.uniform(-2, 3, num_q_heads).astype(np.float32)
     seq_lens = [1, 16, 33, 0, 130, 1100]
-    batch = make_batch(
-        rng,
-        seq_lens,
-        queries(seq_lens, query_len) if query_len > 1 else None,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=case["head_dim"],
-        block_size=case["block_size"],
-        layout=case["layout"],
-        packed_q=case["packed_q"],
-        **options,
-    )
-    deterministic = case["deterministic"]
-    if case["lse"]:
-        check_batch(cuda, batch, strided_out=case["strided_out"], deterministic=deterministic)
-    else:
-        check_output_alone(cuda, batch, deterministic=deterministic)
+    check_case(cuda, rng, case, group, seq_lens, queries(seq_lens, query_len) if query_len > 1 else None)
 
 
 @pytest.mark.parametrize("kind", [SIXTEEN_BIT_KINDS[0], SIXTEEN_BIT_KINDS[4]], ids="-".join)
@@ -162,15 +123,6 @@ def test_blocks_outside_the_window_may_hold_and_name_anything(
         **types(rng, kind, 2),
     )
     check_batch(cuda, naming_poisoned_blocks(rng, batch))
-
-
-def naming_poisoned_blocks(rng: np.random.Generator, batch: Batch) -> Batch:
-    """Return the batch with half of the table entries that name no block naming one that holds nothing but NaN."""
-    poisoned = np.flatnonzero(is_poison(batch.k_cache).all(axis=(1, 2, 3)))
-    tables = batch.block_tables
-    free = ((tables < 0) | (tables >= len(batch.k_cache))) & (rng.random(tables.shape) < 0.5)
-    assert free.any()
-    return replace(batch, block_tables=np.where(free, rng.choice(poisoned, tables.shape), tables).astype(np.int32))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -1,0 +1,350 @@
+// Attention of 64 query rows in one warpgroup's registers: scores, online softmax and output by wgmma.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "attention_epilogue.cuh"
+#include "hopper_ptx.cuh"
+#include "hopper_wgmma.cuh"
+#include "prefill_schedule.cuh"
+#include "scores.cuh"
+
+namespace pagedattn::cuda {
+
+// Lane c of four has words (j, c) of a row, j = 0 ... 3; it gets words (c, j).
+__device__ inline uint4 transpose_quad(const uint32_t (&words)[4]) {
+  const int c = static_cast<int>(threadIdx.x) % 4;
+  const bool odd = c % 2 != 0, high = c / 2 != 0;
+  uint32_t pairs[2][2];  // words of two neighbours: (c % 2, ...) and (2 + c % 2, ...)
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t other = __shfl_xor_sync(kFullWarp, odd ? words[2 * i] : words[2 * i + 1], 1);
+    pairs[i][0] = odd ? other : words[2 * i];
+    pairs[i][1] = odd ? words[2 * i + 1] : other;
+  }
+  const uint32_t first = __shfl_xor_sync(kFullWarp, high ? pairs[0][0] : pairs[1][0], 2);
+  const uint32_t second = __shfl_xor_sync(kFullWarp, high ? pairs[0][1] : pairs[1][1], 2);
+  return high ? uint4{first, second, pairs[1][0], pairs[1][1]} : uint4{pairs[0][0], pairs[0][1], first, second};
+}
+
+template <class Traits>
+class WarpgroupRows {
+  using Math = typename Traits::Math;
+  using Q = typename Traits::QTile;
+  using Kv = typename Traits::KvTile;
+  static constexpr int kTokens = Traits::kTokens;
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kRowFloats = place_row_floats(kHeadDim);
+  // Log 2 of the weight that a key may have before sums are brought to a larger m: far from what a float16 holds.
+  static constexpr float kLargestStep = 8.0f;
+
+ public:
+  using Scores = float[kTokens / 8][4];
+
+  // Of the two rows of a thread: the largest score in units of log 2, and the sum of exp2(score - m) over the thread's
+  // own keys.
+  struct Sums {
+    float m[2];
+    float l[2];
+  };
+
+  __device__ WarpgroupRows(const AttentionKernelParams &params, typename Traits::Shared &shared, int group, int barrier)
+      : params_(params), shared_(shared), group_(group), barrier_(barrier) {
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    row_ = 64 * group + thread / 32 * 16 + thread % 32 / 4;
+    take_sums();
+  }
+
+  // The next scores are of this item's queries, its first.
+  __device__ void begin(const WorkItem &item, const char *q) {
+    item_ = &item;
+    q_ = operand(shared_address(q + group_ * 64 * 128), Q::kColumnBytes);
+    visible_to_all_ = {keys_of(64 * group_ + 63).begin, keys_of(64 * group_).end};
+    const float scale = params_.k_scale.of_head(item.kv_head) * params_.scale;
+    pre_scale_ = params_.softcap > 0.0f ? scale / params_.softcap : scale * kLog2E;
+    // The largest score is that of the largest product only if their ratio is positive.
+    transform_ = params_.softcap > 0.0f || params_.alibi_slopes != nullptr || !(pre_scale_ > 0.0f);
+    post_scale_ = transform_ ? 1.0f : pre_scale_;
+  }
+
+  // Starts s = Q K^T.
+  __device__ void multiply_q_k(Scores &s, const char *k_tile) const {
+    const uint32_t k = operand(shared_address(k_tile), Kv::kColumnBytes);
+    fence_products();
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      Products<Math, kTokens>::q_k(s, further(q_, Q::step_offset(step)), further(k, Kv::step_offset(step)), step > 0);
+    }
+    commit_products();
+  }
+
+  // Scores of the keys from `token` on become exp2(score - m) for the new m.
+  __device__ void softmax(Scores &s, int token) {
+    if (transform_) {
+      const float scale[2] = {pre_scale_, pre_scale_}, slope[2] = {slope_of(row_), slope_of(row_ + 8)};
+      const int position[2] = {position_of(row_), position_of(row_ + 8)};
+      transform_scores(s, params_, scale, slope, position, token);
+    }
+    if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
+      const Range keys[2] = {keys_of(row_), keys_of(row_ + 8)};
+      mask_scores(s, keys, token);
+    }
+
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float largest = m_[i];
+#pragma unroll
+      for (int tile = 0; tile < kTokens / 8; ++tile)
+        largest = fmaxf(largest, fmaxf(s[tile][2 * i], s[tile][2 * i + 1]));
+      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
+      // Small steps are not worth the rescaling.
+      if (largest * post_scale_ - m_[i] * post_scale_ <= kLargestStep) largest = m_[i];
+      const float scaled = largest == negative_infinity() ? 0.0f : largest * post_scale_;
+      factor_[i] = exp2_fast(m_[i] * post_scale_ - scaled);
+      float sum = 0.0f;
+#pragma unroll
+      for (int tile = 0; tile < kTokens / 8; ++tile) {
+#pragma unroll
+        for (int j = 2 * i; j < 2 * i + 2; ++j) {
+          s[tile][j] = exp2_fast(s[tile][j] * post_scale_ - scaled);
+          sum += s[tile][j];
+        }
+      }
+      l_[i] = l_[i] * factor_[i] + sum;
+      m_[i] = largest;
+    }
+  }
+
+  // What softmax has made of the scores becomes the left operand of P V.
+  __device__ void pack_weights(const Scores &s) {
+#pragma unroll
+    for (int t = 0; t < kTokens / 16; ++t) {
+      p_[t][0] = pack<Math>(s[2 * t][0], s[2 * t][1]);
+      p_[t][1] = pack<Math>(s[2 * t][2], s[2 * t][3]);
+      p_[t][2] = pack<Math>(s[2 * t + 1][0], s[2 * t + 1][1]);
+      p_[t][3] = pack<Math>(s[2 * t + 1][2], s[2 * t + 1][3]);
+    }
+  }
+
+  // Starts O += P V, or O = P V of an item's first keys.
+  __device__ void multiply_p_v(const char *v_tile, bool first) {
+    const uint32_t v = operand(shared_address(v_tile), Kv::kColumnBytes);
+    fence_products();
+#pragma unroll
+    for (int step = 0; step < kTokens / 16; ++step) {
+      Products<Math, kHeadDim>::p_v(o_, p_[step], further(v, step * 16 * 128), step > 0 || !first);
+    }
+    commit_products();
+  }
+
+  // Behind a wait for P V.  The weights stay in their registers until then, or the compiler waits where it wants these
+  // for something else.
+  __device__ void pin_output() {
+    pin(o_);
+    pin(p_);
+  }
+  // Brings O to the m of the latest scores, which are of the same item.
+  __device__ void rescale() {
+    if (!__any_sync(kFullWarp, factor_[0] != 1.0f || factor_[1] != 1.0f)) return;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) o_[i][j] *= factor_[j / 2];
+    }
+  }
+
+  // What the item's rows have come to; the next scores are another's first.
+  __device__ Sums take_sums() {
+    Sums sums;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sums.m[i] = m_[i] * post_scale_;
+      sums.l[i] = l_[i];
+      m_[i] = negative_infinity();
+      l_[i] = 0.0f;
+    }
+    return sums;
+  }
+
+  // Rows of V that no query sees may hold anything: zeros take their place.  All groups write them, since none waits
+  // for another.
+  __device__ void clear_unseen(char *v_tile, Range keys, int token) const {
+    if (keys.begin <= token && token + kTokens <= keys.end) return;
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    const auto clear = [&](int first, int end) {
+      constexpr int kChunks = Kv::kColumns * 8;
+      for (int i = thread; i < (end - first) * kChunks; i += 128) {
+        *reinterpret_cast<uint4 *>(v_tile + Kv::offset(first + i / kChunks, i % kChunks)) = {};
+      }
+    };
+    clear(0, clamp_to(keys.begin - token, 0, kTokens));
+    clear(clamp_to(keys.end - token, 0, kTokens), kTokens);
+    publish_shared_writes();
+    named_barrier<128>(barrier_);
+  }
+
+  // Ends a segment: writes the rows' results, or a partial result, and in the group that does so last the join of all.
+  __device__ void finish(const PrefillSegment &segment, Sums sums) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sums.l[i] += __shfl_xor_sync(kFullWarp, sums.l[i], 1);
+      sums.l[i] += __shfl_xor_sync(kFullWarp, sums.l[i], 2);
+    }
+    const SegmentPlan &plan = segment.plan;
+    if (plan.num_segments > 1) {
+      store_partial(segment, sums);
+      if (!arrive_last(plan)) return;
+      join(segment, sums);
+    }
+    write(segment.item, sums);
+  }
+
+ private:
+  __device__ static int column() { return static_cast<int>(threadIdx.x) % 4 * 2; }  // in a tile of eight
+
+  // Of a row of the current item's tile: its query token, of those of the sequence, and the query head.  Rows that no
+  // token has are given the last one's.
+  __device__ int query_of(int row) const {
+    const int queries = params_.batch.tile_queries;
+    const int query = item_->query_tile * queries + min(params_.batch.group.divide(row), queries - 1);
+    return min(query, item_->seq.num_queries - 1);
+  }
+  __device__ Range keys_of(int row) const { return visible_keys(params_.batch, item_->seq, query_of(row)); }
+  __device__ int position_of(int row) const { return item_->seq.length - item_->seq.num_queries + query_of(row); }
+  __device__ float slope_of(int row) const {
+    return params_.alibi_slopes == nullptr ? 0.0f : params_.alibi_slopes[head_of(*item_, row)] * kLog2E;
+  }
+  __device__ int head_of(const WorkItem &item, int row) const {
+    const int group = static_cast<int>(params_.batch.group.divisor);
+    return item.kv_head * group + row - params_.batch.group.divide(row) * group;
+  }
+
+  __device__ bool exists(const WorkItem &item, int row) const {
+    const int query = params_.batch.group.divide(row), queries = params_.batch.tile_queries;
+    return query < min(queries, item.seq.num_queries - item.query_tile * queries);
+  }
+
+  __device__ void write(const WorkItem &item, const Sums &sums) const {
+    const int lane = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float factor = 0.0f;
+      int64_t offset = -1;
+      const int row = row_ + 8 * i;
+      if (exists(item, row)) {
+        const int query = item.query_tile * params_.batch.tile_queries + params_.batch.group.divide(row);
+        const int64_t token = item.seq.first_token + query;
+        const int head = head_of(item, row);
+        factor = end_row(params_, token, head, item.kv_head, sums.m[i], sums.l[i], lane == 0);
+        offset = token * params_.out.token_stride + head * params_.out.head_stride;
+      }
+#pragma unroll
+      for (int first = 0; first < kHeadDim / 8; first += 4) {
+        uint32_t words[4] = {};
+#pragma unroll
+        for (int j = 0; j < 4 && first + j < kHeadDim / 8; ++j) {
+          words[j] = pack<Math>(o_[first + j][2 * i] * factor, o_[first + j][2 * i + 1] * factor);
+        }
+        const uint4 eight = transpose_quad(words);
+        const int column = (first + lane) * 8;
+        if (offset >= 0 && column < params_.head_dim) {
+          store_eight(static_cast<uint16_t *>(params_.out.data) + offset + column, eight);
+        }
+      }
+    }
+  }
+
+  __device__ void store_eight(uint16_t *out, const uint4 &eight) const {
+    if (params_.out_bytes >= 16) {
+      *reinterpret_cast<uint4 *>(out) = eight;
+      return;
+    }
+    const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = static_cast<uint16_t>(words[i]);
+      out[2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
+    }
+  }
+
+  // The thread's part of a row of a partial result.
+  __device__ float *partial_row(int place, int i) const {
+    return params_.partials + static_cast<uint32_t>(place * params_.place_floats) + (row_ + 8 * i) * kRowFloats;
+  }
+
+  __device__ void store_partial(const PrefillSegment &segment, const Sums &sums) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!exists(segment.item, row_ + 8 * i)) continue;
+      float *const row = partial_row(segment.plan.first_place + segment.plan.segment, i);
+#pragma unroll
+      for (int tile = 0; tile < kHeadDim / 8; ++tile) {
+        *reinterpret_cast<float2 *>(row + tile * 8 + column()) = {o_[tile][2 * i], o_[tile][2 * i + 1]};
+      }
+      if (column() == 0) *reinterpret_cast<float2 *>(row + kHeadDim) = {sums.m[i], sums.l[i]};
+    }
+  }
+
+  // The barriers order the group's stores before one thread's arrival, and what that acquires before its loads.  Each
+  // group counts for itself.
+  __device__ bool arrive_last(const SegmentPlan &plan) const {
+    named_barrier<128>(barrier_);
+    // Segments that nobody shares come here one after the other.
+    if (!plan.is_shared) return plan.segment == plan.num_segments - 1;
+    if (threadIdx.x % 128 == 0) {
+      uint32_t *const counter = params_.arrivals + plan.first_owner * Traits::kGroups + group_;
+      const bool last = arrive_and_count(counter) == static_cast<uint32_t>(plan.num_segments);
+      if (last) *counter = 0;  // nobody else will come; ready for the next launch
+      shared_.last_to_arrive[group_] = last;
+    }
+    named_barrier<128>(barrier_);
+    return shared_.last_to_arrive[group_];
+  }
+
+  // Always in the order of the segments, so that the bits do not depend on who does it.
+  __device__ void join(const PrefillSegment &segment, Sums &sums) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sums.m[i] = negative_infinity();
+      sums.l[i] = 0.0f;
+#pragma unroll
+      for (int tile = 0; tile < kHeadDim / 8; ++tile) o_[tile][2 * i] = o_[tile][2 * i + 1] = 0.0f;
+      if (!exists(segment.item, row_ + 8 * i)) continue;
+#pragma unroll 1
+      for (int number = 0; number < segment.plan.num_segments; ++number) {
+        const float *const row = partial_row(segment.plan.first_place + number, i);
+        const float2 other = load_from_l2(reinterpret_cast<const float2 *>(row + kHeadDim));
+        const float largest = fmaxf(sums.m[i], other.x);
+        const float factor = rescale_factor(sums.m[i], largest), weight = rescale_factor(other.x, largest);
+        sums.m[i] = largest;
+        sums.l[i] = sums.l[i] * factor + other.y * weight;
+#pragma unroll
+        for (int tile = 0; tile < kHeadDim / 8; ++tile) {
+          const float2 o = load_from_l2(reinterpret_cast<const float2 *>(row + tile * 8 + column()));
+          o_[tile][2 * i] = o_[tile][2 * i] * factor + o.x * weight;
+          o_[tile][2 * i + 1] = o_[tile][2 * i + 1] * factor + o.y * weight;
+        }
+      }
+    }
+  }
+
+  const AttentionKernelParams &params_;
+  typename Traits::Shared &shared_;
+  int group_;
+  int barrier_;
+  int row_;  // of the item's tile; the thread's other is the eighth after it
+  const WorkItem *item_;
+  uint32_t q_;
+  Range visible_to_all_;  // of the group's rows
+  bool transform_;        // scores are not just products times a positive number
+  float pre_scale_;       // what `transform_scores` multiplies products by
+  float post_scale_;      // what turns its results, or else the products, into units of log 2
+  float m_[2];            // before post_scale
+  float l_[2];
+  float factor_[2];  // from the m before to this
+  uint32_t p_[kTokens / 16][4];
+  float o_[kHeadDim / 8][4];
+};
+
+}  // namespace pagedattn::cuda

@@ -1,0 +1,79 @@
+// Types, tile sizes and shared memory of the Hopper prefill kernels.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "attention_epilogue.cuh"
+#include "attention_kernel.h"
+#include "hopper_params.cuh"
+#include "hopper_ptx.cuh"
+#include "mma_traits.cuh"
+#include "prefill_schedule.cuh"
+#include "work_schedule.cuh"
+
+namespace pagedattn::cuda {
+
+// Rows in shared memory as wgmma wants them and the copy engine writes them: in columns of 128 bytes, one after the
+// other, in each of which the 16-byte chunks of eight rows are permuted.
+template <int kRows, int kHeadDim>
+struct ColumnTile {
+  static constexpr int kColumns = (kHeadDim + 63) / 64;
+  static constexpr int kColumnBytes = kRows * 128;
+  static constexpr int kBytes = kColumns * kColumnBytes;
+  static_assert(kRows % 8 == 0);
+
+  __host__ __device__ static constexpr int offset(int row, int chunk) {
+    return chunk / 8 * kColumnBytes + row * 128 + ((chunk ^ row) & 7) * 16;
+  }
+  // Of the 16 dimensions from 16 * step on.
+  __host__ __device__ static constexpr int step_offset(int step) { return step / 4 * kColumnBytes + step % 4 * 32; }
+};
+
+template <class CacheElement_, int kHeadDim_>
+struct HopperPrefillTraits : MmaTypes<CacheElement_> {
+  using CacheElement = CacheElement_;
+  using Types = MmaTypes<CacheElement>;
+  static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
+
+  static constexpr int kGroups = kHeadDim <= 64 ? 3 : 2;  // warpgroups that compute, 64 query rows each
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kTokens = kHeadDim <= 64 ? 96 : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 96 : 64;
+  struct Shape : TileShape<kRows, kTokens, false> {};
+  using Cut = WorkCut<Shape>;
+
+  static constexpr int kThreads = 128 * (1 + kGroups);
+  // Of a thread as the kernel starts, and then of the warpgroup that brings data, and of those that compute.
+  static constexpr int kRegisters = kGroups == 3 ? 128 : 168;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kMathRegisters = kGroups == 3 ? 152 : 224;
+  static_assert(kProducerRegisters + kGroups * kMathRegisters <= (1 + kGroups) * kRegisters);
+
+  using QTile = ColumnTile<kRows, kHeadDim>;
+  using KvTile = ColumnTile<kTokens, kHeadDim>;
+  static constexpr int kQStages = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kKvStages = kHeadDim <= 64 ? 4 : 2;  // of K, and of V
+
+  using Schedule = PrefillSchedule<Shape, kThreads, 2 * 2 * kHeadDim>;
+  using Source = PrefillSource<Shape, Schedule>;
+  static constexpr int kSegments = 4;  // in work, and ahead
+
+  struct Shared {
+    char q[kQStages][QTile::kBytes];
+    char k[kKvStages][KvTile::kBytes];
+    char v[kKvStages][KvTile::kBytes];
+    Barrier q_full[kQStages];
+    Barrier q_empty[kQStages];
+    Barrier k_full[kKvStages];
+    Barrier k_empty[kKvStages];
+    Barrier v_full[kKvStages];
+    Barrier v_empty[kKvStages];
+    Barrier segment_full[kSegments];
+    Barrier segment_empty[kSegments];
+    PrefillSegment segments[kSegments];
+    bool last_to_arrive[kGroups];
+    typename Schedule::Shared schedule;
+  };
+  static_assert(sizeof(Shared) <= 227 * 1024, "what a block may have on sm_90");
+};
+
+}  // namespace pagedattn::cuda

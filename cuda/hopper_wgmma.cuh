@@ -1,0 +1,148 @@
+// The asynchronous matrix products of a warpgroup (wgmma) on sm_90a, named after what they do.
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// A warpgroup multiplies 64 rows: warp w has rows 16 w ... 16 w + 15, and of their products a thread holds what it
+// would of a row of 16 x 8 tiles (see multiply_add in ptx.cuh): d[j] belongs to columns 8 j ... 8 j + 7.  Operands in
+// shared memory lie in columns of 128 bytes, whose 16-byte chunks are permuted as the copy engine does it.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "ptx.cuh"
+
+namespace pagedattn::cuda {
+
+// ---- order -------------------------------------------------------------------------------------------------------
+
+// Before the first product that uses registers which other instructions have written.
+__device__ inline void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Closes a group of products.
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most kPending of the latest groups are unfinished.
+template <int kPending>
+__device__ inline void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of these registers across this place.
+template <class T, int kRows, int kColumns>
+__device__ inline void pin(T (&x)[kRows][kColumns]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      if constexpr (std::is_same_v<T, float>) {
+        asm volatile("" : "+f"(x[i][j])::"memory");
+      } else {
+        asm volatile("" : "+r"(x[i][j])::"memory");
+      }
+    }
+  }
+}
+
+// Makes a thread's ordinary writes to shared memory known to the tensor cores and the copy engine.
+__device__ inline void publish_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- where an operand lies ---------------------------------------------------------------------------------------
+
+// Of a tile of columns of 128 bytes, `column_bytes` apart, that begins at a multiple of 1024 bytes: eight rows after
+// eight.  Rows are of Q or K, whose products run along rows, or of V, whose products run across them.  These are the
+// lower 32 bits of a descriptor, the upper are the same for all: permuted chunks, eight rows 1024 bytes apart.
+__device__ inline uint32_t operand(SharedAddress address, int column_bytes) {
+  return static_cast<uint32_t>(column_bytes >> 4) << 16 | (address & 0x3ffff) >> 4;
+}
+constexpr uint32_t kOperandLayout = 1u << 30 | 1024 >> 4;
+// The operand that begins so many bytes further on.
+__device__ inline uint32_t further(uint32_t operand, int bytes) { return operand + static_cast<uint32_t>(bytes >> 4); }
+
+// ---- products ----------------------------------------------------------------------------------------------------
+
+// Of 16 dimensions.  `add`: to what d holds, rather than in its place.
+//   q_k: d = Q K^T for K's kColumns rows, both in shared memory.
+//   p_v: d = P V for V's kColumns columns, P as left operands in registers.
+template <class T, int kColumns>
+struct Products;
+
+#define PA_REGISTERS_64                                                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define PA_REGISTERS_80 PA_REGISTERS_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define PA_REGISTERS_96 PA_REGISTERS_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define PA_REGISTERS_112 PA_REGISTERS_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define PA_REGISTERS_128 PA_REGISTERS_112 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define PA_REGISTERS_192                                                                                        \
+  PA_REGISTERS_128                                                                                              \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
+  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define PA_REGISTERS_256                                                                                       \
+  PA_REGISTERS_192                                                                                             \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
+  "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define PA_TILE(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define PA_TILES_16(i) PA_TILE(i), PA_TILE(i + 1)
+#define PA_TILES_64 PA_TILES_16(0), PA_TILES_16(2), PA_TILES_16(4), PA_TILES_16(6)
+#define PA_TILES_80 PA_TILES_64, PA_TILES_16(8)
+#define PA_TILES_96 PA_TILES_80, PA_TILES_16(10)
+#define PA_TILES_112 PA_TILES_96, PA_TILES_16(12)
+#define PA_TILES_128 PA_TILES_112, PA_TILES_16(14)
+#define PA_TILES_192 PA_TILES_128, PA_TILES_16(16), PA_TILES_16(18), PA_TILES_16(20), PA_TILES_16(22)
+#define PA_TILES_256 PA_TILES_192, PA_TILES_16(24), PA_TILES_16(26), PA_TILES_16(28), PA_TILES_16(30)
+
+// An instruction names each of its registers, so that every width is one of its own.  A ... G are the numbers of the
+// operands behind d.
+#define PA_PRODUCTS(T, TYPE, N, A, B, C, D, E, F, G)                                                                   \
+  template <>                                                                                                          \
+  struct Products<T, N> {                                                                                              \
+    __device__ static void q_k(float (&d)[N / 8][4], uint32_t q, uint32_t k, bool add) {                               \
+      asm volatile("{\n.reg .pred sum;\n.reg .b64 q, k;\nsetp.ne.b32 sum, %" #C ", 0;\nmov.b64 q, {%" #A ", %" #D      \
+                   "};\nmov.b64 k, {%" #B ", %" #D "};\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
+                   " {" PA_REGISTERS_##N "}, q, k, sum, 1, 1, 0, 0;\n}"                                                \
+                   : PA_TILES_##N                                                                                      \
+                   : "r"(q), "r"(k), "r"(static_cast<int>(add)), "r"(kOperandLayout));                                 \
+    }                                                                                                                  \
+    __device__ static void p_v(float (&d)[N / 8][4], const uint32_t (&p)[4], uint32_t v, bool add) {                   \
+      asm volatile("{\n.reg .pred sum;\n.reg .b64 v;\nsetp.ne.b32 sum, %" #F ", 0;\nmov.b64 v, {%" #E ", %" #G         \
+                   "};\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" PA_REGISTERS_##N           \
+                   "}, {%" #A ", %" #B ", %" #C ", %" #D "}, v, sum, 1, 1, 1;\n}"                                      \
+                   : PA_TILES_##N                                                                                      \
+                   : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(v), "r"(static_cast<int>(add)),                   \
+                     "r"(kOperandLayout));                                                                             \
+    }                                                                                                                  \
+  };
+#define PA_BOTH_TYPES(N, ...)                \
+  PA_PRODUCTS(__half, "f16", N, __VA_ARGS__) \
+  PA_PRODUCTS(__nv_bfloat16, "bf16", N, __VA_ARGS__)
+PA_BOTH_TYPES(64, 32, 33, 34, 35, 36, 37, 38)
+PA_BOTH_TYPES(80, 40, 41, 42, 43, 44, 45, 46)
+PA_BOTH_TYPES(96, 48, 49, 50, 51, 52, 53, 54)
+PA_BOTH_TYPES(112, 56, 57, 58, 59, 60, 61, 62)
+PA_BOTH_TYPES(128, 64, 65, 66, 67, 68, 69, 70)
+PA_BOTH_TYPES(192, 96, 97, 98, 99, 100, 101, 102)
+PA_BOTH_TYPES(256, 128, 129, 130, 131, 132, 133, 134)
+
+#undef PA_REGISTERS_64
+#undef PA_TILES_64
+#undef PA_REGISTERS_80
+#undef PA_TILES_80
+#undef PA_REGISTERS_96
+#undef PA_TILES_96
+#undef PA_REGISTERS_112
+#undef PA_TILES_112
+#undef PA_REGISTERS_128
+#undef PA_TILES_128
+#undef PA_REGISTERS_192
+#undef PA_TILES_192
+#undef PA_REGISTERS_256
+#undef PA_TILES_256
+#undef PA_TILE
+#undef PA_TILES_16
+#undef PA_PRODUCTS
+#undef PA_BOTH_TYPES
+
+}  // namespace pagedattn::cuda

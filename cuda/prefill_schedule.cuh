@@ -1,0 +1,235 @@
+// How the prefill of a ragged batch is divided among persistent blocks, on the device, from the lengths alone.
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// An item is a tile of query tokens of one KV head of one sequence.  Items have an order: a sequence after the other;
+// in a sequence, so many KV heads at a time as the L2 cache holds keys and values of; the tiles of these from the last,
+// which sees most keys, to the first; in a tile a head after the other.  Blocks take the next item each when they are
+// done with one, so that blocks at work share what they read, and what is left at the end is short.
+//
+// Where that would leave blocks idle, the order's first items are cut evenly into a range for each block before
+// anything else (WorkCut): all items, if they are few, or those of an incomplete last round, if all are of about the
+// same length.
+//
+// Which block takes which item depends on chance, but what becomes of it does not.
+#pragma once
+
+#include "work_schedule.cuh"
+
+namespace pagedattn::cuda {
+
+// Counters of a launch are zero before and after it.
+constexpr int kTicketCounter = 4095;
+// Of keys and values that blocks at work should read at a time: less than half of Hopper's L2 cache, of whose data each
+// half may keep a copy.
+constexpr int kCachedBytes = 16 << 20;
+
+// A share of an item for one block.
+struct PrefillSegment {
+  bool valid;  // false: there are no more
+  WorkItem item;
+  Range tiles;
+  SegmentPlan plan;
+};
+
+// Shape's tiles hold whole query tokens.  kThreads is the block's, kTokenBytes what a token has of K and V for a head.
+template <class Shape, int kThreads, int kTokenBytes>
+class PrefillSchedule {
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kMostCut = 512;  // items
+
+ public:
+  struct Shared {
+    WorkCut<Shape> cut;
+    LineRange range;       // the block's, of the items that are cut
+    int starts[kMostCut];  // of these, on the line
+    int num_cut;
+    int num_items;
+    int items_before[kThreads];  // each thread's sequences
+    int64_t warp_items[kWarps];
+    int warp_shortest[kWarps];  // cost of an item
+    int warp_longest[kWarps];
+  };
+
+  __device__ PrefillSchedule(const Batch &batch, Shared &shared) : batch_(batch), shared_(shared) {}
+
+  // Called by the whole block; the first warp may use the schedule at once.
+  __device__ void begin() {
+    const auto thread = static_cast<int>(threadIdx.x);
+    const int lane = thread % 32, warp = thread / 32, chunk = sequences_of_thread();
+    int64_t items = 0;
+    int shortest = kMaxUnits, longest = 0;
+#pragma unroll 1
+    for (int index = thread * chunk; index < smaller((thread + 1) * chunk, batch_.num_seqs); ++index) {
+      const Sequence seq = load_sequence(batch_, index);
+      const int tiles = num_tiles(seq);
+      if (tiles == 0) continue;
+      items += static_cast<int64_t>(tiles) * batch_.num_kv_heads;
+      shortest = smaller(shortest, cost_of(make_item(seq, 0, 0)));
+      longest = larger(longest, cost_of(make_item(seq, 0, tiles - 1)));
+    }
+    const int64_t end = warp_inclusive_scan(items, lane);
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      shortest = smaller(shortest, __shfl_xor_sync(kFullWarp, shortest, offset));
+      longest = larger(longest, __shfl_xor_sync(kFullWarp, longest, offset));
+    }
+    if (lane == 31) {
+      shared_.warp_items[warp] = end;
+      shared_.warp_shortest[warp] = shortest;
+      shared_.warp_longest[warp] = longest;
+    }
+    __syncthreads();
+    int64_t before = end - items, total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) before += shared_.warp_items[w];
+      total += shared_.warp_items[w];
+      shortest = smaller(shortest, shared_.warp_shortest[w]);
+      longest = larger(longest, shared_.warp_longest[w]);
+    }
+    // Query starts that make no sense may give the same tokens to many sequences: then nothing, rather than anything.
+    if (total >= kMaxUnits) total = 0;
+    shared_.items_before[thread] = static_cast<int>(before);
+    __syncthreads();
+    if (warp == 0) cut_first_items(static_cast<int>(total), 4 * int64_t{shortest} >= 3 * int64_t{longest});
+  }
+
+  // The rest is for the first warp.
+
+  __device__ const Shared &shared() const { return shared_; }
+  __device__ const Batch &batch() const { return batch_; }
+
+  // An item by its place in the order.  Lanes may ask for different ones.
+  __device__ WorkItem locate(int index) const {
+    int low = 0, high = kThreads;  // the last thread whose sequences have no more items before them
+#pragma unroll 1
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (shared_.items_before[middle] <= index ? low : high) = middle;
+    }
+    int place = index - shared_.items_before[low], sequence = low * sequences_of_thread();
+    Sequence seq = load_sequence(batch_, sequence);
+    int tiles = num_tiles(seq);
+#pragma unroll 1
+    while (place >= tiles * batch_.num_kv_heads) {
+      place -= tiles * batch_.num_kv_heads;
+      seq = load_sequence(batch_, ++sequence);
+      tiles = num_tiles(seq);
+    }
+    const int cached_heads = clamp_to(kCachedBytes / kTokenBytes / larger(seq.length, 1), 1, batch_.num_kv_heads);
+    const int section = place / (cached_heads * tiles), first_head = section * cached_heads;
+    place -= section * cached_heads * tiles;
+    const int heads = smaller(cached_heads, batch_.num_kv_heads - first_head), row = place / heads;
+    return make_item(seq, first_head + place - row * heads, tiles - 1 - row);
+  }
+
+ private:
+  __device__ int sequences_of_thread() const { return ceil_divide(batch_.num_seqs, kThreads); }
+
+  __device__ int num_tiles(const Sequence &seq) const {
+    const int rows = num_rows(batch_, seq);
+    return rows < batch_.min_rows || rows > batch_.max_rows ? 0 : ceil_divide(seq.num_queries, batch_.tile_queries);
+  }
+
+  __device__ WorkItem make_item(const Sequence &seq, int kv_head, int tile) const {
+    const int first = tile * batch_.tile_queries, last = smaller(first + batch_.tile_queries, seq.num_queries) - 1;
+    const Range keys = {visible_keys(batch_, seq, first).begin, visible_keys(batch_, seq, last).end};
+    return {seq, kv_head, 0, tile, keys, kv_tiles<Shape>(keys), 0};
+  }
+
+  __device__ int cost_of(const WorkItem &item) const { return cuda::cost_of(batch_, item.num_kv_tiles()); }
+
+  // By the first warp.
+  __device__ void cut_first_items(int num_items, bool alike) {
+    const int lane = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
+    const int wanted = num_items <= 2 * blocks ? num_items : alike ? num_items % blocks : 0;
+    const int num_cut = smaller(wanted, kMostCut);
+    int total = 0;
+#pragma unroll 1
+    for (int base = 0; base < num_cut; base += 32) {
+      const int cost = base + lane < num_cut ? cost_of(locate(base + lane)) : 0;
+      const int scanned = warp_inclusive_scan(cost, lane);
+      if (base + lane < num_cut) shared_.starts[base + lane] = total + scanned - cost;
+      total += __shfl_sync(kFullWarp, scanned, 31);
+    }
+    if (lane == 0) {
+      shared_.num_items = num_items;
+      shared_.num_cut = num_cut;
+      shared_.cut = WorkCut<Shape>::of(batch_, total, blocks);
+      const int block = static_cast<int>(blockIdx.x), begin = block * shared_.cut.quantum;
+      shared_.range = {block, begin, smaller(begin + shared_.cut.quantum, total)};
+    }
+    __syncwarp();
+  }
+
+  const Batch &batch_;
+  Shared &shared_;
+};
+
+// The segments of a block one after the other, for its first warp, whose lanes get the same values.
+template <class Shape, class Schedule>
+class PrefillSource {
+ public:
+  // `tickets`: a counter that all blocks draw from.
+  __device__ PrefillSource(const Schedule &schedule, uint32_t *tickets)
+      : schedule_(schedule), shared_(schedule.shared()), tickets_(tickets), ticket_(static_cast<int>(blockIdx.x)) {
+    int begun = 0;  // items that begin where the block's range does, or before
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < shared_.num_cut; i += 32) {
+      begun += shared_.starts[i] <= shared_.range.begin;
+    }
+    cut_item_ = shared_.range.begin < shared_.range.end ? warp_sum(begun) - 1 : shared_.num_cut;
+  }
+
+  __device__ PrefillSegment next() {
+    const WorkCut<Shape> &cut = shared_.cut;
+    while (granules_.begin >= granules_.end) {
+      if (!next_item()) return {};
+    }
+    const int granule = granules_.begin, step = cut.deterministic ? 1 : granules_.end - granule;
+    granules_.begin += step;
+    SegmentPlan plan;
+    if (is_cut_) {
+      plan = plan_of(item_, cut, shared_.range, granule);
+    } else if (cut.deterministic) {
+      const int block = static_cast<int>(blockIdx.x);
+      plan = {granule, cut.num_granules(item_), false, block, (2 * block + 1) * Shape::kMaxPieces};
+    } else {
+      plan = {0, 1, false, 0, 0};
+    }
+    return {true, item_, tiles_of(item_, cut, {granule, granule + step}), plan};
+  }
+
+ private:
+  __device__ bool next_item() {
+    const WorkCut<Shape> &cut = shared_.cut;
+    is_cut_ = cut_item_ < shared_.num_cut && shared_.starts[cut_item_] < shared_.range.end;
+    if (is_cut_) {
+      item_ = schedule_.locate(cut_item_);
+      item_.start = shared_.starts[cut_item_++];
+      granules_ = granules_of(item_, cut, shared_.range);
+      return true;
+    }
+    const int tickets = shared_.num_items - shared_.num_cut;
+    if (ticket_ >= tickets) return false;
+    item_ = schedule_.locate(shared_.num_cut + ticket_);
+    granules_ = {0, cut.num_granules(item_)};
+    // As many are drawn as there are: the first of each block is its number, and the last draw sets the counter back.
+    int drawn = 0;
+    if (threadIdx.x == 0) drawn = static_cast<int>(atomicInc(tickets_, static_cast<uint32_t>(tickets - 1)));
+    ticket_ = static_cast<int>(gridDim.x) + __shfl_sync(kFullWarp, drawn, 0);
+    return true;
+  }
+
+  const Schedule &schedule_;
+  const typename Schedule::Shared &shared_;
+  uint32_t *tickets_;
+  WorkItem item_;
+  bool is_cut_ = false;
+  Range granules_{0, 0};  // of the item that are still to come
+  int cut_item_;
+  int ticket_;
+};
+
+}  // namespace pagedattn::cuda

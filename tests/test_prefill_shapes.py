@@ -1,0 +1,214 @@
+"""Prefill and append of every shape against the float64 reference: sizes, types, strides, options, mixed batches.
+
+Query lengths lie on both sides of the tiles that kernels cut at; prompts begin empty, or behind a long cache.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pagedattn
+import pytest
+from accuracy import assert_same_bytes
+from attention_check import check_batch, check_case, types
+from backends import DTYPES, CupyBackend
+from batches import LAYOUTS, SIXTEEN_BIT_KINDS, SLICES, make_batch, naming_poisoned_blocks, scale_for
+from cuda_graphs import CapturedAttention
+from pairwise import case_id, pairwise
+
+pytestmark = pytest.mark.gpu
+
+# (tokens in the cache, query tokens among them): whole prompts, chunks, and what other kernels serve.
+SEQUENCES = [(130, 130), (1100, 90), (40, 40), (700, 1), (0, 70), (300, 4), (65, 65), (260, 129)]
+
+
+def lens(sequences: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    seq_lens, query_lens = zip(*sequences, strict=True)
+    return list(seq_lens), list(query_lens)
+
+
+PAIRWISE = pairwise(
+    {
+        "kind": SIXTEEN_BIT_KINDS,
+        "head_dim": [8, 24, 64, 72, 80, 96, 112, 120, 128, 160, 192, 200, 256],
+        "block_size": [1, 3, 8, 16, 24, 32, 40, 48, 64, 96, 128, 256],
+        "group": [1, 2, 3, 4, 5, 7, 8, 12, 16, 24],
+        "layout": [*LAYOUTS, *SLICES],
+        "scales": ["absent", "number", "per head"],
+        "window": [None, 1, 7, 100, 128, 1000, 10_000],
+        "causal": [True, False],
+        "softcap": [0.0, 1.5],
+        "alibi": [False, True],
+        "sinks": [False, True],
+        "lse": [True, False],
+        "strided_out": [False, True],
+        "packed_q": [False, True],
+        "deterministic": [False, True],
+    }
+)
+
+
+@pytest.mark.parametrize("case", PAIRWISE, ids=case_id)
+def test_every_pair_of_options_of_prefill_matches_the_reference(
+    cuda: CupyBackend, rng: np.random.Generator, case: dict[str, Any]
+) -> None:
+    check_case(cuda, rng, case, case["group"], *lens(SEQUENCES))
+
+
+@pytest.mark.parametrize("kind", SIXTEEN_BIT_KINDS[:2], ids="-".join)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128, 256])
+def test_prompts_behind_a_cache_match_the_reference(
+    cuda: CupyBackend, rng: np.random.Generator, block_size: int, head_dim: int, kind: tuple[str, str]
+) -> None:
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": head_dim, "block_size": block_size}
+    check_batch(cuda, make_batch(rng, *lens([(2000, 200), (511, 511), (129, 128)]), **shape, **types(rng, kind, 2)))
+
+
+@pytest.mark.parametrize("group", [1, 3, 5, 7, 16, 33, 48, 64, 65, 71, 128, 192])
+def test_prefill_of_any_group_matches_the_reference(cuda: CupyBackend, rng: np.random.Generator, group: int) -> None:
+    heads = {"num_q_heads": group, "num_kv_heads": 1, "head_dim": 128, "dtype": DTYPES["bfloat16"]}
+    check_batch(cuda, make_batch(rng, *lens([(300, 77), (90, 90), (9, 2), (64, 64)]), **heads))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("sequences", "heads"),
+    [
+        # Fewer tiles than multiprocessors, each shared by many of them.
+        ([(20_000, 70)], (4, 1)),
+        ([(9000, 128), (3, 3), (6000, 65)], (4, 2)),
+        # Just over as many as they take in a round, all of one length, and of all lengths.
+        ([(1000, 64)] * 36, (32, 8)),
+        ([(700, 700), (1500, 1500)], (32, 8)),
+        # Many short sequences, most of which another kernel serves.
+        ([(80, 80), (50, 1), (33, 2), (0, 0)] * 200, (4, 2)),
+    ],
+    ids=["one long", "few", "one round and more", "causal", "many short"],
+)
+def test_work_is_divided_well_and_right(
+    cuda: CupyBackend,
+    rng: np.random.Generator,
+    sequences: list[tuple[int, int]],
+    heads: tuple[int, int],
+    deterministic: bool,
+) -> None:
+    shape = {"num_q_heads": heads[0], "num_kv_heads": heads[1], "head_dim": 64, "dtype": np.float16}
+    check_batch(cuda, make_batch(rng, *lens(sequences), **shape), deterministic=deterministic)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_prompts_bits_do_not_depend_on_the_batch_if_results_are_deterministic(
+    cuda: CupyBackend, rng: np.random.Generator, head_dim: int
+) -> None:
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": head_dim, "dtype": DTYPES["bfloat16"]}
+    batch = make_batch(rng, *lens([(5000, 100), *[(1000, 64)] * 40, (1300, 1300)]), **shape)
+    args, options = batch.on(cuda)
+    whole = cuda.host(pagedattn.paged_attention(*args, **options, deterministic=True))
+    q, _, _, tables, seq_lens = args
+    for index, first, count in ((0, 0, 100), (41, 2660, 1300)):
+        alone = pagedattn.paged_attention(
+            q[first : first + count],
+            args[1],
+            args[2],
+            tables[index : index + 1],
+            seq_lens[index : index + 1],
+            query_start_loc=cuda.array(np.array([0, count], np.int32)),
+            deterministic=True,
+        )
+        assert_same_bytes(cuda.host(alone), whole[first : first + count])
+
+
+def test_twenty_runs_of_a_mixed_batch_give_the_same_bits(cuda: CupyBackend, rng: np.random.Generator) -> None:
+    shape = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": DTYPES["bfloat16"]}
+    args, options = make_batch(rng, *lens([(3000, 500), (700, 700), (900, 1), (9000, 80)]), **shape).on(cuda)
+    runs = [cuda.host(pagedattn.paged_attention(*args, **options)) for _ in range(20)]
+    for run in runs[1:]:
+        assert_same_bytes(run, runs[0])
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (10, 2)])
+def test_a_captured_prefill_follows_new_lengths_and_tables(
+    cuda: CupyBackend, rng: np.random.Generator, heads: tuple[int, int]
+) -> None:
+    shape = {"num_q_heads": heads[0], "num_kv_heads": heads[1], "head_dim": 128, "dtype": np.float16}
+    mixes = [
+        [(200, 200), (3000, 100), (80, 80), (70, 70)],
+        [(450, 450), (0, 0), (0, 0), (0, 0)],
+        [(3000, 1), (9, 1), (448, 448), (0, 0)],
+        [(900, 113), (900, 112), (900, 113), (900, 112)],
+    ]
+    captured = CapturedAttention(cuda, make_batch(rng, *lens(mixes[0]), **shape))
+    for mix in mixes:
+        captured.check(make_batch(rng, *lens(mix), **shape))
+
+
+@pytest.mark.parametrize(("block_size", "window"), [(8, 100), (16, 1), (64, 257), (256, 100)])
+def test_prefill_may_name_anything_outside_its_window(
+    cuda: CupyBackend, rng: np.random.Generator, block_size: int, window: int
+) -> None:
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "dtype": np.float16, "block_size": block_size}
+    batch = make_batch(rng, *lens([(3000, 100), (700, 80), (90, 90)]), window=window, **shape)
+    check_batch(cuda, naming_poisoned_blocks(rng, batch))
+
+
+@pytest.mark.parametrize("place", [0, 15, 127, 128, 1000, 1899])
+def test_the_largest_score_of_a_prompt_may_be_that_of_any_key(
+    cuda: CupyBackend, rng: np.random.Generator, place: int
+) -> None:
+    # What was summed before it, right of it, is scaled down; steps below and above what rescaling waits for.
+    shape = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 128, "dtype": np.float16}
+    batch = make_batch(rng, [2000], [100], **shape)
+    for factor, row in ((0.4, 0), (1.0, 50), (3.0, 99)):
+        batch.k_cache[batch.block_tables[0, (place + row // 50) // 16], (place + row // 50) % 16] += (
+            factor * batch.q[row, ::2]
+        ).astype(np.float16)
+    check_batch(cuda, batch)
+
+
+def require_hopper(cuda: CupyBackend) -> None:
+    if cuda.cupy.cuda.Device().compute_capability != "90" or os.environ.get("PAGEDATTN_CUDA_ARCH"):
+        pytest.skip("this device or PAGEDATTN_CUDA_ARCH wants the generic kernels")
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ({}, "hopper_prefill_float16_d128"),
+        ({"head_dim": 72}, "hopper_prefill_float16_d80"),
+        ({"num_q_heads": 10}, "hopper_prefill_float16_d128"),
+        ({"block_size": 8, "layout": "HND"}, "hopper_prefill_float16_d128"),
+        ({"packed_q": True}, "hopper_prefill_float16_d128"),
+        ({"window": 9, "softcap": 2.0}, "hopper_prefill_float16_d128"),
+        ({"block_size": 12}, "mma_float16_d128_many_rows"),
+        ({"layout": "odd rows"}, "mma_float16_d128_many_rows"),
+        ({"kv_dtype": "float8_e4m3"}, "mma_float8_e4m3_d128_many_rows"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else case_id(value),
+)
+def test_on_hopper_its_own_kernels_serve_prefill(
+    cuda: CupyBackend, rng: np.random.Generator, case: dict[str, Any], expected: str
+) -> None:
+    require_hopper(cuda)
+    case = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "dtype": np.float16, **case}
+    if "kv_dtype" in case:
+        case["kv_dtype"] = DTYPES[case["kv_dtype"]]
+        case |= scale_for(case["kv_dtype"], rng, 2)
+    check_batch(cuda, make_batch(rng, [300, 40], [200, 1], **case))
+    assert pagedattn.last_kernel().split("+")[1] == expected
+
+
+def test_queries_that_lie_where_the_copy_engine_cannot_read_are_served_by_the_generic_kernel(
+    cuda: CupyBackend, rng: np.random.Generator
+) -> None:
+    require_hopper(cuda)
+    batch = make_batch(rng, [300], [200], num_q_heads=8, num_kv_heads=2, head_dim=64, dtype=np.float16)
+    wide = np.zeros((200, 8, 68), np.float16)
+    wide[..., 4:] = batch.q
+    batch.q = wide[..., 4:]
+    check_batch(cuda, batch)
+    assert pagedattn.last_kernel().split("+")[1] == "mma_float16_d64_many_rows"
