@@ -197,11 +197,12 @@ AttentionKernelParams make_params(const AttentionParams &params) {
 }
 
 TensorMaps encode_maps(const HopperKernel &hopper, const AttentionParams &params) {
-  const CacheBox box = cache_box(params, hopper.rows, hopper.kernel.tokens);
+  const CacheBox box = cache_box(params, hopper.rows, hopper.kernel.tokens, hopper.kernel.whole_queries);
   TensorMaps maps{};
   maps.box_tokens = box.tokens;
   maps.box_columns = box.columns;
   maps.box_bytes = box.tokens * box.columns * hopper.rows.row_bytes;
+  maps.heads_to_block = static_cast<int32_t>(box.heads_to_block);
   maps.k = encode_cache(params, params.k_cache, box);
   maps.v = encode_cache(params, params.v_cache, box);
   if (hopper.kernel.whole_queries) maps.q = encode_queries(params, tile_queries(hopper.kernel, params));

@@ -15,6 +15,7 @@ struct TensorMaps {
   int32_t box_tokens;
   int32_t box_columns;
   int32_t box_bytes;
+  int32_t heads_to_block;  // see CacheBox
   CUtensorMap k;
   CUtensorMap v;
   CUtensorMap q;  // of prefill's queries

@@ -3,8 +3,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A tile of query rows meets a tile of keys after the other, from the last to the first.  Three warps only bring data:
-// they ask the copy engine (TMA) for the blocks of K, for those of V, and for the next item's queries, which the first
-// of them finds (prefill_schedule.cuh).  The other warpgroups have 64 rows each and share the tiles of K and V; scores
+// they ask the copy engine (TMA) for the blocks of K, for those of V, and for queries; the first of them also finds the
+// work (prefill_schedule.cuh).  The other warpgroups have 64 rows each and share the tiles of K and V; scores
 // and output stay in their registers.
 //
 // What keeps the tensor cores busy: the product of the next tile's scores and that of this tile's weights and V run
@@ -37,62 +37,83 @@ __device__ void release_segment(typename Traits::Shared &shared, uint32_t number
   if (threadIdx.x % 32 == 0) arrive(&shared.segment_empty[number % Traits::kSegments]);
 }
 
-// Fills a ring with the tiles of K, or of V, of one segment after the other.
+// Asks for the tiles of K, or of V, into a ring.
 template <class Traits>
-__device__ void produce_tiles(const HopperParams &params, typename Traits::Shared &shared, const CUtensorMap *map,
-                              char (&ring)[Traits::kKvStages][Traits::KvTile::kBytes], Barrier *full, Barrier *empty) {
+class TileCopier {
   using Tile = typename Traits::KvTile;
-  constexpr int kBoxes = (Tile::kColumns * Traits::kTokens / 8 + 31) / 32;  // of a lane, of eight tokens or more
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const auto block_size = static_cast<int>(params.block_size.divisor);
-  uint32_t count = 0;  // of tiles so far
+  using Ring = char[Traits::kKvStages][Tile::kBytes];
+  static constexpr int kBoxes = (Tile::kColumns * Traits::kTokens / 8 + 31) / 32;  // of a lane, of eight tokens or more
+
+ public:
+  __device__ TileCopier(const HopperParams &params, const CUtensorMap *map, Ring &ring, Barrier *full, Barrier *empty)
+      : params_(params),
+        map_(map),
+        ring_(ring),
+        full_(full),
+        empty_(empty),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        pieces_(Tile::kColumns / params.maps.box_columns) {}
+
+  // The tiles of a segment, from the last on.
+  template <class BeforeLast>
+  __device__ void copy(const WorkItem &item, Range tiles, BeforeLast &&before_last) {
+    const int32_t *const table = params_.block_tables + item.seq.index * params_.block_table_stride;
+    const Range keys = item.keys;
+    const int kv_head = item.kv_head, box_tokens = params_.maps.box_tokens;
 #pragma unroll 1
-  for (uint32_t number = 0;; ++number) {
-    const PrefillSegment &segment = wait_segment<Traits>(shared, number);
-    if (!segment.valid) return;
-    const int32_t *const table = params.block_tables + segment.item.seq.index * params.block_table_stride;
-    const Range keys = segment.item.keys, tiles = segment.tiles;
-    const int kv_head = segment.item.kv_head;
-    release_segment<Traits>(shared, number);
-#pragma unroll 1
-    for (int tile = tiles.end - 1; tile >= tiles.begin; --tile, ++count) {
+    for (int tile = tiles.end - 1; tile >= tiles.begin; --tile, ++count_) {
       int blocks[kBoxes];
 #pragma unroll
       for (int i = 0; i < kBoxes; ++i) {
-        const int token = tile * Traits::kTokens + (lane + 32 * i) / Tile::kColumns * params.maps.box_tokens;
+        const int token = tile * Traits::kTokens + (lane_ + 32 * i) / pieces_ * box_tokens;
         // What no row sees comes from behind the last block, as zeros.
-        blocks[i] = token < keys.end && token + params.maps.box_tokens > keys.begin
-                        ? clamp_to(table[params.block_size.divide(token)], 0, params.last_block)
-                        : params.last_block + 1;
+        blocks[i] = token < keys.end && token + box_tokens > keys.begin
+                        ? clamp_to(table[params_.block_size.divide(token)], 0, params_.last_block)
+                        : params_.last_block + 1;
       }
-      const uint32_t slot = count % Traits::kKvStages;
-      wait(&empty[slot], (count / Traits::kKvStages & 1) ^ 1);
-      if (lane == 0) arrive_and_expect(&full[slot], Tile::kBytes);
+      if (tile == tiles.begin) before_last();
+      const uint32_t slot = count_ % Traits::kKvStages;
+      wait(&empty_[slot], (count_ / Traits::kKvStages & 1) ^ 1);
+      if (lane_ == 0) arrive_and_expect(&full_[slot], Tile::kBytes);
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kBoxes; ++i) {
-        const int column = (lane + 32 * i) % Tile::kColumns;
-        const int first = (lane + 32 * i) / Tile::kColumns * params.maps.box_tokens;
-        const int token = tile * Traits::kTokens + first;
-        if (first < Traits::kTokens) {
-          const int corner[5] = {column * 64, token - params.block_size.divide(token) * block_size, 0, kv_head,
-                                 blocks[i]};
-          copy_box(shared_address(ring[slot]) + static_cast<SharedAddress>(column * Tile::kColumnBytes + first * 128),
-                   map, corner, &full[slot]);
-        }
+        const int first = (lane_ + 32 * i) / pieces_ * box_tokens;
+        if (first < Traits::kTokens) copy_box(slot, first, tile * Traits::kTokens + first, kv_head, blocks[i], i);
       }
     }
   }
-}
 
-// Finds the segments, tells all others, and asks for the queries of each as soon as there is room.
+ private:
+  __device__ void copy_box(uint32_t slot, int row, int token, int kv_head, int block, int i) const {
+    const int column = (lane_ + 32 * i) % pieces_, heads = params_.maps.heads_to_block;
+    const int place = token - params_.block_size.divide(token) * static_cast<int>(params_.block_size.divisor);
+    const int corner[5] = {column * 64, heads > 0 ? 0 : place, 0, heads > 0 ? place / 8 : kv_head,
+                           heads > 0 ? block * heads + kv_head : block};
+    cuda::copy_box(shared_address(ring_[slot]) + static_cast<SharedAddress>(Tile::offset(row, column * 8)), map_,
+                   corner, &full_[slot]);
+  }
+
+  const HopperParams &params_;
+  const CUtensorMap *map_;
+  Ring &ring_;
+  Barrier *full_;
+  Barrier *empty_;
+  int lane_;
+  int pieces_;  // that the columns come in
+  uint32_t count_ = 0;
+};
+
+// Finds the segments, tells all others, and brings K.  Work is taken as late as can be, when the last tile of a segment
+// is asked for, since whoever is first done should have the next.
 template <class Traits>
-__device__ void produce_queries(const HopperParams &params, typename Traits::Shared &shared,
-                                const typename Traits::Schedule &schedule) {
-  using Tile = typename Traits::QTile;
-  const int rows = params.batch.tile_queries * static_cast<int>(params.batch.group.divisor);
+__device__ void produce_keys(const HopperParams &params, typename Traits::Shared &shared,
+                             const typename Traits::Schedule &schedule) {
   typename Traits::Source source(schedule, params.arrivals + kTicketCounter);
-  const auto tell = [&](uint32_t number, PrefillSegment segment) {
+  TileCopier<Traits> copier(params, &params.maps.k, shared.k, shared.k_full, shared.k_empty);
+#pragma unroll 1
+  for (uint32_t number = 0;; ++number) {
+    PrefillSegment segment = source.next();
     // A segment without keys gets a tile that nobody sees.
     if (segment.tiles.begin == segment.tiles.end) ++segment.tiles.end;
     const uint32_t place = number % Traits::kSegments;
@@ -102,18 +123,39 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
       arrive(&shared.segment_full[place]);
     }
     __syncwarp();
-  };
-  PrefillSegment next = source.next();
-  tell(0, next);
+    if (!segment.valid) return;
+    copier.copy(segment.item, segment.tiles, [&] { source.draw(); });
+  }
+}
+
+template <class Traits>
+__device__ void produce_values(const HopperParams &params, typename Traits::Shared &shared) {
+  TileCopier<Traits> copier(params, &params.maps.v, shared.v, shared.v_full, shared.v_empty);
 #pragma unroll 1
-  for (uint32_t number = 0; next.valid; ++number) {
-    const int token = next.item.seq.first_token + next.item.query_tile * params.batch.tile_queries;
-    const int kv_head = next.item.kv_head;
-    next = source.next();
-    tell(number + 1, next);  // before the wait for room for these queries
+  for (uint32_t number = 0;; ++number) {
+    const PrefillSegment &segment = wait_segment<Traits>(shared, number);
+    if (!segment.valid) return;
+    const WorkItem item = segment.item;
+    const Range tiles = segment.tiles;
+    release_segment<Traits>(shared, number);
+    copier.copy(item, tiles, [] {});
+  }
+}
+
+template <class Traits>
+__device__ void produce_queries(const HopperParams &params, typename Traits::Shared &shared) {
+  using Tile = typename Traits::QTile;
+  const int rows = params.batch.tile_queries * static_cast<int>(params.batch.group.divisor);
+#pragma unroll 1
+  for (uint32_t number = 0;; ++number) {
+    const PrefillSegment &segment = wait_segment<Traits>(shared, number);
+    if (!segment.valid) return;
+    const int token = segment.item.seq.first_token + segment.item.query_tile * params.batch.tile_queries;
+    const int kv_head = segment.item.kv_head;
+    release_segment<Traits>(shared, number);
     const uint32_t stage = number % Traits::kQStages;
     wait(&shared.q_empty[stage], (number / Traits::kQStages & 1) ^ 1);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x % 32 == 0) {
       arrive_and_expect(&shared.q_full[stage], Tile::kColumns * rows * 128);
 #pragma unroll
       for (int column = 0; column < Tile::kColumns; ++column) {
@@ -128,100 +170,144 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
 
 // ---- the warpgroups that compute ---------------------------------------------------------------------------------
 
+// A warpgroup's way through the segments.
 template <class Traits>
-__device__ void compute(const HopperParams &params, typename Traits::Shared &shared, int group) {
+class PrefillGroup {
   using Rows = WarpgroupRows<Traits>;
-  constexpr int kTokens = Traits::kTokens;
-  constexpr uint32_t kStages = Traits::kKvStages, kQStages = Traits::kQStages;
-  constexpr int kFirstTurn = 1, kFirstOwn = 1 + Traits::kGroups;  // barriers by number, one a group
-  const int next_group = group + 1 == Traits::kGroups ? 0 : group + 1;
-  const bool leads_warp = threadIdx.x % 32 == 0;
-  Rows rows(params, shared, group, kFirstOwn + group);
-  uint32_t number = 0, count = 0;  // of the segment, and of the tile whose weights meet V next
-  int token, left;                 // that tile's first, and how many tiles the segment has behind it
-  bool first = true;               // in its segment
-  typename Rows::Scores s;
+  static constexpr int kTokens = Traits::kTokens;
+  static constexpr uint32_t kStages = Traits::kKvStages, kQStages = Traits::kQStages;
+  static constexpr int kFirstTurn = 1, kFirstOwn = 1 + Traits::kGroups;  // barriers by number, one a group
 
-  const auto begin = [&](uint32_t segment_number) {
-    const uint32_t stage = segment_number % kQStages;
-    wait(&shared.q_full[stage], segment_number / kQStages & 1);
-    rows.begin(shared.segments[segment_number % Traits::kSegments].item, shared.q[stage]);
-  };
-  const auto wait_k = [&](uint32_t tile) { wait(&shared.k_full[tile % kStages], tile / kStages & 1); };
-  const auto multiply_p_v = [&] {
-    wait(&shared.v_full[count % kStages], count / kStages & 1);
-    rows.clear_unseen(shared.v[count % kStages], shared.segments[number % Traits::kSegments].item.keys, token);
-    rows.multiply_p_v(shared.v[count % kStages], first);
-  };
-  const auto release = [&](Barrier &empty) {
-    if (leads_warp) arrive(&empty);
-  };
-  const auto enter = [&](const PrefillSegment &segment) {
-    left = segment.tiles.end - segment.tiles.begin - 1;
-    token = (segment.tiles.end - 1) * kTokens;
-  };
+ public:
+  __device__ PrefillGroup(const HopperParams &params, typename Traits::Shared &shared, int group)
+      : params_(params),
+        shared_(shared),
+        rows_(params, shared, group, kFirstOwn + group),
+        leads_warp_(threadIdx.x % 32 == 0),
+        turn_(kFirstTurn + group),
+        next_turn_(kFirstTurn + (group + 1 == Traits::kGroups ? 0 : group + 1)) {}
 
-  const PrefillSegment &first_segment = wait_segment<Traits>(shared, 0);
-  if (!first_segment.valid) return;
-  if (next_group == 0) named_barrier_arrive<256>(kFirstTurn);
-  enter(first_segment);
-  begin(0);
-  wait_k(0);
-  rows.multiply_q_k(s, shared.k[0]);
-  wait_products<0>();
-  pin(s);
-  release(shared.k_empty[0]);
-  rows.softmax(s, token);
-  if (left == 0) release(shared.q_empty[0]);
-  rows.pack_weights(s);
-  if (left > 0) wait_k(1);
-#pragma unroll 1
-  while (true) {
-    // The scores computed now are of the segment's next tile, or of the first of the next segment.
-    const bool ends = left == 0;
-    typename Rows::Sums ended;
-    if (ends) {
-      if (!wait_segment<Traits>(shared, number + 1).valid) break;
-      ended = rows.take_sums();
-      begin(number + 1);
-      wait_k(count + 1);
-    }
-    named_barrier<256>(kFirstTurn + group);
-    rows.multiply_q_k(s, shared.k[(count + 1) % kStages]);
-    multiply_p_v();
-    named_barrier_arrive<256>(kFirstTurn + next_group);
-    first = ends;
-    token -= kTokens;
-    --left;
-    if (ends) enter(shared.segments[(number + 1) % Traits::kSegments]);
-    wait_products<1>();
-    pin(s);
-    release(shared.k_empty[(count + 1) % kStages]);
-    rows.softmax(s, token);
-    pin(s);
-    if (left == 0) {
-      release(shared.q_empty[(number + ends) % kQStages]);
-    } else {
-      wait_k(count + 2);  // here, where its loop keeps the compiler from waiting for P V before softmax
-    }
+  __device__ void run() {
+    const PrefillSegment &first_segment = wait_segment<Traits>(shared_, 0);
+    if (!first_segment.valid) return;
+    if (next_turn_ == kFirstTurn) named_barrier_arrive<256>(kFirstTurn);
+    enter(0);
+    begin(0);
+    wait_k(0);
+    rows_.multiply_q_k(s_, shared_.k[0]);
     wait_products<0>();
-    rows.pin_output();
-    release(shared.v_empty[count % kStages]);
-    ++count;
-    if (ends) {
-      rows.finish(shared.segments[number % Traits::kSegments], ended);
-      release_segment<Traits>(shared, number);
-      ++number;
-    } else {
-      rows.rescale();
+    pin(s_);
+    release(shared_.k_empty[0]);
+    rows_.template softmax<false>(s_, token_);
+    end_softmax(0);
+    rows_.pack_weights(s_);
+    // The scores computed in a step are of the segment's next tile, or of the first of the next segment.
+#pragma unroll 1
+    while (true) {
+      if (left_ > 0) {
+        step<false, false>();
+#pragma unroll 1
+        while (left_ > 0 && rows_.is_plain(token_ - kTokens)) step<true, false>();
+      } else {
+        if (!wait_segment<Traits>(shared_, number_ + 1).valid) break;
+        step<false, true>();
+      }
     }
-    rows.pack_weights(s);
+    multiply_p_v<false>();
+    wait_products<0>();
+    rows_.pin_output();
+    rows_.finish(segment(number_), rows_.take_sums());
   }
-  multiply_p_v();
-  wait_products<0>();
-  rows.pin_output();
-  rows.finish(shared.segments[number % Traits::kSegments], rows.take_sums());
-}
+
+ private:
+  __device__ const PrefillSegment &segment(uint32_t number) const {
+    return shared_.segments[number % Traits::kSegments];
+  }
+  __device__ void enter(uint32_t number) {
+    left_ = segment(number).tiles.end - segment(number).tiles.begin - 1;
+    token_ = (segment(number).tiles.end - 1) * kTokens;
+  }
+  __device__ void begin(uint32_t number) {
+    const uint32_t stage = number % kQStages;
+    wait(&shared_.q_full[stage], number / kQStages & 1);
+    rows_.begin(segment(number).item, shared_.q[stage]);
+  }
+  __device__ void wait_k(uint32_t tile) { wait(&shared_.k_full[tile % kStages], tile / kStages & 1); }
+  __device__ void release(Barrier &empty) const {
+    if (leads_warp_) arrive(&empty);
+  }
+
+  template <bool kPlain>
+  __device__ void multiply_p_v() {
+    wait(&shared_.v_full[tile_ % kStages], tile_ / kStages & 1);
+    char *const v = shared_.v[tile_ % kStages];
+    if constexpr (!kPlain) rows_.clear_unseen(v, segment(number_).item.keys, token_);
+    rows_.multiply_p_v(v, !kPlain && first_);
+  }
+
+  // Lets the queries go behind the segment's last scores, or waits for the next keys: here, where its loop keeps the
+  // compiler from waiting for P V before softmax.
+  __device__ void end_softmax(uint32_t number) {
+    pin(s_);
+    if (left_ == 0) {
+      release(shared_.q_empty[number % kQStages]);
+    } else {
+      wait_k(tile_ + 1);
+    }
+  }
+
+  // Computes the scores of the segment's next tile, or of the first of the next segment, beside this tile's P V.
+  template <bool kPlain, bool kEnds>
+  __device__ void step() {
+    typename Rows::Sums ended;
+    if constexpr (kEnds) {
+      ended = rows_.take_sums();
+      begin(number_ + 1);
+      wait_k(tile_ + 1);
+    }
+    named_barrier<256>(turn_);
+    rows_.multiply_q_k(s_, shared_.k[(tile_ + 1) % kStages]);
+    multiply_p_v<kPlain>();
+    named_barrier_arrive<256>(next_turn_);
+    ++tile_;
+    if constexpr (!kPlain) first_ = kEnds;
+    if constexpr (kEnds) {
+      enter(number_ + 1);
+    } else {
+      --left_;
+      token_ -= kTokens;
+    }
+    wait_products<1>();
+    pin(s_);
+    release(shared_.k_empty[tile_ % kStages]);
+    rows_.template softmax<kPlain>(s_, token_);
+    end_softmax(kEnds ? number_ + 1 : number_);
+    wait_products<0>();
+    rows_.pin_output();
+    release(shared_.v_empty[(tile_ - 1) % kStages]);
+    if constexpr (kEnds) {
+      rows_.finish(segment(number_), ended);
+      release_segment<Traits>(shared_, number_);
+      ++number_;
+    } else {
+      rows_.rescale();
+    }
+    rows_.pack_weights(s_);
+  }
+
+  const HopperParams &params_;
+  typename Traits::Shared &shared_;
+  Rows rows_;
+  bool leads_warp_;
+  int turn_;
+  int next_turn_;
+  uint32_t number_ = 0;  // of the segment
+  uint32_t tile_ = 0;    // from the kernel's first on, the latest whose scores are there; its weights meet V next
+  int token_;            // that tile's first
+  int left_;             // tiles that the segment has behind it
+  bool first_ = true;    // in its segment
+  typename Rows::Scores s_;
+};
 
 // ---- the kernel --------------------------------------------------------------------------------------------------
 
@@ -265,15 +351,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     give_registers<Traits::kProducerRegisters>();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (warp == 0) {
-      produce_queries<Traits>(params, shared, schedule);
+      produce_keys<Traits>(params, shared, schedule);
     } else if (warp == 1) {
-      produce_tiles<Traits>(params, shared, &params.maps.k, shared.k, shared.k_full, shared.k_empty);
+      produce_values<Traits>(params, shared);
     } else if (warp == 2) {
-      produce_tiles<Traits>(params, shared, &params.maps.v, shared.v, shared.v_full, shared.v_empty);
+      produce_queries<Traits>(params, shared);
     }
   } else {
     take_registers<Traits::kMathRegisters>();
-    compute<Traits>(params, shared, warpgroup - 1);
+    PrefillGroup<Traits>(params, shared, warpgroup - 1).run();
   }
 #else
   __trap();  // chosen only where it has been built for sm_90a
@@ -286,7 +372,7 @@ HopperKernel hopper_prefill(const char *name) {
   return {{name, reinterpret_cast<const void *>(&hopper_prefill_kernel<Traits>), Traits::kThreads,
            sizeof(typename Traits::Shared), Traits::kRows, Traits::kTokens, kHeadDim, &Traits::Cut::places_per_block, 0,
            true},
-          {1, 128, true, 1}};
+          {Traits::KvTile::kSideBySide ? Traits::KvTile::kColumns : 1, 128, true, 1}};
 }
 
 }  // namespace pagedattn::cuda

@@ -58,7 +58,7 @@ class WarpgroupRows {
   // The next scores are of this item's queries, its first.
   __device__ void begin(const WorkItem &item, const char *q) {
     item_ = &item;
-    q_ = operand(shared_address(q + group_ * 64 * 128), Q::kColumnBytes);
+    q_ = operand(shared_address(q + Q::offset(64 * group_, 0)), Q::kColumnBytes, Q::kEightRows);
     visible_to_all_ = {keys_of(64 * group_ + 63).begin, keys_of(64 * group_).end};
     const float scale = params_.k_scale.of_head(item.kv_head) * params_.scale;
     pre_scale_ = params_.softcap > 0.0f ? scale / params_.softcap : scale * kLog2E;
@@ -69,7 +69,7 @@ class WarpgroupRows {
 
   // Starts s = Q K^T.
   __device__ void multiply_q_k(Scores &s, const char *k_tile) const {
-    const uint32_t k = operand(shared_address(k_tile), Kv::kColumnBytes);
+    const Operand k = operand(shared_address(k_tile), Kv::kColumnBytes, Kv::kEightRows);
     fence_products();
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
@@ -78,62 +78,81 @@ class WarpgroupRows {
     commit_products();
   }
 
+  // Do all rows see all keys of the tile from `token` on, and are scores just products times a positive number?
+  __device__ bool is_plain(int token) const {
+    return token >= visible_to_all_.begin && token + kTokens <= visible_to_all_.end && !transform_;
+  }
+
   // Scores of the keys from `token` on become exp2(score - m) for the new m.
+  template <bool kPlain>
   __device__ void softmax(Scores &s, int token) {
-    if (transform_) {
-      const float scale[2] = {pre_scale_, pre_scale_}, slope[2] = {slope_of(row_), slope_of(row_ + 8)};
-      const int position[2] = {position_of(row_), position_of(row_ + 8)};
-      transform_scores(s, params_, scale, slope, position, token);
-    }
-    if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
-      const Range keys[2] = {keys_of(row_), keys_of(row_ + 8)};
-      mask_scores(s, keys, token);
+    if constexpr (!kPlain) {
+      if (transform_) {
+        const float scale[2] = {pre_scale_, pre_scale_}, slope[2] = {slope_of(row_), slope_of(row_ + 8)};
+        const int position[2] = {position_of(row_), position_of(row_ + 8)};
+        transform_scores(s, params_, scale, slope, position, token);
+      }
+      if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
+        const Range keys[2] = {keys_of(row_), keys_of(row_ + 8)};
+        mask_scores(s, keys, token);
+      }
     }
 
+    // Both rows at once, in several chains, since a warp has few others to hide its latencies.
+    float largest[2][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float largest = m_[i];
 #pragma unroll
-      for (int tile = 0; tile < kTokens / 8; ++tile)
-        largest = fmaxf(largest, fmaxf(s[tile][2 * i], s[tile][2 * i + 1]));
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
-      // Small steps are not worth the rescaling.
-      if (largest * post_scale_ - m_[i] * post_scale_ <= kLargestStep) largest = m_[i];
-      const float scaled = largest == negative_infinity() ? 0.0f : largest * post_scale_;
-      factor_[i] = exp2_fast(m_[i] * post_scale_ - scaled);
-      float sum = 0.0f;
-#pragma unroll
-      for (int tile = 0; tile < kTokens / 8; ++tile) {
-#pragma unroll
-        for (int j = 2 * i; j < 2 * i + 2; ++j) {
-          s[tile][j] = exp2_fast(s[tile][j] * post_scale_ - scaled);
-          sum += s[tile][j];
-        }
-      }
-      l_[i] = l_[i] * factor_[i] + sum;
-      m_[i] = largest;
+      for (int j = 0; j < 2; ++j) largest[i][j] = fmaxf(s[0][2 * i + j], s[1][2 * i + j]);
     }
+#pragma unroll
+    for (int tile = 2; tile < kTokens / 8; ++tile) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) largest[j / 2][j % 2] = fmaxf(largest[j / 2][j % 2], s[tile][j]);
+    }
+    float scaled[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float most = fmaxf(largest[i][0], largest[i][1]);
+      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
+      // Small steps are not worth the rescaling.
+      if (most * post_scale_ - m_[i] * post_scale_ <= kLargestStep) most = m_[i];
+      scaled[i] = most == negative_infinity() ? 0.0f : most * post_scale_;
+      factor_[i] = exp2_fast(m_[i] * post_scale_ - scaled[i]);
+      m_[i] = most;
+    }
+    float sum[2][2] = {};
+#pragma unroll
+    for (int tile = 0; tile < kTokens / 8; ++tile) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        s[tile][j] = exp2_fast(s[tile][j] * post_scale_ - scaled[j / 2]);
+        sum[j / 2][j % 2] += s[tile][j];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) l_[i] = l_[i] * factor_[i] + (sum[i][0] + sum[i][1]);
   }
 
   // What softmax has made of the scores becomes the left operand of P V.
   __device__ void pack_weights(const Scores &s) {
 #pragma unroll
     for (int t = 0; t < kTokens / 16; ++t) {
-      p_[t][0] = pack<Math>(s[2 * t][0], s[2 * t][1]);
-      p_[t][1] = pack<Math>(s[2 * t][2], s[2 * t][3]);
-      p_[t][2] = pack<Math>(s[2 * t + 1][0], s[2 * t + 1][1]);
-      p_[t][3] = pack<Math>(s[2 * t + 1][2], s[2 * t + 1][3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        p_[t][i] = pack<Math>(s[2 * t + i / 2][i % 2 * 2], s[2 * t + i / 2][i % 2 * 2 + 1]);
+      }
     }
   }
 
   // Starts O += P V, or O = P V of an item's first keys.
   __device__ void multiply_p_v(const char *v_tile, bool first) {
-    const uint32_t v = operand(shared_address(v_tile), Kv::kColumnBytes);
+    const Operand v = operand(shared_address(v_tile), Kv::kColumnBytes, Kv::kEightRows);
     fence_products();
 #pragma unroll
     for (int step = 0; step < kTokens / 16; ++step) {
-      Products<Math, kHeadDim>::p_v(o_, p_[step], further(v, step * 16 * 128), step > 0 || !first);
+      Products<Math, kHeadDim>::p_v(o_, p_[step], further(v, step * 2 * Kv::kEightRows), step > 0 || !first);
     }
     commit_products();
   }
@@ -335,7 +354,7 @@ class WarpgroupRows {
   int barrier_;
   int row_;  // of the item's tile; the thread's other is the eighth after it
   const WorkItem *item_;
-  uint32_t q_;
+  Operand q_;
   Range visible_to_all_;  // of the group's rows
   bool transform_;        // scores are not just products times a positive number
   float pre_scale_;       // what `transform_scores` multiplies products by

@@ -13,17 +13,20 @@
 
 namespace pagedattn::cuda {
 
-// Rows in shared memory as wgmma wants them and the copy engine writes them: in columns of 128 bytes, one after the
-// other, in each of which the 16-byte chunks of eight rows are permuted.
-template <int kRows, int kHeadDim>
+// Rows in shared memory as wgmma wants them and the copy engine writes them: cut into columns of 128 bytes, in which
+// the 16-byte chunks of eight rows are permuted.  Columns lie one after the other, or side by side: eight rows of one
+// behind those of the one before, so that the copy engine brings all columns of many rows at once.
+template <int kRows, int kHeadDim, bool kSideBySide_>
 struct ColumnTile {
+  static constexpr bool kSideBySide = kSideBySide_;
   static constexpr int kColumns = (kHeadDim + 63) / 64;
-  static constexpr int kColumnBytes = kRows * 128;
-  static constexpr int kBytes = kColumns * kColumnBytes;
+  static constexpr int kEightRows = kSideBySide ? kColumns * 1024 : 1024;  // from these to the next
+  static constexpr int kColumnBytes = kSideBySide ? 1024 : kRows * 128;    // from a column to the next
+  static constexpr int kBytes = kColumns * kRows * 128;
   static_assert(kRows % 8 == 0);
 
   __host__ __device__ static constexpr int offset(int row, int chunk) {
-    return chunk / 8 * kColumnBytes + row * 128 + ((chunk ^ row) & 7) * 16;
+    return chunk / 8 * kColumnBytes + row / 8 * kEightRows + row % 8 * 128 + ((chunk ^ row) & 7) * 16;
   }
   // Of the 16 dimensions from 16 * step on.
   __host__ __device__ static constexpr int step_offset(int step) { return step / 4 * kColumnBytes + step % 4 * 32; }
@@ -48,8 +51,8 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr int kMathRegisters = kGroups == 3 ? 152 : 224;
   static_assert(kProducerRegisters + kGroups * kMathRegisters <= (1 + kGroups) * kRegisters);
 
-  using QTile = ColumnTile<kRows, kHeadDim>;
-  using KvTile = ColumnTile<kTokens, kHeadDim>;
+  using QTile = ColumnTile<kRows, kHeadDim, false>;
+  using KvTile = ColumnTile<kTokens, kHeadDim, kHeadDim % 64 == 0>;
   static constexpr int kQStages = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kKvStages = kHeadDim <= 64 ? 4 : 2;  // of K, and of V
 

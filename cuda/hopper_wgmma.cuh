@@ -51,15 +51,21 @@ __device__ inline void publish_shared_writes() { asm volatile("fence.proxy.async
 
 // ---- where an operand lies ---------------------------------------------------------------------------------------
 
-// Of a tile of columns of 128 bytes, `column_bytes` apart, that begins at a multiple of 1024 bytes: eight rows after
-// eight.  Rows are of Q or K, whose products run along rows, or of V, whose products run across them.  These are the
-// lower 32 bits of a descriptor, the upper are the same for all: permuted chunks, eight rows 1024 bytes apart.
-__device__ inline uint32_t operand(SharedAddress address, int column_bytes) {
-  return static_cast<uint32_t>(column_bytes >> 4) << 16 | (address & 0x3ffff) >> 4;
+// Of a tile that begins at a multiple of 1024 bytes: columns of 128 bytes, so far apart, of eight rows after eight, so
+// far apart.  Rows are of Q or K, whose products run along rows, or of V, whose products run across them.
+struct Operand {
+  uint32_t place;
+  uint32_t layout;
+};
+__device__ inline Operand operand(SharedAddress address, int column_bytes, int eight_rows_bytes) {
+  constexpr uint32_t kPermuted = 1u << 30;
+  return {static_cast<uint32_t>(column_bytes >> 4) << 16 | (address & 0x3ffff) >> 4,
+          kPermuted | static_cast<uint32_t>(eight_rows_bytes >> 4)};
 }
-constexpr uint32_t kOperandLayout = 1u << 30 | 1024 >> 4;
 // The operand that begins so many bytes further on.
-__device__ inline uint32_t further(uint32_t operand, int bytes) { return operand + static_cast<uint32_t>(bytes >> 4); }
+__device__ inline Operand further(Operand operand, int bytes) {
+  return {operand.place + static_cast<uint32_t>(bytes >> 4), operand.layout};
+}
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
@@ -99,20 +105,20 @@ struct Products;
 #define PA_PRODUCTS(T, TYPE, N, A, B, C, D, E, F, G)                                                                   \
   template <>                                                                                                          \
   struct Products<T, N> {                                                                                              \
-    __device__ static void q_k(float (&d)[N / 8][4], uint32_t q, uint32_t k, bool add) {                               \
-      asm volatile("{\n.reg .pred sum;\n.reg .b64 q, k;\nsetp.ne.b32 sum, %" #C ", 0;\nmov.b64 q, {%" #A ", %" #D      \
-                   "};\nmov.b64 k, {%" #B ", %" #D "};\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
+    __device__ static void q_k(float (&d)[N / 8][4], Operand q, Operand k, bool add) {                                 \
+      asm volatile("{\n.reg .pred sum;\n.reg .b64 q, k;\nsetp.ne.b32 sum, %" #E ", 0;\nmov.b64 q, {%" #A ", %" #B      \
+                   "};\nmov.b64 k, {%" #C ", %" #D "};\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
                    " {" PA_REGISTERS_##N "}, q, k, sum, 1, 1, 0, 0;\n}"                                                \
                    : PA_TILES_##N                                                                                      \
-                   : "r"(q), "r"(k), "r"(static_cast<int>(add)), "r"(kOperandLayout));                                 \
+                   : "r"(q.place), "r"(q.layout), "r"(k.place), "r"(k.layout), "r"(static_cast<int>(add)));            \
     }                                                                                                                  \
-    __device__ static void p_v(float (&d)[N / 8][4], const uint32_t (&p)[4], uint32_t v, bool add) {                   \
-      asm volatile("{\n.reg .pred sum;\n.reg .b64 v;\nsetp.ne.b32 sum, %" #F ", 0;\nmov.b64 v, {%" #E ", %" #G         \
+    __device__ static void p_v(float (&d)[N / 8][4], const uint32_t (&p)[4], Operand v, bool add) {                    \
+      asm volatile("{\n.reg .pred sum;\n.reg .b64 v;\nsetp.ne.b32 sum, %" #G ", 0;\nmov.b64 v, {%" #E ", %" #F         \
                    "};\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" PA_REGISTERS_##N           \
                    "}, {%" #A ", %" #B ", %" #C ", %" #D "}, v, sum, 1, 1, 1;\n}"                                      \
                    : PA_TILES_##N                                                                                      \
-                   : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(v), "r"(static_cast<int>(add)),                   \
-                     "r"(kOperandLayout));                                                                             \
+                   : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(v.place), "r"(v.layout),                          \
+                     "r"(static_cast<int>(add)));                                                                      \
     }                                                                                                                  \
   };
 #define PA_BOTH_TYPES(N, ...)                \

@@ -182,6 +182,15 @@ class PrefillSource {
     cut_item_ = shared_.range.begin < shared_.range.end ? warp_sum(begun) - 1 : shared_.num_cut;
   }
 
+  // To be called once for each segment, some time before the next is asked for: on its way while others are waited for.
+  __device__ void draw() {
+    if (is_cut_ || granules_.begin < granules_.end) return;
+    // As many are drawn as there are, and the last draw sets the counter back.
+    const auto last = static_cast<uint32_t>(shared_.num_items - shared_.num_cut - 1);
+    if (threadIdx.x == 0) drawn_ = atomicInc(tickets_, last);
+    is_drawn_ = true;
+  }
+
   __device__ PrefillSegment next() {
     const WorkCut<Shape> &cut = shared_.cut;
     while (granules_.begin >= granules_.end) {
@@ -212,13 +221,10 @@ class PrefillSource {
       return true;
     }
     const int tickets = shared_.num_items - shared_.num_cut;
+    if (is_drawn_) ticket_ = static_cast<int>(gridDim.x + __shfl_sync(kFullWarp, drawn_, 0));
     if (ticket_ >= tickets) return false;
     item_ = schedule_.locate(shared_.num_cut + ticket_);
     granules_ = {0, cut.num_granules(item_)};
-    // As many are drawn as there are: the first of each block is its number, and the last draw sets the counter back.
-    int drawn = 0;
-    if (threadIdx.x == 0) drawn = static_cast<int>(atomicInc(tickets_, static_cast<uint32_t>(tickets - 1)));
-    ticket_ = static_cast<int>(gridDim.x) + __shfl_sync(kFullWarp, drawn, 0);
     return true;
   }
 
@@ -229,7 +235,9 @@ class PrefillSource {
   bool is_cut_ = false;
   Range granules_{0, 0};  // of the item that are still to come
   int cut_item_;
-  int ticket_;
+  int ticket_;  // the first of a block is its number
+  uint32_t drawn_ = 0;
+  bool is_drawn_ = false;
 };
 
 }  // namespace pagedattn::cuda

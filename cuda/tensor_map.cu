@@ -3,6 +3,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_runtime.h>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <numeric>
 #include <string>
@@ -59,16 +61,16 @@ CUtensorMapL2promotion promotion(int64_t row_bytes) {
 struct Tensor {
   const void *data;
   int64_t element_size;
-  int64_t extents[5];
-  int64_t strides[4];  // of the outer four, in elements
-  cuuint32_t box[5];
+  std::array<int64_t, 5> extents;
+  std::array<int64_t, 4> strides;  // of the outer four, in elements
+  std::array<cuuint32_t, 5> box;
   bool is_cut;  // see BoxTile
   int64_t row;  // elements that are read together
 };
 
 CUtensorMap encode(const Tensor &tensor) {
   cuuint64_t extents[5], strides[4];
-  for (int i = 0; i < 5; ++i) {
+  for (size_t i = 0; i < 5; ++i) {
     extents[i] = static_cast<cuuint64_t>(tensor.extents[i]);
     if (i == 0) continue;
     strides[i - 1] =
@@ -78,14 +80,27 @@ CUtensorMap encode(const Tensor &tensor) {
   CUtensorMap map;
   const CUresult result =
       encoder()(&map, tensor.element_size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 5,
-                const_cast<void *>(tensor.data), extents, strides, tensor.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                tensor.is_cut ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                const_cast<void *>(tensor.data), extents, strides, tensor.box.data(), steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, tensor.is_cut ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
                 promotion(tensor.row * tensor.element_size), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error(PA_ERROR_CUDA, "paged_attention: cuTensorMapEncodeTiled failed with CUDA driver error " +
                                    std::to_string(static_cast<int>(result)));
   }
   return map;
+}
+
+// How many heads further on the same head of the next block is, in both caches; 0 if none is, or there are too many for
+// a coordinate.
+int64_t heads_to_next_block(const AttentionParams &params) {
+  if (params.num_kv_heads == 1) return 1;
+  const CacheView &k = params.k_cache, &v = params.v_cache;
+  const int64_t heads = params.num_blocks == 1 ? params.num_kv_heads : k.block_stride / k.head_stride;
+  const auto fits = [&](const CacheView &cache) {
+    return params.num_blocks == 1 || cache.block_stride == heads * cache.head_stride;
+  };
+  const bool enough = heads >= params.num_kv_heads && (params.num_blocks + 1) * heads < int64_t{1} << 31;
+  return enough && fits(k) && fits(v) ? heads : 0;
 }
 
 }  // namespace
@@ -111,36 +126,55 @@ bool heads_fill_rows(const AttentionParams &params, const CacheRowLayout &rows) 
          params.v_cache.head_stride == params.head_dim;
 }
 
-CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, int tile_tokens) {
+CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, int tile_tokens, bool whole) {
   const auto size = static_cast<int>(dtype_size(params.kv_dtype));
   const bool is_full = params.head_dim * rows.heads * size == rows.columns * rows.row_bytes;
-  return {rows.columns > 1 ? 8 : std::gcd(params.block_size, tile_tokens), is_full ? rows.columns : 1,
-          rows.row_bytes / size, rows.is_cut, rows.heads};
+  const int most_tokens = std::gcd(params.block_size, tile_tokens);
+  const int64_t heads_to_block = whole && is_full && rows.columns > 1 ? heads_to_next_block(params) : 0;
+  return {rows.columns > 1 && heads_to_block == 0 ? 8 : most_tokens,
+          is_full ? rows.columns : 1,
+          rows.row_bytes / size,
+          rows.is_cut,
+          rows.heads,
+          heads_to_block};
 }
 
 CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, const CacheBox &box) {
   const auto columns = static_cast<cuuint32_t>(box.columns), elements = static_cast<cuuint32_t>(box.elements);
-  return encode({cache.data,
-                 dtype_size(params.kv_dtype),
-                 {box.columns > 1 ? box.elements : params.head_dim, params.block_size, box.columns,
-                  params.num_kv_heads / box.heads, params.num_blocks},
-                 {cache.token_stride, kColumnBytes / dtype_size(params.kv_dtype), cache.head_stride * box.heads,
-                  cache.block_stride},
-                 {elements, static_cast<cuuint32_t>(box.tokens), columns, 1, 1},
-                 box.is_cut,
-                 params.head_dim * box.heads});
+  const int64_t size = dtype_size(params.kv_dtype), column_stride = kColumnBytes / size;
+  Tensor tensor{};
+  tensor.data = cache.data;
+  tensor.element_size = size;
+  tensor.is_cut = box.is_cut;
+  tensor.row = params.head_dim * box.heads;
+  if (box.heads_to_block > 0) {
+    const bool one_head = params.num_kv_heads == 1;
+    tensor.extents = {box.elements, 8, box.columns, params.block_size / 8, params.num_blocks * box.heads_to_block};
+    tensor.strides = {cache.token_stride, column_stride, cache.token_stride * 8,
+                      one_head ? cache.block_stride : cache.head_stride};
+    tensor.box = {elements, 8, columns, static_cast<cuuint32_t>(box.tokens / 8), 1};
+  } else {
+    tensor.extents = {box.columns > 1 ? box.elements : params.head_dim, params.block_size, box.columns,
+                      params.num_kv_heads / box.heads, params.num_blocks};
+    tensor.strides = {cache.token_stride, column_stride, cache.head_stride * box.heads, cache.block_stride};
+    tensor.box = {elements, static_cast<cuuint32_t>(box.tokens), columns, 1, 1};
+  }
+  return encode(tensor);
 }
 
 CUtensorMap encode_queries(const AttentionParams &params, int tokens) {
   const int group = params.num_q_heads / params.num_kv_heads;
-  return encode({params.q.data,
-                 dtype_size(params.q_dtype),
-                 {params.head_dim, group, params.num_kv_heads, params.num_tokens, 1},
-                 {params.q.head_stride, params.q.head_stride * group, params.q.token_stride, 0},
-                 {kColumnBytes / static_cast<cuuint32_t>(dtype_size(params.q_dtype)), static_cast<cuuint32_t>(group), 1,
-                  static_cast<cuuint32_t>(tokens), 1},
-                 true,
-                 params.head_dim});
+  const int64_t size = dtype_size(params.q_dtype);
+  Tensor tensor{};
+  tensor.data = params.q.data;
+  tensor.element_size = size;
+  tensor.is_cut = true;
+  tensor.row = params.head_dim;
+  tensor.extents = {params.head_dim, group, params.num_kv_heads, params.num_tokens, 1};
+  tensor.strides = {params.q.head_stride, params.q.head_stride * group, params.q.token_stride, 0};
+  tensor.box = {static_cast<cuuint32_t>(kColumnBytes / size), static_cast<cuuint32_t>(group), 1,
+                static_cast<cuuint32_t>(tokens), 1};
+  return encode(tensor);
 }
 
 }  // namespace pagedattn::cuda

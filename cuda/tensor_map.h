@@ -26,10 +26,15 @@ struct CacheBox {
   int elements;  // of a column
   bool is_cut;   // see BoxTile
   int heads;     // side by side in a row
+  // More than eight tokens in several columns are eight tokens after eight.  That takes a dimension, and heads and
+  // blocks are one: a block is so many heads further on.  0: they are not.
+  int64_t heads_to_block;
 };
-CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, int tile_tokens);
+// `whole`: of as many tokens as there are, even if rows have several columns.
+CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, int tile_tokens, bool whole);
 
-// The map of one cache: [N, Hkv / heads, columns, S, elements], or [N, Hkv, 1, S, D].  Throws PA_ERROR_CUDA.
+// The map of one cache: [N, Hkv / heads, columns, S, elements], or [N, Hkv, 1, S, D], or
+// [N Hkv, S / 8, columns, 8, elements].  Throws PA_ERROR_CUDA.
 CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, const CacheBox &box);
 
 // The map of queries, [1, T, Hkv, Hq / Hkv, D], of which it takes 64 elements of so many tokens of one KV head at once.

@@ -53,7 +53,7 @@ NOT_SERVED: list[dict[str, Any]] = [
     {"block_size": 12},
     {"dtype": "float32"},
     {"layout": "odd rows"},
-    {"num_q_heads": 65, "num_kv_heads": 1},
+    {"num_q_heads": 193, "num_kv_heads": 1},
 ]
 
 
