@@ -198,18 +198,18 @@ class PrefillGroup {
     wait_products<0>();
     pin(s_);
     release(shared_.k_empty[0]);
-    rows_.template softmax<false>(s_, token_);
+    rows_.softmax(s_, token_);
     end_softmax(0);
     rows_.pack_weights(s_);
     // The scores computed in a step are of the segment's next tile, or of the first of the next segment.
 #pragma unroll 1
     while (true) {
-      if (left_ > 0) {
+      if (__any_sync(kFullWarp, left_ > 0)) {
         step<false, false>();
 #pragma unroll 1
-        while (left_ > 0 && rows_.is_plain(token_ - kTokens)) step<true, false>();
+        while (__any_sync(kFullWarp, left_ > 0 && rows_.is_plain(token_ - kTokens))) step<true, false>();
       } else {
-        if (!wait_segment<Traits>(shared_, number_ + 1).valid) break;
+        if (!__any_sync(kFullWarp, wait_segment<Traits>(shared_, number_ + 1).valid)) break;
         step<false, true>();
       }
     }
@@ -249,7 +249,7 @@ class PrefillGroup {
   // compiler from waiting for P V before softmax.
   __device__ void end_softmax(uint32_t number) {
     pin(s_);
-    if (left_ == 0) {
+    if (!__any_sync(kFullWarp, left_ > 0)) {
       release(shared_.q_empty[number % kQStages]);
     } else {
       wait_k(tile_ + 1);
@@ -279,8 +279,12 @@ class PrefillGroup {
     }
     wait_products<1>();
     pin(s_);
+    if constexpr (kPlain) {
+      rows_.guess_softmax(s_, shared_.k[tile_ % kStages]);
+    } else {
+      rows_.softmax(s_, token_);
+    }
     release(shared_.k_empty[tile_ % kStages]);
-    rows_.template softmax<kPlain>(s_, token_);
     end_softmax(kEnds ? number_ + 1 : number_);
     wait_products<0>();
     rows_.pin_output();

@@ -37,6 +37,8 @@ class WarpgroupRows {
   static constexpr int kRowFloats = place_row_floats(kHeadDim);
   // Log 2 of the weight that a key may have before sums are brought to a larger m: far from what a float16 holds.
   static constexpr float kLargestStep = 8.0f;
+  // And that a float32 holds, which the weights are until then.
+  static constexpr float kFarthestStep = 100.0f;
 
  public:
   using Scores = float[kTokens / 8][4];
@@ -58,6 +60,7 @@ class WarpgroupRows {
   // The next scores are of this item's queries, its first.
   __device__ void begin(const WorkItem &item, const char *q) {
     item_ = &item;
+    q_tile_ = q;
     q_ = operand(shared_address(q + Q::offset(64 * group_, 0)), Q::kColumnBytes, Q::kEightRows);
     visible_to_all_ = {keys_of(64 * group_ + 63).begin, keys_of(64 * group_).end};
     const float scale = params_.k_scale.of_head(item.kv_head) * params_.scale;
@@ -84,51 +87,62 @@ class WarpgroupRows {
   }
 
   // Scores of the keys from `token` on become exp2(score - m) for the new m.
-  template <bool kPlain>
   __device__ void softmax(Scores &s, int token) {
-    if constexpr (!kPlain) {
-      if (transform_) {
-        const float scale[2] = {pre_scale_, pre_scale_}, slope[2] = {slope_of(row_), slope_of(row_ + 8)};
-        const int position[2] = {position_of(row_), position_of(row_ + 8)};
-        transform_scores(s, params_, scale, slope, position, token);
-      }
-      if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
-        const Range keys[2] = {keys_of(row_), keys_of(row_ + 8)};
-        mask_scores(s, keys, token);
-      }
+    if (transform_) {
+      const float scale[2] = {pre_scale_, pre_scale_}, slope[2] = {slope_of(row_), slope_of(row_ + 8)};
+      const int position[2] = {position_of(row_), position_of(row_ + 8)};
+      transform_scores(s, params_, scale, slope, position, token);
     }
+    if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
+      const Range keys[2] = {keys_of(row_), keys_of(row_ + 8)};
+      mask_scores(s, keys, token);
+    }
+    softmax_of_plain_scores(s);
+  }
 
-    // Both rows at once, in several chains, since a warp has few others to hide its latencies.
-    float largest[2][2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) largest[i][j] = fmaxf(s[0][2 * i + j], s[1][2 * i + j]);
-    }
-#pragma unroll
-    for (int tile = 2; tile < kTokens / 8; ++tile) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) largest[j / 2][j % 2] = fmaxf(largest[j / 2][j % 2], s[tile][j]);
-    }
-    float scaled[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float most = fmaxf(largest[i][0], largest[i][1]);
-      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
-      // Small steps are not worth the rescaling.
-      if (most * post_scale_ - m_[i] * post_scale_ <= kLargestStep) most = m_[i];
-      scaled[i] = most == negative_infinity() ? 0.0f : most * post_scale_;
-      factor_[i] = exp2_fast(m_[i] * post_scale_ - scaled[i]);
-      m_[i] = most;
-    }
-    float sum[2][2] = {};
+  // The same of a plain tile that is not a segment's first.  It guesses that m stays, since to know the largest score
+  // takes as long as all exponentials, and is right but for few tiles.
+  __device__ void guess_softmax(Scores &s, const char *k_tile) {
+    const float scaled[2] = {m_[0] * post_scale_, m_[1] * post_scale_};
+    float largest[2][2], sum[2][2] = {};
 #pragma unroll
     for (int tile = 0; tile < kTokens / 8; ++tile) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
+        float &most = largest[j / 2][j % 2];
+        most = tile == 0 ? s[tile][j] : fmaxf(most, s[tile][j]);
         s[tile][j] = exp2_fast(s[tile][j] * post_scale_ - scaled[j / 2]);
         sum[j / 2][j % 2] += s[tile][j];
+      }
+    }
+    float most[2], excess[2];
+    bool is_far = false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      most[i] = quad_max(fmaxf(largest[i][0], largest[i][1]));
+      excess[i] = most[i] * post_scale_ - scaled[i];  // infinite without keys before
+      is_far |= excess[i] > kFarthestStep;
+      factor_[i] = 1.0f;
+    }
+    if (__any_sync(kFullWarp, excess[0] > kLargestStep || excess[1] > kLargestStep)) [[unlikely]] {
+      if (__any_sync(kFullWarp, is_far)) {
+        multiply_q_k_again(s, k_tile);
+        softmax_of_plain_scores(s);
+        return;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (excess[i] > kLargestStep) {
+          factor_[i] = exp2_fast(-excess[i]);
+          m_[i] = most[i];
+        }
+        sum[i][0] *= factor_[i];
+        sum[i][1] *= factor_[i];
+#pragma unroll
+        for (int tile = 0; tile < kTokens / 8; ++tile) {
+          s[tile][2 * i] *= factor_[i];
+          s[tile][2 * i + 1] *= factor_[i];
+        }
       }
     }
 #pragma unroll
@@ -220,6 +234,68 @@ class WarpgroupRows {
   }
 
  private:
+  __device__ static float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+    return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+  }
+
+  __device__ void softmax_of_plain_scores(Scores &s) {
+    // Both rows at once, in several chains, since a warp has few others to hide its latencies.
+    float largest[2][2];
+#pragma unroll
+    for (int tile = 0; tile < kTokens / 8; ++tile) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float &most = largest[j / 2][j % 2];
+        most = tile == 0 ? s[tile][j] : fmaxf(most, s[tile][j]);
+      }
+    }
+    float scaled[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float most = quad_max(fmaxf(largest[i][0], largest[i][1]));
+      // Small steps are not worth the rescaling.
+      if (most * post_scale_ - m_[i] * post_scale_ <= kLargestStep) most = m_[i];
+      scaled[i] = most == negative_infinity() ? 0.0f : most * post_scale_;
+      factor_[i] = exp2_fast(m_[i] * post_scale_ - scaled[i]);
+      m_[i] = most;
+    }
+    float sum[2][2] = {};
+#pragma unroll
+    for (int tile = 0; tile < kTokens / 8; ++tile) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        s[tile][j] = exp2_fast(s[tile][j] * post_scale_ - scaled[j / 2]);
+        sum[j / 2][j % 2] += s[tile][j];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) l_[i] = l_[i] * factor_[i] + (sum[i][0] + sum[i][1]);
+  }
+
+  // By one warp alone, for its 16 rows.
+  __device__ void multiply_q_k_again(Scores &s, const char *k_tile) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, first_row = row_ - lane / 4;
+#pragma unroll
+    for (int tile = 0; tile < kTokens / 8; ++tile) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[tile][j] = 0.0f;
+    }
+#pragma unroll 1
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      uint32_t q[4];
+      load_matrices(q, shared_address(q_tile_ + Q::offset(first_row + lane % 16, 2 * step + lane / 16)));
+#pragma unroll
+      for (int t = 0; t < kTokens / 16; ++t) {
+        uint32_t k[4];
+        load_matrices(k,
+                      shared_address(k_tile + Kv::offset(16 * t + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2)));
+        multiply_add<Math>(s[2 * t], q, k[0], k[1]);
+        multiply_add<Math>(s[2 * t + 1], q, k[2], k[3]);
+      }
+    }
+  }
+
   __device__ static int column() { return static_cast<int>(threadIdx.x) % 4 * 2; }  // in a tile of eight
 
   // Of a row of the current item's tile: its query token, of those of the sequence, and the query head.  Rows that no
@@ -354,6 +430,7 @@ class WarpgroupRows {
   int barrier_;
   int row_;  // of the item's tile; the thread's other is the eighth after it
   const WorkItem *item_;
+  const char *q_tile_;
   Operand q_;
   Range visible_to_all_;  // of the group's rows
   bool transform_;        // scores are not just products times a positive number
