@@ -113,13 +113,14 @@ __device__ void produce_keys(const HopperParams &params, typename Traits::Shared
   TileCopier<Traits> copier(params, &params.maps.k, shared.k, shared.k_full, shared.k_empty);
 #pragma unroll 1
   for (uint32_t number = 0;; ++number) {
-    PrefillSegment segment = source.next();
-    // A segment without keys gets a tile that nobody sees.
-    if (segment.tiles.begin == segment.tiles.end) ++segment.tiles.end;
     const uint32_t place = number % Traits::kSegments;
     wait(&shared.segment_empty[place], (number / Traits::kSegments & 1) ^ 1);
+    const PrefillSegment next = source.next();
+    PrefillSegment &segment = shared.segments[place];
     if (threadIdx.x == 0) {
-      shared.segments[place] = segment;
+      segment = next;
+      // A segment without keys gets a tile that nobody sees.
+      if (segment.tiles.begin == segment.tiles.end) ++segment.tiles.end;
       arrive(&shared.segment_full[place]);
     }
     __syncwarp();
@@ -135,10 +136,8 @@ __device__ void produce_values(const HopperParams &params, typename Traits::Shar
   for (uint32_t number = 0;; ++number) {
     const PrefillSegment &segment = wait_segment<Traits>(shared, number);
     if (!segment.valid) return;
-    const WorkItem item = segment.item;
-    const Range tiles = segment.tiles;
+    copier.copy(segment.item, segment.tiles, [] {});
     release_segment<Traits>(shared, number);
-    copier.copy(item, tiles, [] {});
   }
 }
 
@@ -184,13 +183,12 @@ class PrefillGroup {
         shared_(shared),
         rows_(params, shared, group, kFirstOwn + group),
         leads_warp_(threadIdx.x % 32 == 0),
-        turn_(kFirstTurn + group),
-        next_turn_(kFirstTurn + (group + 1 == Traits::kGroups ? 0 : group + 1)) {}
+        group_(group) {}
 
   __device__ void run() {
     const PrefillSegment &first_segment = wait_segment<Traits>(shared_, 0);
     if (!first_segment.valid) return;
-    if (next_turn_ == kFirstTurn) named_barrier_arrive<256>(kFirstTurn);
+    if (group_ + 1 == Traits::kGroups) named_barrier_arrive<256>(kFirstTurn);
     enter(0);
     begin(0);
     wait_k(0);
@@ -230,7 +228,7 @@ class PrefillGroup {
   __device__ void begin(uint32_t number) {
     const uint32_t stage = number % kQStages;
     wait(&shared_.q_full[stage], number / kQStages & 1);
-    rows_.begin(segment(number).item, shared_.q[stage]);
+    rows_.begin(number);
   }
   __device__ void wait_k(uint32_t tile) { wait(&shared_.k_full[tile % kStages], tile / kStages & 1); }
   __device__ void release(Barrier &empty) const {
@@ -265,10 +263,10 @@ class PrefillGroup {
       begin(number_ + 1);
       wait_k(tile_ + 1);
     }
-    named_barrier<256>(turn_);
+    named_barrier<256>(kFirstTurn + group_);
     rows_.multiply_q_k(s_, shared_.k[(tile_ + 1) % kStages]);
     multiply_p_v<kPlain>();
-    named_barrier_arrive<256>(next_turn_);
+    named_barrier_arrive<256>(kFirstTurn + (group_ + 1 == Traits::kGroups ? 0 : group_ + 1));
     ++tile_;
     if constexpr (!kPlain) first_ = kEnds;
     if constexpr (kEnds) {
@@ -303,8 +301,7 @@ class PrefillGroup {
   typename Traits::Shared &shared_;
   Rows rows_;
   bool leads_warp_;
-  int turn_;
-  int next_turn_;
+  int group_;
   uint32_t number_ = 0;  // of the segment
   uint32_t tile_ = 0;    // from the kernel's first on, the latest whose scores are there; its weights meet V next
   int token_;            // that tile's first

@@ -47,8 +47,8 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr int kThreads = 128 * (1 + kGroups);
   // Of a thread as the kernel starts, and then of the warpgroup that brings data, and of those that compute.
   static constexpr int kRegisters = kGroups == 3 ? 128 : 168;
-  static constexpr int kProducerRegisters = 56;
-  static constexpr int kMathRegisters = kGroups == 3 ? 152 : 224;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 56 : 40;
+  static constexpr int kMathRegisters = kGroups == 3 ? 152 : 232;
   static_assert(kProducerRegisters + kGroups * kMathRegisters <= (1 + kGroups) * kRegisters);
 
   using QTile = ColumnTile<kRows, kHeadDim, false>;

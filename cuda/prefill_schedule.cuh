@@ -5,13 +5,12 @@
 // An item is a tile of query tokens of one KV head of one sequence.  Items have an order: a sequence after the other;
 // in a sequence, so many KV heads at a time as the L2 cache holds keys and values of; the tiles of these from the last,
 // which sees most keys, to the first; in a tile a head after the other.  Blocks take the next item each when they are
-// done with one, so that blocks at work share what they read, and what is left at the end is short.
+// done with one, so that blocks at work share what they read, and what is left at the end is short.  Which block takes
+// which item depends on chance, but what becomes of it does not.
 //
 // Where that would leave blocks idle, the order's first items are cut evenly into a range for each block before
 // anything else (WorkCut): all items, if they are few, or those of an incomplete last round, if all are of about the
-// same length.
-//
-// Which block takes which item depends on chance, but what becomes of it does not.
+// same length.  Then the rest are whole rounds, in which every block has one.
 #pragma once
 
 #include "work_schedule.cuh"
@@ -45,6 +44,8 @@ class PrefillSchedule {
     int starts[kMostCut];  // of these, on the line
     int num_cut;
     int num_items;
+    bool alike;                  // items are of about the same length
+    WorkItem item;               // that the block is at, kept here to save registers
     int items_before[kThreads];  // each thread's sequences
     int64_t warp_items[kWarps];
     int warp_shortest[kWarps];  // cost of an item
@@ -97,7 +98,7 @@ class PrefillSchedule {
 
   // The rest is for the first warp.
 
-  __device__ const Shared &shared() const { return shared_; }
+  __device__ Shared &shared() const { return shared_; }
   __device__ const Batch &batch() const { return batch_; }
 
   // An item by its place in the order.  Lanes may ask for different ones.
@@ -155,6 +156,7 @@ class PrefillSchedule {
     }
     if (lane == 0) {
       shared_.num_items = num_items;
+      shared_.alike = alike;
       shared_.num_cut = num_cut;
       shared_.cut = WorkCut<Shape>::of(batch_, total, blocks);
       const int block = static_cast<int>(blockIdx.x), begin = block * shared_.cut.quantum;
@@ -185,6 +187,10 @@ class PrefillSource {
   // To be called once for each segment, some time before the next is asked for: on its way while others are waited for.
   __device__ void draw() {
     if (is_cut_ || granules_.begin < granules_.end) return;
+    if (shared_.alike) {
+      ticket_ += static_cast<int>(gridDim.x);
+      return;
+    }
     // As many are drawn as there are, and the last draw sets the counter back.
     const auto last = static_cast<uint32_t>(shared_.num_items - shared_.num_cut - 1);
     if (threadIdx.x == 0) drawn_ = atomicInc(tickets_, last);
@@ -198,40 +204,42 @@ class PrefillSource {
     }
     const int granule = granules_.begin, step = cut.deterministic ? 1 : granules_.end - granule;
     granules_.begin += step;
+    const WorkItem item = shared_.item;
     SegmentPlan plan;
     if (is_cut_) {
-      plan = plan_of(item_, cut, shared_.range, granule);
+      plan = plan_of(item, cut, shared_.range, granule);
     } else if (cut.deterministic) {
       const int block = static_cast<int>(blockIdx.x);
-      plan = {granule, cut.num_granules(item_), false, block, (2 * block + 1) * Shape::kMaxPieces};
+      plan = {granule, cut.num_granules(item), false, block, (2 * block + 1) * Shape::kMaxPieces};
     } else {
       plan = {0, 1, false, 0, 0};
     }
-    return {true, item_, tiles_of(item_, cut, {granule, granule + step}), plan};
+    return {true, item, tiles_of(item, cut, {granule, granule + step}), plan};
   }
 
  private:
   __device__ bool next_item() {
     const WorkCut<Shape> &cut = shared_.cut;
     is_cut_ = cut_item_ < shared_.num_cut && shared_.starts[cut_item_] < shared_.range.end;
-    if (is_cut_) {
-      item_ = schedule_.locate(cut_item_);
-      item_.start = shared_.starts[cut_item_++];
-      granules_ = granules_of(item_, cut, shared_.range);
-      return true;
-    }
     const int tickets = shared_.num_items - shared_.num_cut;
     if (is_drawn_) ticket_ = static_cast<int>(gridDim.x + __shfl_sync(kFullWarp, drawn_, 0));
-    if (ticket_ >= tickets) return false;
-    item_ = schedule_.locate(shared_.num_cut + ticket_);
-    granules_ = {0, cut.num_granules(item_)};
+    if (!is_cut_ && ticket_ >= tickets) return false;
+    WorkItem item = schedule_.locate(is_cut_ ? cut_item_ : shared_.num_cut + ticket_);
+    if (is_cut_) {
+      item.start = shared_.starts[cut_item_++];
+      granules_ = granules_of(item, cut, shared_.range);
+    } else {
+      granules_ = {0, cut.num_granules(item)};
+    }
+    __syncwarp();
+    if (threadIdx.x == 0) shared_.item = item;
+    __syncwarp();
     return true;
   }
 
   const Schedule &schedule_;
-  const typename Schedule::Shared &shared_;
+  typename Schedule::Shared &shared_;
   uint32_t *tickets_;
-  WorkItem item_;
   bool is_cut_ = false;
   Range granules_{0, 0};  // of the item that are still to come
   int cut_item_;
