@@ -54,9 +54,9 @@ class TileCopier {
         lane_(static_cast<int>(threadIdx.x) % 32),
         pieces_(Tile::kColumns / params.maps.box_columns) {}
 
-  // The tiles of a segment, from the last on.
-  template <class BeforeLast>
-  __device__ void copy(const WorkItem &item, Range tiles, BeforeLast &&before_last) {
+  // The tiles of a segment, from the last on.  Calls before(n) ahead of a tile with n behind it.
+  template <class Before>
+  __device__ void copy(const WorkItem &item, Range tiles, Before &&before) {
     const int32_t *const table = params_.block_tables + item.seq.index * params_.block_table_stride;
     const Range keys = item.keys;
     const int kv_head = item.kv_head, box_tokens = params_.maps.box_tokens;
@@ -71,7 +71,7 @@ class TileCopier {
                         ? clamp_to(table[params_.block_size.divide(token)], 0, params_.last_block)
                         : params_.last_block + 1;
       }
-      if (tile == tiles.begin) before_last();
+      before(tile - tiles.begin);
       const uint32_t slot = count_ % Traits::kKvStages;
       wait(&empty_[slot], (count_ / Traits::kKvStages & 1) ^ 1);
       if (lane_ == 0) arrive_and_expect(&full_[slot], Tile::kBytes);
@@ -104,66 +104,56 @@ class TileCopier {
   uint32_t count_ = 0;
 };
 
-// Finds the segments, tells all others, and brings K.  Work is taken as late as can be, when the last tile of a segment
-// is asked for, since whoever is first done should have the next.
+// Brings K, or V, of one segment after the other.  The warp that brings K says when work is to be taken: late, shortly
+// before the last tile of a segment, since whoever is first done should have the next; but not so late that its queries
+// would be waited for.
 template <class Traits>
-__device__ void produce_keys(const HopperParams &params, typename Traits::Shared &shared,
-                             const typename Traits::Schedule &schedule) {
+__device__ void produce_tiles(const HopperParams &params, typename Traits::Shared &shared, bool keys) {
+  TileCopier<Traits> copier(params, keys ? &params.maps.k : &params.maps.v, keys ? shared.k : shared.v,
+                            keys ? shared.k_full : shared.v_full, keys ? shared.k_empty : shared.v_empty);
+#pragma unroll 1
+  for (uint32_t number = 0;; ++number) {
+    const PrefillSegment &segment = wait_segment<Traits>(shared, number);
+    if (!segment.valid) return;
+    const int ahead = smaller(segment.tiles.end - segment.tiles.begin - 1, Traits::kTilesAhead);
+    copier.copy(segment.item, segment.tiles, [&](int left) {
+      if (keys && left == ahead && threadIdx.x % 32 == 0) arrive(&shared.wanted);
+    });
+    release_segment<Traits>(shared, number);
+  }
+}
+
+// Finds the segments, tells all others, and brings the queries of each as soon as there is room.
+template <class Traits>
+__device__ void produce_queries(const HopperParams &params, typename Traits::Shared &shared,
+                                const typename Traits::Schedule &schedule) {
+  using Tile = typename Traits::QTile;
+  const int rows = params.batch.tile_queries * static_cast<int>(params.batch.group.divisor);
   typename Traits::Source source(schedule, params.arrivals + kTicketCounter);
-  TileCopier<Traits> copier(params, &params.maps.k, shared.k, shared.k_full, shared.k_empty);
 #pragma unroll 1
   for (uint32_t number = 0;; ++number) {
     const uint32_t place = number % Traits::kSegments;
-    wait(&shared.segment_empty[place], (number / Traits::kSegments & 1) ^ 1);
-    const PrefillSegment next = source.next();
     PrefillSegment &segment = shared.segments[place];
-    if (threadIdx.x == 0) {
-      segment = next;
-      // A segment without keys gets a tile that nobody sees.
-      if (segment.tiles.begin == segment.tiles.end) ++segment.tiles.end;
-      arrive(&shared.segment_full[place]);
-    }
+    wait(&shared.segment_empty[place], (number / Traits::kSegments & 1) ^ 1);
+    source.next(segment);
+    if (threadIdx.x == 0) arrive(&shared.segment_full[place]);
     __syncwarp();
     if (!segment.valid) return;
-    copier.copy(segment.item, segment.tiles, [&] { source.draw(); });
-  }
-}
 
-template <class Traits>
-__device__ void produce_values(const HopperParams &params, typename Traits::Shared &shared) {
-  TileCopier<Traits> copier(params, &params.maps.v, shared.v, shared.v_full, shared.v_empty);
-#pragma unroll 1
-  for (uint32_t number = 0;; ++number) {
-    const PrefillSegment &segment = wait_segment<Traits>(shared, number);
-    if (!segment.valid) return;
-    copier.copy(segment.item, segment.tiles, [] {});
-    release_segment<Traits>(shared, number);
-  }
-}
-
-template <class Traits>
-__device__ void produce_queries(const HopperParams &params, typename Traits::Shared &shared) {
-  using Tile = typename Traits::QTile;
-  const int rows = params.batch.tile_queries * static_cast<int>(params.batch.group.divisor);
-#pragma unroll 1
-  for (uint32_t number = 0;; ++number) {
-    const PrefillSegment &segment = wait_segment<Traits>(shared, number);
-    if (!segment.valid) return;
     const int token = segment.item.seq.first_token + segment.item.query_tile * params.batch.tile_queries;
-    const int kv_head = segment.item.kv_head;
-    release_segment<Traits>(shared, number);
     const uint32_t stage = number % Traits::kQStages;
     wait(&shared.q_empty[stage], (number / Traits::kQStages & 1) ^ 1);
-    if (threadIdx.x % 32 == 0) {
+    if (threadIdx.x == 0) {
       arrive_and_expect(&shared.q_full[stage], Tile::kColumns * rows * 128);
 #pragma unroll
       for (int column = 0; column < Tile::kColumns; ++column) {
-        const int corner[5] = {column * 64, 0, kv_head, token, 0};
+        const int corner[5] = {column * 64, 0, segment.item.kv_head, token, 0};
         copy_box(shared_address(shared.q[stage] + column * Tile::kColumnBytes), &params.maps.q, corner,
                  &shared.q_full[stage]);
       }
     }
     __syncwarp();
+    wait(&shared.wanted, number & 1);
   }
 }
 
@@ -183,12 +173,13 @@ class PrefillGroup {
         shared_(shared),
         rows_(params, shared, group, kFirstOwn + group),
         leads_warp_(threadIdx.x % 32 == 0),
-        group_(group) {}
+        turn_(kFirstTurn + group),
+        next_turn_(kFirstTurn + (group + 1 == Traits::kGroups ? 0 : group + 1)) {}
 
   __device__ void run() {
     const PrefillSegment &first_segment = wait_segment<Traits>(shared_, 0);
     if (!first_segment.valid) return;
-    if (group_ + 1 == Traits::kGroups) named_barrier_arrive<256>(kFirstTurn);
+    if (next_turn_ == kFirstTurn) named_barrier_arrive<256>(kFirstTurn);
     enter(0);
     begin(0);
     wait_k(0);
@@ -228,7 +219,7 @@ class PrefillGroup {
   __device__ void begin(uint32_t number) {
     const uint32_t stage = number % kQStages;
     wait(&shared_.q_full[stage], number / kQStages & 1);
-    rows_.begin(number);
+    rows_.begin(segment(number).item, shared_.q[stage]);
   }
   __device__ void wait_k(uint32_t tile) { wait(&shared_.k_full[tile % kStages], tile / kStages & 1); }
   __device__ void release(Barrier &empty) const {
@@ -263,10 +254,10 @@ class PrefillGroup {
       begin(number_ + 1);
       wait_k(tile_ + 1);
     }
-    named_barrier<256>(kFirstTurn + group_);
+    named_barrier<256>(turn_);
     rows_.multiply_q_k(s_, shared_.k[(tile_ + 1) % kStages]);
     multiply_p_v<kPlain>();
-    named_barrier_arrive<256>(kFirstTurn + (group_ + 1 == Traits::kGroups ? 0 : group_ + 1));
+    named_barrier_arrive<256>(next_turn_);
     ++tile_;
     if constexpr (!kPlain) first_ = kEnds;
     if constexpr (kEnds) {
@@ -277,7 +268,7 @@ class PrefillGroup {
     }
     wait_products<1>();
     pin(s_);
-    if constexpr (kPlain) {
+    if constexpr (kPlain && Traits::kGuesses) {
       rows_.guess_softmax(s_, shared_.k[tile_ % kStages]);
     } else {
       rows_.softmax(s_, token_);
@@ -301,7 +292,8 @@ class PrefillGroup {
   typename Traits::Shared &shared_;
   Rows rows_;
   bool leads_warp_;
-  int group_;
+  int turn_;
+  int next_turn_;
   uint32_t number_ = 0;  // of the segment
   uint32_t tile_ = 0;    // from the kernel's first on, the latest whose scores are there; its weights meet V next
   int token_;            // that tile's first
@@ -325,6 +317,7 @@ __device__ void init_barriers(typename Traits::Shared &shared) {
     init_barrier(&shared.v_full[i], 1);
     init_barrier(&shared.v_empty[i], kMathWarps);
   }
+  init_barrier(&shared.wanted, 1);
   for (int i = 0; i < Traits::kSegments; ++i) {
     init_barrier(&shared.segment_full[i], 1);
     init_barrier(&shared.segment_empty[i], kMathWarps + 2);  // and those that bring K and V
@@ -352,11 +345,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     give_registers<Traits::kProducerRegisters>();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (warp == 0) {
-      produce_keys<Traits>(params, shared, schedule);
-    } else if (warp == 1) {
-      produce_values<Traits>(params, shared);
-    } else if (warp == 2) {
-      produce_queries<Traits>(params, shared);
+      produce_queries<Traits>(params, shared, schedule);
+    } else if (warp < 3) {
+      produce_tiles<Traits>(params, shared, warp == 1);
     }
   } else {
     take_registers<Traits::kMathRegisters>();

@@ -57,15 +57,17 @@ class WarpgroupRows {
     take_sums();
   }
 
-  // The next scores are of the queries of the segment of this number, its first.
-  __device__ void begin(uint32_t number) {
-    number_ = number;
-    const WorkItem &item = this->item();
-    q_ = operand(shared_address(q_tile() + Q::offset(64 * group_, 0)), Q::kColumnBytes, Q::kEightRows);
+  // The next scores are of this item's queries, its first.
+  __device__ void begin(const WorkItem &item, const char *q) {
+    item_ = &item;
+    q_tile_ = q;
+    q_ = operand(shared_address(q + Q::offset(64 * group_, 0)), Q::kColumnBytes, Q::kEightRows);
     visible_to_all_ = {keys_of(64 * group_ + 63).begin, keys_of(64 * group_).end};
+    const float scale = params_.k_scale.of_head(item.kv_head) * params_.scale;
+    pre_scale_ = params_.softcap > 0.0f ? scale / params_.softcap : scale * kLog2E;
     // The largest score is that of the largest product only if their ratio is positive.
-    transform_ = params_.softcap > 0.0f || params_.alibi_slopes != nullptr || !(pre_scale() > 0.0f);
-    post_scale_ = transform_ ? 1.0f : pre_scale();
+    transform_ = params_.softcap > 0.0f || params_.alibi_slopes != nullptr || !(pre_scale_ > 0.0f);
+    post_scale_ = transform_ ? 1.0f : pre_scale_;
   }
 
   // Starts s = Q K^T.
@@ -87,7 +89,7 @@ class WarpgroupRows {
   // Scores of the keys from `token` on become exp2(score - m) for the new m.
   __device__ void softmax(Scores &s, int token) {
     if (transform_) {
-      const float scale[2] = {pre_scale(), pre_scale()}, slope[2] = {slope_of(row_), slope_of(row_ + 8)};
+      const float scale[2] = {pre_scale_, pre_scale_}, slope[2] = {slope_of(row_), slope_of(row_ + 8)};
       const int position[2] = {position_of(row_), position_of(row_ + 8)};
       transform_scores(s, params_, scale, slope, position, token);
     }
@@ -232,14 +234,6 @@ class WarpgroupRows {
   }
 
  private:
-  __device__ const WorkItem &item() const { return shared_.segments[number_ % Traits::kSegments].item; }
-  // What `transform_scores` multiplies products by.
-  __device__ float pre_scale() const {
-    const float scale = params_.k_scale.of_head(item().kv_head) * params_.scale;
-    return params_.softcap > 0.0f ? scale / params_.softcap : scale * kLog2E;
-  }
-  __device__ const char *q_tile() const { return shared_.q[number_ % Traits::kQStages]; }
-
   __device__ static float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
     return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
@@ -290,7 +284,7 @@ class WarpgroupRows {
 #pragma unroll 1
     for (int step = 0; step < kHeadDim / 16; ++step) {
       uint32_t q[4];
-      load_matrices(q, shared_address(q_tile() + Q::offset(first_row + lane % 16, 2 * step + lane / 16)));
+      load_matrices(q, shared_address(q_tile_ + Q::offset(first_row + lane % 16, 2 * step + lane / 16)));
 #pragma unroll
       for (int t = 0; t < kTokens / 16; ++t) {
         uint32_t k[4];
@@ -308,13 +302,13 @@ class WarpgroupRows {
   // token has are given the last one's.
   __device__ int query_of(int row) const {
     const int queries = params_.batch.tile_queries;
-    const int query = item().query_tile * queries + min(params_.batch.group.divide(row), queries - 1);
-    return min(query, item().seq.num_queries - 1);
+    const int query = item_->query_tile * queries + min(params_.batch.group.divide(row), queries - 1);
+    return min(query, item_->seq.num_queries - 1);
   }
-  __device__ Range keys_of(int row) const { return visible_keys(params_.batch, item().seq, query_of(row)); }
-  __device__ int position_of(int row) const { return item().seq.length - item().seq.num_queries + query_of(row); }
+  __device__ Range keys_of(int row) const { return visible_keys(params_.batch, item_->seq, query_of(row)); }
+  __device__ int position_of(int row) const { return item_->seq.length - item_->seq.num_queries + query_of(row); }
   __device__ float slope_of(int row) const {
-    return params_.alibi_slopes == nullptr ? 0.0f : params_.alibi_slopes[head_of(item(), row)] * kLog2E;
+    return params_.alibi_slopes == nullptr ? 0.0f : params_.alibi_slopes[head_of(*item_, row)] * kLog2E;
   }
   __device__ int head_of(const WorkItem &item, int row) const {
     const int group = static_cast<int>(params_.batch.group.divisor);
@@ -434,12 +428,14 @@ class WarpgroupRows {
   typename Traits::Shared &shared_;
   int group_;
   int barrier_;
-  int row_;          // of the item's tile; the thread's other is the eighth after it
-  uint32_t number_;  // of the segment whose scores are the latest
+  int row_;  // of the item's tile; the thread's other is the eighth after it
+  const WorkItem *item_;
+  const char *q_tile_;
   Operand q_;
   Range visible_to_all_;  // of the group's rows
   bool transform_;        // scores are not just products times a positive number
-  float post_scale_;      // what turns scores, or else products, into units of log 2
+  float pre_scale_;       // what `transform_scores` multiplies products by
+  float post_scale_;      // what turns its results, or else the products, into units of log 2
   float m_[2];            // before post_scale
   float l_[2];
   float factor_[2];  // from the m before to this

@@ -184,27 +184,18 @@ class PrefillSource {
     cut_item_ = shared_.range.begin < shared_.range.end ? warp_sum(begun) - 1 : shared_.num_cut;
   }
 
-  // To be called once for each segment, some time before the next is asked for: on its way while others are waited for.
-  __device__ void draw() {
-    if (is_cut_ || granules_.begin < granules_.end) return;
-    if (shared_.alike) {
-      ticket_ += static_cast<int>(gridDim.x);
-      return;
-    }
-    // As many are drawn as there are, and the last draw sets the counter back.
-    const auto last = static_cast<uint32_t>(shared_.num_items - shared_.num_cut - 1);
-    if (threadIdx.x == 0) drawn_ = atomicInc(tickets_, last);
-    is_drawn_ = true;
-  }
-
-  __device__ PrefillSegment next() {
+  // Into shared memory, where others see it behind a barrier.
+  __device__ void next(PrefillSegment &segment) {
     const WorkCut<Shape> &cut = shared_.cut;
     while (granules_.begin >= granules_.end) {
-      if (!next_item()) return {};
+      if (!next_item()) {
+        if (threadIdx.x == 0) segment.valid = false;
+        return;
+      }
     }
     const int granule = granules_.begin, step = cut.deterministic ? 1 : granules_.end - granule;
     granules_.begin += step;
-    const WorkItem item = shared_.item;
+    const WorkItem &item = shared_.item;
     SegmentPlan plan;
     if (is_cut_) {
       plan = plan_of(item, cut, shared_.range, granule);
@@ -214,7 +205,9 @@ class PrefillSource {
     } else {
       plan = {0, 1, false, 0, 0};
     }
-    return {true, item, tiles_of(item, cut, {granule, granule + step}), plan};
+    Range tiles = tiles_of(item, cut, {granule, granule + step});
+    if (tiles.begin == tiles.end) ++tiles.end;  // an item without keys gets a tile that nobody sees
+    if (threadIdx.x == 0) segment = {true, item, tiles, plan};
   }
 
  private:
@@ -222,7 +215,7 @@ class PrefillSource {
     const WorkCut<Shape> &cut = shared_.cut;
     is_cut_ = cut_item_ < shared_.num_cut && shared_.starts[cut_item_] < shared_.range.end;
     const int tickets = shared_.num_items - shared_.num_cut;
-    if (is_drawn_) ticket_ = static_cast<int>(gridDim.x + __shfl_sync(kFullWarp, drawn_, 0));
+    if (!is_cut_ && has_ticket_) ticket_ = next_ticket(tickets);
     if (!is_cut_ && ticket_ >= tickets) return false;
     WorkItem item = schedule_.locate(is_cut_ ? cut_item_ : shared_.num_cut + ticket_);
     if (is_cut_) {
@@ -230,11 +223,20 @@ class PrefillSource {
       granules_ = granules_of(item, cut, shared_.range);
     } else {
       granules_ = {0, cut.num_granules(item)};
+      has_ticket_ = true;
     }
-    __syncwarp();
+    __syncwarp();  // every lane is done with the one before
     if (threadIdx.x == 0) shared_.item = item;
     __syncwarp();
     return true;
+  }
+
+  __device__ int next_ticket(int tickets) const {
+    if (shared_.alike) return ticket_ + static_cast<int>(gridDim.x);
+    // As many are drawn as there are, and the last draw sets the counter back.
+    int drawn = 0;
+    if (threadIdx.x == 0) drawn = static_cast<int>(atomicInc(tickets_, static_cast<uint32_t>(tickets - 1)));
+    return static_cast<int>(gridDim.x) + __shfl_sync(kFullWarp, drawn, 0);
   }
 
   const Schedule &schedule_;
@@ -243,9 +245,8 @@ class PrefillSource {
   bool is_cut_ = false;
   Range granules_{0, 0};  // of the item that are still to come
   int cut_item_;
-  int ticket_;  // the first of a block is its number
-  uint32_t drawn_ = 0;
-  bool is_drawn_ = false;
+  int ticket_;               // the first of a block is its number
+  bool has_ticket_ = false;  // it has been used
 };
 
 }  // namespace pagedattn::cuda
