@@ -3,179 +3,268 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Each element of K and V is loaded and converted once for up to four rows, the query heads of a group; nothing is
-// packed.  The bound is memory, so each loop fetches ahead what a later one reads: while it goes over a head's keys,
-// the same head's values (to L1) and the values of the tile after (to L2); while it goes over the values, the keys of
-// the head that comes next (to L1) and the keys of the tile after (to L2).  Needs head_dim to be a multiple of the
-// vector width.
+// packed.  The bound is memory: scores of all heads come first, and meanwhile the values of the same tile are fetched;
+// then the values, and meanwhile the keys of the next tile.
 #pragma once
 
+#include "kernels/fetch.h"
 #include "kernels/softmax.h"
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
-constexpr int kDirectRows = 4;  // rows that share a load
+// Keys whose values are gone over together, all dimensions, so that lines which hold several vectors stay in L1.
+constexpr int kValueKeys = 16;
+// Of keys, or of values, in a tile: what is fetched ahead stays in an L2 of 1 MiB beside what is in use.
+constexpr int64_t kDirectTileBytes = 128 * 1024;
 
-// What to fetch ahead of its use.
-template <class T>
-struct Ahead {
-  const typename T::Storage *near_k;  // of the KV head that comes next
-  const TileKeys *near;
-  const TileKeys *far;  // the tile after this one
-  int far_count;        // how much of it: 0 where both tiles together overflow L2
-};
+// Keys of a tile; a function of the call's shape, as sums follow it.
+static int64_t direct_tile_keys(const AttentionParams &params, int64_t element_size) {
+  const int64_t keys =
+      kDirectTileBytes / (params.num_kv_heads * params.head_dim * element_size) / kValueKeys * kValueKeys;
+  return keys < kValueKeys ? kValueKeys : (keys > kTileKeys ? kTileKeys : keys);
+}
 
-// Dot products of kRows query rows with a few keys at a time, over the keys [begin, end) of the tile.
-template <class T, int kRows, bool kPrefetch>
-static void direct_scores(const float *q, int64_t q_stride, const typename T::Storage *k, const TileKeys &tile,
-                          int head_dim, int begin, int end, float *s, const typename T::Storage *v,
-                          const Ahead<T> &ahead) {
-  // Accumulators, and beside them one vector of each key: what fits into the registers.
-  constexpr int kKeys = kRows <= 2 || kRegisters == 32 ? 4 : 2;
+// Queries and results of a panel stand as [vector of dimensions][row][kWidth]: one base for all rows.
+
+// Dot products of kRows query rows with a few keys at a time, over the keys [begin, end) of the tile: s[key][lane].
+template <class T, int kRows>
+PA_KERNEL void direct_scores(const float *q, const typename T::Storage *k, const TileKeys &tile, int head_dim,
+                             int begin, int end, float *s, Fetch<T> &fetch) {
+  // Accumulators, and beside them the parts of each key: what fits into the registers.
+  constexpr int kKeys = kRows == 1 || kRegisters == 32 ? 4 : 2;
+  const int lines = kKeys * fetch.lines_of_row(head_dim);
   for (int j = begin; j < end; j += kKeys) {
     const typename T::Storage *key[kKeys];
+    const float *query[kKeys];
 #pragma GCC unroll 4
     for (int i = 0; i < kKeys; ++i) {
       // The last group repeats the last key rather than touch one that nobody sees; softmax masks the surplus scores.
-      const int at = j + i < end ? j + i : end - 1;
-      key[i] = k + tile.k[at];
-      if constexpr (kPrefetch) {
-        prefetch_row<Cache::kL1, T>(v + tile.v[at], head_dim);
-        if (at < ahead.far_count) prefetch_row<Cache::kL2, T>(v + ahead.far->v[at], head_dim);
-      }
+      key[i] = k + tile.k[j + i < end ? j + i : end - 1];
+      query[i] = q;
+      // With few registers each key multiplies with queries in memory, which costs no instruction of its own.
+      if constexpr (kRegisters < 32) hide(query[i]);
     }
+    fetch.lines(lines);
     Vec sum[kKeys][kRows] = {};
-    for (int d = 0; d < head_dim; d += kWidth) {
-      Vec key_part[kKeys];
+    const auto add = [&](const Vec(&part)[kKeys]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kKeys; ++i) key_part[i] = T::load(key[i] + d);
+      for (int i = 0; i < kKeys; ++i) {
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        Vec q_part = load(q + r * q_stride + d);
-        keep_in_register(q_part);
-#pragma GCC unroll 4
-        for (int i = 0; i < kKeys; ++i) sum[i][r] = fma(key_part[i], q_part, sum[i][r]);
+        for (int r = 0; r < kRows; ++r) sum[i][r] = fma(part[i], load(query[i] + r * kWidth), sum[i][r]);
+        query[i] += kRows * kWidth;
       }
-    }
+    };
+    int d = 0;
+    for (; d + 2 * kWidth <= head_dim; d += 2 * kWidth) {
+      Vec part[2][kKeys];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      if constexpr (kKeys == 4) {
-        store_as(s + r * kScoreStride + j, sum_each(sum[0][r], sum[1][r], sum[2][r], sum[3][r]));
-      } else if (r % 2 == 0) {
-        const int next = r + 1 < kRows ? r + 1 : r;
-        const Vec4 four = sum_each(sum[0][r], sum[1][r], sum[0][next], sum[1][next]);
-        s[r * kScoreStride + j] = four[0];
-        s[r * kScoreStride + j + 1] = four[1];
-        s[next * kScoreStride + j] = four[2];
-        s[next * kScoreStride + j + 1] = four[3];
+      for (int i = 0; i < kKeys; ++i) load_pair<T>(key[i] + d, part[0][i], part[1][i]);
+      add(part[0]);
+      add(part[1]);
+    }
+    for (; d < head_dim; d += kWidth) {
+      Vec part[kKeys];
+      for (int i = 0; i < kKeys; ++i) part[i] = load_tail<T>(key[i] + d, head_dim - d);
+      add(part);
+    }
+    float *out = s + j * (kRows == 3 ? 4 : kRows);
+    if constexpr (kRows == 1) {
+      store_as(out, sum_each(sum[0][0], sum[1][0], sum[2][0], sum[3][0]));
+    } else if constexpr (kRows == 2) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; i += 2) {
+        store_as(out + 2 * i, sum_each(sum[i][0], sum[i][1], sum[i + 1][0], sum[i + 1][1]));
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; ++i) {
+        store_as(out + 4 * i, sum_each(sum[i][0], sum[i][1], sum[i][2], sum[i][kRows - 1]));
       }
     }
   }
 }
 
-// acc[r] += sum over keys [begin, end) of weights[r][j] * values(j), for kVecs vectors of columns.
+// acc[r] += sum over keys [begin, end) of weights[key][r] * values(key), for kVecs vectors of columns and kRows of the
+// `rows` rows that acc has.
 template <int kRows, int kVecs, class Values>
-PA_INLINE void accumulate_values(float *acc, int64_t acc_stride, const float *weights, int begin, int end,
+PA_INLINE void accumulate_values(float *acc, int rows, const float *weights, int lanes, int begin, int end,
                                  Values values) {
-  Vec sum[kRows][kVecs];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+  Vec sum[kVecs][kRows];
+#pragma GCC unroll 8
+  for (int c = 0; c < kVecs; ++c) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kVecs; ++c) sum[r][c] = load(acc + r * acc_stride + c * kWidth);
+    for (int r = 0; r < kRows; ++r) sum[c][r] = load(acc + (c * rows + r) * kWidth);
   }
-  for (int j = begin; j < end; ++j) {
+  weights += begin * lanes;
+#pragma GCC unroll 2
+  for (int j = begin; j < end; ++j, weights += lanes) {
     Vec value[kVecs];
+    values(j, value);
 #pragma GCC unroll 4
-    for (int c = 0; c < kVecs; ++c) value[c] = values(j, c);
-#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec weight = broadcast(weights[r * kScoreStride + j]);
-#pragma GCC unroll 4
-      for (int c = 0; c < kVecs; ++c) sum[r][c] = fma(weight, value[c], sum[r][c]);
+      const Vec weight = broadcast(weights[r]);
+#pragma GCC unroll 8
+      for (int c = 0; c < kVecs; ++c) sum[c][r] = fma(weight, value[c], sum[c][r]);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+  for (int c = 0; c < kVecs; ++c) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kVecs; ++c) store(acc + r * acc_stride + c * kWidth, sum[r][c]);
+    for (int r = 0; r < kRows; ++r) store(acc + (c * rows + r) * kWidth, sum[c][r]);
   }
 }
 
-// The keys that all rows [row, row + n) of the tile see go through `all(begin, end)`; what a single row sees beside
-// them through `one(row, begin, end)`.  A weight is so never multiplied with a value that its row does not see: 0 *
-// NaN.
+template <class T, int kRows>
+PA_KERNEL void direct_values(float *acc, int rows, const float *weights, int lanes, const typename T::Storage *v,
+                             const TileKeys &tile, int head_dim, int begin, int end, Fetch<T> &fetch) {
+  // Enough sums to hide how long one takes.
+  constexpr int kPairs = kRows == 1 ? 4 : (kRows == 2 || kRegisters == 32 ? 2 : 1);
+  const int lines_of_row = fetch.lines_of_row(head_dim);
+  for (int from = begin; from < end; from += kValueKeys) {
+    const int to = end < from + kValueKeys ? end : from + kValueKeys;
+    int d = 0;
+    const auto pairs = [&](auto count) __attribute__((always_inline)) {
+      constexpr int kCount = decltype(count)::value;
+      fetch.lines((kValueKeys * lines_of_row * kCount * 2 * kWidth + head_dim - 1) / head_dim);
+      const auto *column = v + d;
+      accumulate_values<kRows, 2 * kCount>(acc + d * rows, rows, weights, lanes, from, to,
+                                           [&](int j, Vec(&value)[2 *kCount]) __attribute__((always_inline)) {
+                                             const auto *at = column + tile.v[j];
+#pragma GCC unroll 4
+                                             for (int c = 0; c < kCount; ++c) {
+                                               load_pair<T>(at + c * 2 * kWidth, value[2 * c], value[2 * c + 1]);
+                                             }
+                                           });
+      d += kCount * 2 * kWidth;
+    };
+    while (d + kPairs * 2 * kWidth <= head_dim) pairs(Count<kPairs>{});
+    while (d + 2 * kWidth <= head_dim) pairs(Count<1>{});
+    for (; d < head_dim; d += kWidth) {
+      accumulate_values<kRows, 1>(acc + d * rows, rows, weights, lanes, from, to, [&](int j, Vec(&value)[1]) {
+        value[0] = load_tail<T>(v + tile.v[j] + d, head_dim - d);
+      });
+    }
+  }
+}
+
+// The keys that all rows of the panel see go through `all(begin, end)`; what a single row sees beside them through
+// `one(row, begin, end)`.  A weight is so never multiplied with a value that its row does not see: 0 * NaN.
 template <class All, class One>
-PA_INLINE void for_visible_keys(const State &state, int64_t row, int64_t n, All all, One one) {
-  const int begin = state.tile_begin[row + n - 1];
-  const int end = state.tile_end[row];
-  if (begin < end) all(begin, end);
-  for (int64_t r = row; r < row + n; ++r) {
-    const int first = state.tile_begin[r];
-    const int last = state.tile_end[r];
-    if (begin >= end) {
+PA_INLINE void for_visible_keys(const Panel &panel, All all, One one) {
+  const bool common = panel.all_begin < panel.all_end;
+  if (common) all(panel.all_begin, panel.all_end);
+  for (int r = 0; r < panel.rows; ++r) {
+    const int first = panel.begin[r], last = panel.end[r];
+    if (!common) {
       if (first < last) one(r, first, last);
       continue;
     }
-    if (first < begin) one(r, first, begin);
-    if (end < last) one(r, end, last);
+    if (first < panel.all_begin) one(r, first, panel.all_begin);
+    if (panel.all_end < last) one(r, panel.all_end, last);
   }
 }
 
-template <class T, int kRows, bool kPrefetch>
-static void direct_values(float *acc, int64_t acc_stride, const float *weights, const typename T::Storage *v,
-                          const TileKeys &tile, int head_dim, int begin, int end, const typename T::Storage *k,
-                          const Ahead<T> &ahead) {
-  int d = 0;
-  for (; d + kPanel <= head_dim; d += kPanel) {
-    const bool new_line = kPrefetch && d % kLine<T> == 0;
-    accumulate_values<kRows, 2>(acc + d, acc_stride, weights, begin, end, [&](int j, int c) {
-      if (c == 0 && new_line) {
-        if (j < ahead.near->count) prefetch<Cache::kL1>(ahead.near_k + ahead.near->k[j] + d);
-        if (j < ahead.far_count) prefetch<Cache::kL2>(k + ahead.far->k[j] + d);
+// What a panel accumulated, after a maximum rose.
+static void rescale_panel(float *acc, int64_t row_stride, int rows, const float *factor) {
+  Vec by[kDirectRows];
+  for (int r = 0; r < rows; ++r) by[r] = broadcast(factor[r]);
+  for (int64_t d = 0; d < row_stride; d += kWidth) {
+    for (int r = 0; r < rows; ++r) {
+      float *at = acc + d * rows + r * kWidth;
+      store(at, load(at) * by[r]);
+    }
+  }
+}
+
+// Queries in fp32, in the cache's pair order, with everything that multiplies a score folded in; sums cleared.
+static void start_direct(const AttentionParams &params, const AttentionWork &work, State &state) {
+  for (int64_t head = 0; head < state.num_heads; ++head) {
+    const float factor = query_factor(params, work.head_begin + head);
+    for (int p = 0; p < state.num_panels; ++p) {
+      const Panel &panel = state.panels[p];
+      for (int r = 0; r < panel.rows; ++r) {
+        const QueryRow at = query_row(state, work, head, panel.first + r);
+        const int64_t offset = at.token * params.q.token_stride + at.head * params.q.head_stride;
+        float *q = state.q + (head * state.rows + panel.first) * state.row_stride + r * kWidth;
+        const auto put = [&](int d, Vec v) { store(q + d * panel.rows, v * factor); };
+        with_dtype(params.q_dtype, [&](auto tag) {
+          using T = decltype(tag);
+          const auto *src = static_cast<const typename T::Storage *>(params.q.data) + offset;
+          int d = 0;
+          for (; state.pair_order && d + 2 * kWidth <= params.head_dim; d += 2 * kWidth) {
+            Vec first, second;
+            load_pair<T>(src + d, first, second);
+            put(d, first);
+            put(d + kWidth, second);
+          }
+          for (; d < params.head_dim; d += kWidth) put(d, load_tail<T>(src + d, params.head_dim - d));
+        });
       }
-      return T::load(v + tile.v[j] + d + c * kWidth);
-    });
+    }
   }
-  if (d < head_dim) {
-    accumulate_values<kRows, 1>(acc + d, acc_stride, weights, begin, end,
-                                [&](int j, int) { return T::load(v + tile.v[j] + d); });
-  }
+  const int64_t size = state.num_heads * state.rows * state.row_stride;
+  __builtin_memset(state.acc, 0, static_cast<size_t>(size) * sizeof(float));
 }
 
-// Scores, softmax and values of one KV head.
+// The result back to rows, which take the queries' place.
+static void finish_direct(State &state) {
+  for (int64_t head = 0; head < state.num_heads; ++head) {
+    for (int p = 0; p < state.num_panels; ++p) {
+      const Panel &panel = state.panels[p];
+      const int64_t first = (head * state.rows + panel.first) * state.row_stride;
+      for (int64_t d = 0; d < state.row_stride; d += kWidth) {
+        for (int r = 0; r < panel.rows; ++r) {
+          store(state.q + first + r * state.row_stride + d, load(state.acc + first + d * panel.rows + r * kWidth));
+        }
+      }
+    }
+  }
+  state.acc = state.q;
+}
+
+// Scores, softmax and values of all heads.
 template <class T>
 static void direct_tile(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &tile,
-                        int64_t head, const Ahead<T> &ahead) {
-  const auto *k = head_data<T>(params.k_cache, work, head);
-  const auto *v = head_data<T>(params.v_cache, work, head);
-  const float *q = state.q + head * state.rows * state.row_stride;
-  float *acc = state.acc + head * state.rows * state.row_stride;
-
-  for (int64_t row = 0; row < state.rows; row += kDirectRows) {
-    const int64_t n = state.rows - row < kDirectRows ? state.rows - row : kDirectRows;
-    with_count<kDirectRows>(n, [&](auto count) {
-      constexpr int kRows = decltype(count)::value;
-      const auto scores = row == 0 ? direct_scores<T, kRows, true> : direct_scores<T, kRows, false>;
-      scores(q + row * state.row_stride, state.row_stride, k, tile, params.head_dim, state.tile_begin[row],
-             state.tile_end[row + n - 1], state.scores + row * kScoreStride, v, ahead);
+                        const TileKeys &next) {
+  Fetch<T> nothing;
+  Fetch<T> values_ahead(params.v_cache, work, tile.v, tile.count, params.head_dim);
+  Fetch<T> keys_ahead(params.k_cache, work, next.k, next.count, params.head_dim);
+  const auto for_panels = [&](auto f) {
+    for (int64_t head = 0; head < state.num_heads; ++head) {
+      for (int p = 0; p < state.num_panels; ++p) {
+        const Panel &panel = state.panels[p];
+        if (panel.any_begin >= panel.any_end) continue;
+        const int64_t row = (head * state.rows + panel.first) * state.row_stride;
+        f(head, panel, row, state.scores + (head * state.lanes + panel.first_lane) * kTileKeys,
+          state.online[head * state.num_panels + p]);
+      }
+    }
+  };
+  for_panels([&](int64_t head, const Panel &panel, int64_t row, float *s, Online &) {
+    with_count<kDirectRows>(panel.rows, [&](auto count) {
+      direct_scores<T, decltype(count)::value>(state.q + row, head_data<T>(params.k_cache, work, head), tile,
+                                               params.head_dim, panel.any_begin, panel.any_end, s,
+                                               panel.first == 0 ? values_ahead : nothing);
     });
-  }
-  softmax_tile(params, work, state, tile, head);
-  for (int64_t row = 0; row < state.rows; row += kDirectRows) {
-    const int64_t n = state.rows - row < kDirectRows ? state.rows - row : kDirectRows;
-    const auto values = [&](auto values_of_rows, int64_t r, int begin, int end) {
-      values_of_rows(acc + r * state.row_stride, state.row_stride, state.scores + r * kScoreStride, v, tile,
-                     params.head_dim, begin, end, k, ahead);
+  });
+  for_panels([&](int64_t head, const Panel &panel, int64_t row, float *s, Online &online) {
+    if (softmax_panel(params, work, state, tile, panel, head, s, online)) {
+      rescale_panel(state.acc + row, state.row_stride, panel.rows, online.factor);
+    }
+  });
+  for_panels([&](int64_t head, const Panel &panel, int64_t row, float *s, Online &) {
+    const auto values = [&](auto count, int r, int begin, int end) {
+      direct_values<T, decltype(count)::value>(state.acc + row + r * kWidth, panel.rows, s + r, panel.lanes,
+                                               head_data<T>(params.v_cache, work, head), tile, params.head_dim, begin,
+                                               end, panel.first == 0 ? keys_ahead : nothing);
     };
     for_visible_keys(
-        state, row, n,
+        panel,
         [&](int begin, int end) {
-          with_count<kDirectRows>(n, [&](auto count) {
-            constexpr int kRows = decltype(count)::value;
-            values(row == 0 ? direct_values<T, kRows, true> : direct_values<T, kRows, false>, row, begin, end);
-          });
+          with_count<kDirectRows>(panel.rows, [&](auto count) { values(count, 0, begin, end); });
         },
-        [&](int64_t r, int begin, int end) { values(direct_values<T, 1, false>, r, begin, end); });
-  }
+        [&](int r, int begin, int end) { values(Count<1>{}, r, begin, end); });
+  });
 }
 
 }  // namespace pagedattn::cpu::PAGEDATTN_ISA

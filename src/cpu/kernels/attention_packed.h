@@ -1,133 +1,256 @@
-// A tile for many query rows (prefill, large groups): two small matrix products on packed fp32 panels.
+// A tile for many query rows (prefill, large groups): two small matrix products with query rows in the lanes.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// A tile's keys and values are converted once, K transposed, into panels of kPanel columns that the micro-kernels read
-// in order: S = Q K^T with keys as columns, O += P V with head dimensions as columns.  A micro-kernel keeps kMicroRows
-// x kPanel sums in registers, so its bound is the multiplier: 12 (24) fused multiply-adds for every 2 vector loads and
-// 6 (12) broadcasts with 16 (32) registers.  Panels are the outer loops: one stays in L1 while the rows stream from L2.
+// S^T = K Q^T and O^T += V^T P^T.  Queries are transposed once for all tiles and the result once at the end; a tile's
+// keys and values are converted to fp32 once, untransposed, for all rows (fp32 keys not even that), and their elements
+// are broadcast.  A micro-kernel keeps kMicro x up to kPackedVecs vectors of sums in registers, so its bound is the
+// multiplier: 12 (24) fused multiply-adds for every 3 vector loads and 4 (8) broadcasts with 16 (32) registers.  Panels
+// of rows are the outer loop: a panel's queries and scores stay in L1 while keys and values stream from L2.
 #pragma once
 
-#include "kernels/attention_direct.h"
+#include "kernels/fetch.h"
+#include "kernels/softmax.h"
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
-constexpr int kMicroRows = kRegisters == 32 ? 12 : 6;
+// Keys, or dimensions of values, of a micro-kernel.  Head dimensions are a multiple of 8, the number of keys need not
+// be.
+constexpr int kMicro = kRegisters == 32 ? 8 : 4;
+// Floats from kMicro dimensions of a tile's values to the next: a line more than they take, since what one key writes
+// would otherwise fall on a few sets of L1.
+constexpr int kColumnStride = kTileKeys * kMicro + 16;
 
-// K^T: [panel of keys][dimension][kPanel keys].  Places behind the last key are zeros.
-template <class T>
-static void pack_keys(const typename T::Storage *k, const TileKeys &tile, int head_dim, float *panels) {
-  for (int j = 0; j < tile.count; j += kWidth) {
-    float *panel = panels + j / kPanel * kPanel * head_dim + j % kPanel;
-    for (int d = 0; d < head_dim; d += kWidth) {
-      Vec square[kWidth];
-      const int dims = head_dim - d < kWidth ? head_dim - d : kWidth;
-#pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) {
-        if (j + i >= tile.count) {
-          square[i] = zero();
-        } else {
-          const auto *src = k + tile.k[j + i] + d;
-          square[i] = dims == kWidth ? T::load(src) : load_partial<T>(src, dims);
-        }
-      }
-      transpose(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) {
-        if (i < dims) store(panel + (d + i) * kPanel, square[i]);
-      }
+// sum[i] += scalar(i, n) * lanes[n], over n.
+template <int kVecs, class Scalar>
+PA_INLINE void multiply(Vec (&sum)[kMicro][kVecs], const float *lanes, int begin, int end, Scalar scalar) {
+  for (int n = begin; n < end; ++n) {
+    Vec row[kVecs];
+#pragma GCC unroll 3
+    for (int c = 0; c < kVecs; ++c) row[c] = load(lanes + (n * kVecs + c) * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < kMicro; ++i) {
+      const Vec x = broadcast(scalar(i, n));
+#pragma GCC unroll 3
+      for (int c = 0; c < kVecs; ++c) sum[i][c] = fma(x, row[c], sum[i][c]);
     }
-  }
-  // An odd number of vectors of keys leaves half a panel.
-  const int packed = static_cast<int>(round_up(tile.count, kWidth));
-  if (packed % kPanel != 0) {
-    float *panel = panels + packed / kPanel * kPanel * head_dim + packed % kPanel;
-    for (int d = 0; d < head_dim; ++d) store(panel + d * kPanel, zero());
   }
 }
 
-// V: [panel of dimensions][key][kPanel dimensions], zeros behind the last dimension.
+// Scores of kMicro keys with a panel of queries [dimension][lane].
+template <int kVecs>
+PA_KERNEL void packed_scores(const float *q, const float *const *keys, int head_dim, float *s) {
+  const float *key[kMicro];
+  for (int i = 0; i < kMicro; ++i) key[i] = keys[i];
+  Vec sum[kMicro][kVecs] = {};
+  multiply<kVecs>(sum, q, 0, head_dim, [&](int i, int d) __attribute__((always_inline)) { return key[i][d]; });
+#pragma GCC unroll 8
+  for (int i = 0; i < kMicro; ++i) {
+#pragma GCC unroll 3
+    for (int c = 0; c < kVecs; ++c) store(s + (i * kVecs + c) * kWidth, sum[i][c]);
+  }
+}
+
+// kMicro dimensions of the result [dimension][lane] of a panel, with weights [key][lane] and values [key][kMicro].
+template <int kVecs>
+PA_KERNEL void packed_values(float *acc, const float *weights, const float *values, int begin, int end) {
+  Vec sum[kMicro][kVecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kMicro; ++i) {
+#pragma GCC unroll 3
+    for (int c = 0; c < kVecs; ++c) sum[i][c] = load(acc + (i * kVecs + c) * kWidth);
+  }
+  multiply<kVecs>(sum, weights, begin, end,
+                  [&](int i, int j) __attribute__((always_inline)) { return values[j * kMicro + i]; });
+#pragma GCC unroll 8
+  for (int i = 0; i < kMicro; ++i) {
+#pragma GCC unroll 3
+    for (int c = 0; c < kVecs; ++c) store(acc + (i * kVecs + c) * kWidth, sum[i][c]);
+  }
+}
+
+// Where each key lies in fp32, kMicro behind the last one included, which repeat it.
 template <class T>
-static void pack_values(const typename T::Storage *v, const TileKeys &tile, int head_dim, float *panels) {
-  const int padded = static_cast<int>(round_up(head_dim, kPanel));
+static void unpack_keys(const typename T::Storage *k, const TileKeys &tile, int head_dim, const State &state,
+                        const float **keys, Fetch<T> &fetch) {
+  const int padded = static_cast<int>(round_up(tile.count, kMicro));
+  const int lines = fetch.lines_of_row(head_dim);
+  for (int j = 0; j < tile.count; ++j) {
+    const auto *src = k + tile.k[j];
+    fetch.lines(lines);
+    if constexpr (sizeof(typename T::Storage) == sizeof(float)) {
+      keys[j] = src;
+    } else {
+      float *dst = state.key_rows + j * state.row_stride;
+      keys[j] = dst;
+      for (int d = 0; d < head_dim; d += kWidth) store(dst + d, load_tail<T>(src + d, head_dim - d));
+    }
+  }
+  for (int j = tile.count; j < padded; ++j) keys[j] = keys[tile.count - 1];
+}
+
+// Values as [kMicro dimensions][key][kMicro].  Those that are not finite, of keys that only some rows see, become
+// zeros, since a weight of 0 does not cancel them, and their keys go to `odd`, to be added where they are seen. Returns
+// how many these are.
+template <class T>
+static int unpack_values(const typename T::Storage *v, const TileKeys &tile, int head_dim, const State &state,
+                         int all_begin, int all_end, int *odd, Fetch<T> &fetch) {
+  constexpr int kPart = kMicro < kWidth ? kMicro : kWidth;
+  const int lines = fetch.lines_of_row(head_dim);
+  int num_odd = 0;
   for (int j = 0; j < tile.count; ++j) {
     const auto *src = v + tile.v[j];
-    for (int d = 0; d < padded; d += kWidth) {
-      const int dims = head_dim - d;
-      const Vec part = dims >= kWidth ? T::load(src + d) : (dims > 0 ? load_partial<T>(src + d, dims) : zero());
-      store(panels + (d / kPanel * kTileKeys + j) * kPanel + d % kPanel, part);
+    fetch.lines(lines);
+    float *dst = state.value_columns + j * kMicro;
+    const auto unpack = [&](auto value_at) __attribute__((always_inline)) {
+      for (int d = 0; d < head_dim; d += kWidth) {
+        const Vec value = value_at(d);
+#pragma GCC unroll 4
+        for (int i = 0; i < kWidth; i += kPart) {
+          float *to = dst + (d + i) / kMicro * kColumnStride + (d + i) % kMicro;
+          __builtin_memcpy(to, reinterpret_cast<const float *>(&value) + i, kPart * sizeof(float));
+        }
+      }
+    };
+    const auto value_at = [&](int d) __attribute__((always_inline)) { return load_tail<T>(src + d, head_dim - d); };
+    bool finite = true;
+    if (j < all_begin || j >= all_end) {
+      for (int d = 0; d < head_dim; d += kWidth) finite &= !any(!(value_at(d) - value_at(d) == zero()));
+    }
+    if (finite) {
+      unpack(value_at);
+    } else {
+      unpack([](int) { return zero(); });
+      odd[num_odd++] = j;
+    }
+  }
+  return num_odd;
+}
+
+// The product of a weight and a value, for the rows that see the key.
+template <class T>
+static void add_odd_key(const Panel &panel, int head_dim, const float *weights, const typename T::Storage *value, int j,
+                        float *acc) {
+  for (int lane = 0; lane < panel.rows; ++lane) {
+    if (j < panel.begin[lane] || j >= panel.end[lane]) continue;
+    for (int d = 0; d < head_dim; ++d) {
+      acc[d * panel.lanes + lane] += weights[j * panel.lanes + lane] * load_partial<T>(value + d, 1)[0];
     }
   }
 }
 
-// Scores of kRows query rows with one panel of keys.
-template <int kRows>
-static void panel_scores(const float *q, int64_t q_stride, const float *panel, int head_dim, float *s) {
-  Vec sum[kRows][2] = {};
-  for (int d = 0; d < head_dim; ++d) {
-    const Vec k0 = load(panel + d * kPanel);
-    const Vec k1 = load(panel + d * kPanel + kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Vec q_part = broadcast(q[r * q_stride + d]);
-      sum[r][0] = fma(q_part, k0, sum[r][0]);
-      sum[r][1] = fma(q_part, k1, sum[r][1]);
+// Calls f(panel, lane, rows of it from there, at most kWidth) for all vectors of rows.
+template <class F>
+PA_INLINE void for_row_vectors(const State &state, F f) {
+  for (int p = 0; p < state.num_panels; ++p) {
+    const Panel &panel = state.panels[p];
+    for (int lane = 0; lane < panel.lanes; lane += kWidth) {
+      f(panel, lane, panel.rows - lane < kWidth ? panel.rows - lane : kWidth);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    store(s + r * kScoreStride, sum[r][0]);
-    store(s + r * kScoreStride + kWidth, sum[r][1]);
+}
+
+// Queries in fp32, transposed, with everything that multiplies a score folded in; sums cleared.
+static void start_packed(const AttentionParams &params, const AttentionWork &work, State &state) {
+  const int head_dim = params.head_dim;
+  for (int64_t head = 0; head < state.num_heads; ++head) {
+    const float factor = query_factor(params, work.head_begin + head);
+    float *const q = state.q + head * state.lanes * head_dim;
+    with_dtype(params.q_dtype, [&](auto tag) {
+      using T = decltype(tag);
+      for_row_vectors(state, [&](const Panel &panel, int lane, int rows) {
+        const typename T::Storage *src[kWidth];
+        for (int i = 0; i < rows; ++i) {
+          const QueryRow at = query_row(state, work, head, panel.first + lane + i);
+          src[i] = static_cast<const typename T::Storage *>(params.q.data) + at.token * params.q.token_stride +
+                   at.head * params.q.head_stride;
+          // All rows at once: one after the other their lines would be waited for.
+          for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(typename T::Storage))) {
+            prefetch<Cache::kL1>(src[i] + d);
+          }
+        }
+        float *const dst = q + panel.first_lane * head_dim + lane;
+        for (int d = 0; d < head_dim; d += kWidth) {
+          const int dims = head_dim - d < kWidth ? head_dim - d : kWidth;
+          Vec square[kWidth] = {};
+          for (int i = 0; i < rows; ++i) square[i] = load_tail<T>(src[i] + d, dims) * factor;
+          transpose(square);
+          for (int i = 0; i < dims; ++i) store(dst + (d + i) * panel.lanes, square[i]);
+        }
+      });
+    });
+  }
+  const int64_t size = state.num_heads * state.lanes * head_dim;
+  __builtin_memset(state.acc, 0, static_cast<size_t>(size) * sizeof(float));
+}
+
+// The result back to rows, which take the queries' place.
+static void finish_packed(const AttentionParams &params, State &state) {
+  const int head_dim = params.head_dim;
+  for (int64_t head = 0; head < state.num_heads; ++head) {
+    const float *const acc = state.acc + head * state.lanes * head_dim;
+    for_row_vectors(state, [&](const Panel &panel, int lane, int rows) {
+      const float *const src = acc + panel.first_lane * head_dim + lane;
+      float *const dst = state.q + (head * state.rows + panel.first + lane) * state.row_stride;
+      for (int d = 0; d < head_dim; d += kWidth) {
+        const int dims = head_dim - d < kWidth ? head_dim - d : kWidth;
+        Vec square[kWidth] = {};
+        for (int i = 0; i < dims; ++i) square[i] = load(src + (d + i) * panel.lanes);
+        transpose(square);
+        for (int i = 0; i < rows; ++i) store(dst + i * state.row_stride + d, square[i]);
+      }
+    });
+  }
+  state.acc = state.q;
+}
+
+// Scores, softmax and values of one head.
+template <class T>
+static void packed_head(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &tile,
+                        int64_t head, Fetch<T> &keys_ahead, Fetch<T> &values_ahead) {
+  const int head_dim = params.head_dim;
+  const auto *v = head_data<T>(params.v_cache, work, head);
+  const float *keys[kTileKeys];
+  int odd[kTileKeys];
+  unpack_keys<T>(head_data<T>(params.k_cache, work, head), tile, head_dim, state, keys, keys_ahead);
+  const int num_odd = unpack_values<T>(v, tile, head_dim, state, state.panels[state.num_panels - 1].all_begin,
+                                       state.panels[0].all_end, odd, values_ahead);
+  for (int p = 0; p < state.num_panels; ++p) {
+    const Panel &panel = state.panels[p];
+    if (panel.any_begin >= panel.any_end) continue;
+    const int64_t offset = (head * state.lanes + panel.first_lane) * head_dim;
+    float *acc = state.acc + offset;
+    Online &online = state.online[head * state.num_panels + p];
+    with_count<kPackedVecs>(panel.lanes / kWidth, [&](auto count) {
+      constexpr int kVecs = decltype(count)::value;
+      constexpr int kLanes = kVecs * kWidth;
+      for (int j = panel.any_begin / kMicro * kMicro; j < panel.any_end; j += kMicro) {
+        packed_scores<kVecs>(state.q + offset, keys + j, head_dim, state.scores + j * kLanes);
+      }
+      if (softmax_panel(params, work, state, tile, panel, head, state.scores, online)) {
+        for (int64_t i = 0; i < int64_t{head_dim} * kLanes; i += kLanes) {
+#pragma GCC unroll 3
+          for (int c = 0; c < kLanes; c += kWidth) store(acc + i + c, load(acc + i + c) * load(online.factor + c));
+        }
+      }
+      for (int d = 0; d < head_dim; d += kMicro) {
+        packed_values<kVecs>(acc + d * kLanes, state.scores, state.value_columns + d / kMicro * kColumnStride,
+                             panel.any_begin, panel.any_end);
+      }
+      for (int i = 0; i < num_odd; ++i) {
+        add_odd_key<T>(panel, head_dim, state.scores, v + tile.v[odd[i]], odd[i], acc);
+      }
+    });
   }
 }
 
-template <int kRows>
-static void panel_values(float *acc, int64_t acc_stride, const float *weights, const float *panel, int begin, int end) {
-  accumulate_values<kRows, 2>(acc, acc_stride, weights, begin, end,
-                              [panel](int j, int c) { return load(panel + j * kPanel + c * kWidth); });
-}
-
-// Scores, softmax and values of one KV head.
 template <class T>
 static void packed_tile(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &tile,
-                        int64_t head, const Ahead<T> &ahead) {
-  const auto *k = head_data<T>(params.k_cache, work, head);
-  const auto *v = head_data<T>(params.v_cache, work, head);
-  const float *q = state.q + head * state.rows * state.row_stride;
-  float *acc = state.acc + head * state.rows * state.row_stride;
-
-  // Blocks lie anywhere, so what is packed next is fetched while this is computed.
-  for (int j = 0; j < tile.count; ++j) prefetch_row<Cache::kL2, T>(v + tile.v[j], params.head_dim);
-  pack_keys<T>(k, tile, params.head_dim, state.k_panels);
-  for (int j = 0; j < tile.count; j += kPanel) {
-    for (int64_t row = 0; row < state.rows; row += kMicroRows) {
-      const int64_t n = state.rows - row < kMicroRows ? state.rows - row : kMicroRows;
-      if (state.tile_end[row + n - 1] <= j || state.tile_begin[row] >= j + kPanel) continue;
-      with_count<kMicroRows>(n, [&](auto count) {
-        panel_scores<decltype(count)::value>(q + row * state.row_stride, state.row_stride,
-                                             state.k_panels + j * params.head_dim, params.head_dim,
-                                             state.scores + row * kScoreStride + j);
-      });
-    }
-  }
-  softmax_tile(params, work, state, tile, head);
-  for (int j = 0; j < ahead.near->count; ++j) {
-    prefetch_row<Cache::kL2, T>(ahead.near_k + ahead.near->k[j], params.head_dim);
-  }
-  pack_values<T>(v, tile, params.head_dim, state.v_panels);
-  for (int64_t d = 0; d < params.head_dim; d += kPanel) {
-    const float *panel = state.v_panels + d * kTileKeys;
-    for (int64_t row = 0; row < state.rows; row += kMicroRows) {
-      const int64_t n = state.rows - row < kMicroRows ? state.rows - row : kMicroRows;
-      const auto values = [&](auto count, int64_t r, int begin, int end) {
-        panel_values<decltype(count)::value>(acc + r * state.row_stride + d, state.row_stride,
-                                             state.scores + r * kScoreStride, panel, begin, end);
-      };
-      for_visible_keys(
-          state, row, n,
-          [&](int begin, int end) { with_count<kMicroRows>(n, [&](auto count) { values(count, row, begin, end); }); },
-          [&](int64_t r, int begin, int end) { values(Count<1>{}, r, begin, end); });
-    }
+                        const TileKeys &next) {
+  Fetch<T> keys_ahead(params.k_cache, work, next.k, next.count, params.head_dim);
+  Fetch<T> values_ahead(params.v_cache, work, next.v, next.count, params.head_dim);
+  for (int64_t head = 0; head < state.num_heads; ++head) {
+    packed_head<T>(params, work, state, tile, head, keys_ahead, values_ahead);
   }
 }
 

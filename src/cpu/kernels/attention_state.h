@@ -1,10 +1,11 @@
-// The state of one work item: converted queries, online-softmax rows, and where the keys of a tile lie.
+// The state of one work item: queries, online-softmax rows, and where the keys of a tile lie.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// A state row is a (KV head, packed row) pair, numbered head-major: (head - head_begin) * num_rows + row.
-// Scores are kept in base 2, so that exponentials are 2**x: log2(e) is folded into the queries, or into the factor
-// behind tanh where a softcap is on.
+// Scores of a KV head stand as [key][row]: the query rows that share the head's keys lie side by side in the lanes of
+// vectors, so that a maximum over keys, a sum, a mask and a rescaling are plain vector operations.  A panel is as many
+// rows as one pass of a kernel takes.  Scores are kept in base 2, so that exponentials are 2**x: log2(e) is folded into
+// the queries, or into the factor behind tanh where a softcap is on.
 #pragma once
 
 #include "kernels/convert.h"
@@ -12,9 +13,16 @@
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
-constexpr int kTileKeys = 64;       // keys whose scores are in flight; K and V of a head's tile stay in L1 and L2
-constexpr int kPanel = 2 * kWidth;  // columns of a micro-kernel
-constexpr int kScoreStride = kTileKeys + 8;  // groups of keys at the end of a tile may store a little past it
+constexpr int kTileKeys = 64;   // keys whose scores are in flight, at most
+constexpr int kDirectRows = 4;  // rows of a panel that reads the cache directly
+constexpr int kPackedVecs = 3;  // vectors of rows of a panel on packed tiles
+constexpr int kMaxLanes = kPackedVecs * kWidth;
+constexpr int kMaxPanels = static_cast<int>(kMaxStateRows) / kMaxLanes + 1;
+// Up to here converting K and V again for each panel costs less than packing them.
+constexpr int64_t kMaxDirectRows = 2 * kDirectRows;
+// Rows padded to vectors, over all heads: at worst one row more than a vector, or than half a vector.
+constexpr int64_t kMaxStateLanes = 2 * kMaxStateRows;
+static_assert(kMaxStateRows % kMaxLanes == 0);
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
@@ -22,7 +30,7 @@ constexpr float kInfinity = __builtin_inff();
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Offsets (elements) of the keys and values of one tile, for KV head 0.
+// Offsets (elements) of the keys and values of one tile, for the first KV head of the item.
 struct TileKeys {
   int64_t first = 0;  // number of the first key
   int count = 0;
@@ -30,22 +38,45 @@ struct TileKeys {
   int64_t v[kTileKeys];
 };
 
+// Rows whose scores lie side by side, the same for each KV head.  Behind the last row, lanes repeat it.
+struct Panel {
+  int64_t first;       // row
+  int64_t first_lane;  // before it in a head, lanes of other panels
+  int rows;
+  int lanes;  // 1, 2, 4, or a multiple of kWidth; fewer than kWidth stand for several keys in one vector
+  alignas(64) int begin[kMaxLanes];  // the keys of the tile at hand that a lane sees
+  int end[kMaxLanes];
+  int any_begin, any_end;  // those that some lane sees
+  int all_begin, all_end;  // those that all lanes see; may be none
+};
+
+// The running softmax of one panel and head, lane by lane.
+struct Online {
+  alignas(64) float max[kMaxLanes];
+  float sum[kMaxLanes];
+  float factor[kMaxLanes];  // what the last tile rescaled by
+};
+
 struct State {
   int64_t rows;       // packed rows
   int64_t num_heads;  // KV heads
   int64_t group;
-  int64_t row_stride;      // of q and acc
-  float *q;                // [num_heads * rows, row_stride], scaled
-  float *acc;              // [num_heads * rows, row_stride]
-  float *row_max;          // [num_heads * rows]
-  float *row_sum;          // [num_heads * rows]
-  float *scores;           // [rows, kScoreStride]
-  float *k_panels;         // [kTileKeys / kPanel, head_dim, kPanel]
-  float *v_panels;         // [row_stride / kPanel, kTileKeys, kPanel]
+  int64_t row_stride;  // of q, acc and key_rows
+  int num_panels;
+  int64_t lanes;  // of all panels
+  bool direct;
+  bool pair_order;         // whether rows of q and acc are in the cache type's pair order
+  float *q;                // direct: [num_heads * rows, row_stride]; packed: [num_heads][panel][head_dim][lanes]
+  float *acc;              // likewise
+  float *row_max;          // [num_heads * rows], at the end
+  float *row_sum;          // [num_heads * rows], at the end
+  float *scores;           // direct: [num_heads][panel][kTileKeys][lanes]; packed: one head's
+  float *key_rows;         // packed: [kTileKeys, row_stride], keys in fp32
+  float *value_columns;    // packed: [head_dim / kMicro][kTileKeys][kMicro], padded, values in fp32
   int64_t *visible_begin;  // [rows] keys that a row sees
   int64_t *visible_end;
-  int *tile_begin;  // [rows] the same, within the tile at hand
-  int *tile_end;
+  Panel *panels;
+  Online *online;  // [num_heads][num_panels]
   TileKeys *keys;  // two tiles: the one at hand and the next
 };
 
@@ -56,18 +87,18 @@ static size_t lay_out(State &state, const AttentionParams &params, void *base) {
     array = reinterpret_cast<decltype(+array)>(reinterpret_cast<uintptr_t>(base) + used);
     used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(*array)), 64));
   };
-  state.row_stride = round_up(params.head_dim, kPanel);
-  take(state.q, kMaxStateRows * state.row_stride);
-  take(state.acc, kMaxStateRows * state.row_stride);
+  state.row_stride = round_up(params.head_dim, kWidth);
+  take(state.q, kMaxStateLanes * state.row_stride);
+  take(state.acc, kMaxStateLanes * state.row_stride);
   take(state.row_max, kMaxStateRows);
   take(state.row_sum, kMaxStateRows);
-  take(state.scores, kMaxStateRows * kScoreStride);
-  take(state.k_panels, kTileKeys * params.head_dim);
-  take(state.v_panels, kTileKeys * state.row_stride);
+  take(state.scores, kMaxStateLanes * kTileKeys);
+  take(state.key_rows, kTileKeys * state.row_stride);
+  take(state.value_columns, (kTileKeys + 4) * state.row_stride);
   take(state.visible_begin, kMaxStateRows);
   take(state.visible_end, kMaxStateRows);
-  take(state.tile_begin, kMaxStateRows);
-  take(state.tile_end, kMaxStateRows);
+  take(state.panels, kMaxPanels);
+  take(state.online, kMaxStateRows);
   take(state.keys, 2);
   return used;
 }
@@ -86,60 +117,74 @@ static float scale_of(const Scale &scale, int64_t kv_head) {
   return scale.ptr == nullptr ? scale.value : scale.ptr[scale.per_head ? kv_head : 0];
 }
 
+// What multiplies a row of queries, so that products are scores in base 2 (or, with a softcap, arguments of tanh).
+static float query_factor(const AttentionParams &params, int64_t kv_head) {
+  const float factor = params.scale * scale_of(params.k_scale, kv_head);
+  return params.softcap > 0.0f ? factor / params.softcap : factor * kLog2e;
+}
+
+// Rows in panels of about equal size, of at most kDirectRows or kMaxLanes.
+static void make_panels(State &state) {
+  const int64_t most = state.direct ? kDirectRows : kMaxLanes;
+  const int64_t count = (state.rows + most - 1) / most;
+  int64_t even = (state.rows + count - 1) / count;
+  if (!state.direct) even = round_up(even, kWidth);
+  state.num_panels = 0;
+  state.lanes = 0;
+  for (int64_t row = 0; row < state.rows; row += even) {
+    Panel &panel = state.panels[state.num_panels++];
+    panel.first = row;
+    panel.first_lane = state.lanes;
+    panel.rows = static_cast<int>(state.rows - row < even ? state.rows - row : even);
+    panel.lanes = static_cast<int>(state.direct ? (panel.rows == 3 ? 4 : panel.rows) : round_up(panel.rows, kWidth));
+    state.lanes += panel.lanes;
+  }
+}
+
 static State make_state(const AttentionParams &params, const AttentionWork &work, void *scratch) {
   State state;
   lay_out(state, params, scratch);
   state.rows = work.row_end - work.row_begin;
   state.num_heads = work.head_end - work.head_begin;
   state.group = params.num_q_heads / params.num_kv_heads;
-  for (int64_t row = 0; row < state.rows; ++row) {
-    const int64_t position = work.seq_len - work.query_len + (work.row_begin + row) / state.group;
+  state.direct = state.rows <= kMaxDirectRows;
+  state.pair_order = state.direct && params.kv_dtype == DType::kBFloat16;
+  // Rows of one token see the same keys.
+  int64_t position = work.seq_len - work.query_len + work.row_begin / state.group;
+  int64_t left = state.group - work.row_begin % state.group;
+  for (int64_t row = 0; row < state.rows; ++row, --left) {
+    if (left == 0) {
+      ++position;
+      left = state.group;
+    }
     int64_t end = params.causal ? position + 1 : work.seq_len;
     if (end < 0) end = 0;
-    const int64_t begin = params.window > 0 && end > params.window ? end - params.window : 0;
-    state.visible_begin[row] = begin;
+    state.visible_begin[row] = params.window > 0 && end > params.window ? end - params.window : 0;
     state.visible_end[row] = end;
+  }
+  make_panels(state);
+  for (int64_t i = 0; i < state.num_heads * state.num_panels; ++i) {
+    for (int lane = 0; lane < kMaxLanes; ++lane) {
+      state.online[i].max[lane] = -kInfinity;
+      state.online[i].sum[lane] = 0.0f;
+    }
   }
   return state;
 }
 
-// Converts the queries to fp32 with everything that multiplies a score folded in, and clears the accumulators.
-static void start_rows(const AttentionParams &params, const AttentionWork &work, State &state) {
-  for (int64_t head = 0; head < state.num_heads; ++head) {
-    float factor = params.scale * scale_of(params.k_scale, work.head_begin + head);
-    factor = params.softcap > 0.0f ? factor / params.softcap : factor * kLog2e;
-    for (int64_t row = 0; row < state.rows; ++row) {
-      const QueryRow at = query_row(state, work, head, row);
-      const int64_t offset = at.token * params.q.token_stride + at.head * params.q.head_stride;
-      float *q = state.q + (head * state.rows + row) * state.row_stride;
-      with_dtype(params.q_dtype, [&](auto tag) {
-        using T = decltype(tag);
-        const auto *src = static_cast<const typename T::Storage *>(params.q.data) + offset;
-        int64_t d = 0;
-        for (; d + kWidth <= params.head_dim; d += kWidth) store(q + d, T::load(src + d) * factor);
-        if (d < params.head_dim) store(q + d, load_partial<T>(src + d, params.head_dim - d) * factor);
-      });
-    }
-  }
-  const int64_t rows = state.num_heads * state.rows;
-  __builtin_memset(state.acc, 0, static_cast<size_t>(rows * state.row_stride) * sizeof(float));
-  for (int64_t i = 0; i < rows; ++i) {
-    state.row_max[i] = -kInfinity;
-    state.row_sum[i] = 0.0f;
-  }
-}
-
-// A cache's data from one KV head on.
+// A cache's data from one KV head of the item on.
 template <class T>
 static const typename T::Storage *head_data(const CacheView &cache, const AttentionWork &work, int64_t head) {
   return static_cast<const typename T::Storage *>(cache.data) + (work.head_begin + head) * cache.head_stride;
 }
 
-// Finds the keys [first, first + count) through the block table, of which it reads only their entries.
-static void locate_keys(const AttentionParams &params, const AttentionWork &work, int64_t first, TileKeys &tile) {
+// Finds the keys [first, first + most) of the item, or how many there are, through the block table, of which it reads
+// only their entries.
+static void locate_keys(const AttentionParams &params, const AttentionWork &work, int64_t first, int64_t most,
+                        TileKeys &tile) {
   const int64_t left = work.kv_end - first;
   tile.first = first;
-  tile.count = static_cast<int>(left < kTileKeys ? left : kTileKeys);
+  tile.count = static_cast<int>(left < 0 ? 0 : (left < most ? left : most));
   const int32_t *table = params.block_tables + work.seq * params.block_table_stride;
   int64_t block = first / params.block_size;
   int64_t slot = first % params.block_size;
@@ -156,15 +201,25 @@ static void locate_keys(const AttentionParams &params, const AttentionWork &work
   }
 }
 
-// The visible keys of each row within the tile.  Both bounds grow with the row.
-static void clip_rows(State &state, const TileKeys &tile) {
+// The visible keys of each lane within the tile.  Both bounds grow with the row.
+static void clip_panels(State &state, const TileKeys &tile) {
   const auto clip = [&](int64_t key) {
     const int64_t i = key - tile.first;
     return static_cast<int>(i < 0 ? 0 : (i > tile.count ? tile.count : i));
   };
-  for (int64_t row = 0; row < state.rows; ++row) {
-    state.tile_begin[row] = clip(state.visible_begin[row]);
-    state.tile_end[row] = clip(state.visible_end[row]);
+  for (int p = 0; p < state.num_panels; ++p) {
+    Panel &panel = state.panels[p];
+    const int width = panel.lanes < kWidth ? kWidth : panel.lanes;
+    for (int lane = 0; lane < width; ++lane) {
+      const int row = lane % panel.lanes;
+      const int64_t at = panel.first + (row < panel.rows ? row : panel.rows - 1);
+      panel.begin[lane] = clip(state.visible_begin[at]);
+      panel.end[lane] = clip(state.visible_end[at]);
+    }
+    panel.any_begin = panel.begin[0];
+    panel.all_end = panel.end[0];
+    panel.all_begin = panel.begin[panel.rows - 1];
+    panel.any_end = panel.end[panel.rows - 1];
   }
 }
 

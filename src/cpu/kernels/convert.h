@@ -4,6 +4,10 @@
 //
 // Each element type is a tag with the storage type, load (kWidth elements to a Vec) and store (round to nearest even).
 // Float8 stores saturate to the largest finite value; NaN stays NaN everywhere.
+//
+// load_pair takes 2 * kWidth elements to two Vecs in the type's pair order, which is what converts with the fewest
+// instructions: even elements, then odd ones, for bfloat16 (a shift and a mask), else as they lie in memory.  Sums over
+// all elements do not mind, and rows of sums go back through store_pair.
 #pragma once
 
 #include "kernels/simd.h"
@@ -58,15 +62,23 @@ struct Float16 {
   PA_INLINE void store(uint16_t *p, Vec v) { store_as(p, float_to_half(v)); }
 };
 
+PA_INLINE VecU round_to_bfloat16(Vec v) {  // in the upper halves; the lower ones are rubbish
+  const VecU bits = as_bits(v);
+  const VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded;
+}
+
 struct BFloat16 {
   using Storage = uint16_t;
   PA_INLINE Vec load(const uint16_t *p) { return as_float(widen(load_as<VecU16>(p)) << 16); }
-  PA_INLINE void store(uint16_t *p, Vec v) {
-    const VecU bits = as_bits(v);
-    const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const VecU nan = (bits >> 16) | 0x40u;
-    const VecU r = (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
-    store_as(p, __builtin_convertvector(r, VecU16));
+  PA_INLINE void store(uint16_t *p, Vec v) { store_as(p, __builtin_convertvector(round_to_bfloat16(v) >> 16, VecU16)); }
+  PA_INLINE void load_pair(const uint16_t *p, Vec &even, Vec &odd) {
+    const VecU both = load_as<VecU>(p);
+    even = as_float(both << 16);
+    odd = as_float(both & 0xffff0000u);
+  }
+  PA_INLINE void store_pair(uint16_t *p, Vec even, Vec odd) {
+    store_as(p, (round_to_bfloat16(even) >> 16) | (round_to_bfloat16(odd) & 0xffff0000u));
   }
 };
 
@@ -115,6 +127,11 @@ PA_INLINE Vec load_partial(const typename T::Storage *p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
   return T::load(padded);
 }
+// kWidth elements, or the last of a row whose length is no multiple of it.
+template <class T>
+PA_INLINE Vec load_tail(const typename T::Storage *p, int64_t left) {
+  return left >= kWidth ? T::load(p) : load_partial<T>(p, left);
+}
 template <class T>
 PA_INLINE void store_partial(typename T::Storage *p, Vec v, int64_t n) {
   typename T::Storage padded[kWidth];
@@ -122,13 +139,25 @@ PA_INLINE void store_partial(typename T::Storage *p, Vec v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
 }
 
-// Elements of one cache line.
+// Types without a pair order of their own.
 template <class T>
-constexpr int kLine = 64 / static_cast<int>(sizeof(typename T::Storage));
+PA_INLINE void load_pair(const typename T::Storage *p, Vec &first, Vec &second) {
+  if constexpr (requires { T::load_pair(p, first, second); }) {
+    T::load_pair(p, first, second);
+  } else {
+    first = T::load(p);
+    second = T::load(p + kWidth);
+  }
+}
 
-template <Cache kCache, class T>
-PA_INLINE void prefetch_row(const typename T::Storage *row, int n) {
-  for (int i = 0; i < n; i += kLine<T>) prefetch<kCache>(row + i);
+template <class T>
+PA_INLINE void store_pair(typename T::Storage *p, Vec first, Vec second) {
+  if constexpr (requires { T::store_pair(p, first, second); }) {
+    T::store_pair(p, first, second);
+  } else {
+    T::store(p, first);
+    T::store(p + kWidth, second);
+  }
 }
 
 // Calls `f` with the tag of a run-time element type.

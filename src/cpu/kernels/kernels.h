@@ -37,9 +37,9 @@ struct AttentionWork {
 // behind all of those the row maxima (of base-2 scores), and behind those the sums.
 constexpr int64_t kPartialExtra = 2;  // floats of a row beside the accumulator
 
-// Rows times KV heads of one work item, which bounds the scratch memory.  A multiple of the 6 or 12 rows of a
-// micro-kernel; queries and accumulators of 128 dimensions then take 132 KiB, a part of any L2.
-constexpr int64_t kMaxStateRows = 132;
+// Rows times KV heads of one work item, which bounds the scratch memory.  A multiple of the 12, 24 or 48 rows of a
+// micro-kernel; queries and accumulators of 128 dimensions then take 144 KiB, a part of any L2.
+constexpr int64_t kMaxStateRows = 144;
 
 struct Kernels {
   const char *isa;

@@ -23,6 +23,8 @@
 #endif
 
 #define PA_INLINE static inline __attribute__((always_inline, unused))
+// For inner loops: registers are then given out for them alone.
+#define PA_KERNEL static __attribute__((noinline, unused))
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
@@ -85,15 +87,10 @@ PA_INLINE VecU16 load_widened(const uint8_t *p) {
 #endif
 }
 
-// Keeps the compiler from reading `v` again from memory at each use.
-PA_INLINE void keep_in_register(Vec &v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#else
-  (void)v;
-#endif
+// Makes the compiler take what lies at `p` for something new.
+template <class P>
+PA_INLINE void hide(const P *&p) {
+  asm("" : "+r"(p));
 }
 
 PA_INLINE Vec fma(Vec a, Vec b, Vec c) {
@@ -103,6 +100,19 @@ PA_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
+#endif
+}
+
+// Whether a comparison holds in some lane.
+PA_INLINE bool any(VecI mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#else
+  return ((mask[0] | mask[1]) | (mask[2] | mask[3])) != 0;
 #endif
 }
 

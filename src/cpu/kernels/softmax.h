@@ -1,4 +1,4 @@
-// Online softmax over the scores of a tile, and the division at the end.
+// Online softmax over the scores of a tile, [key][lane].
 //
 // SPDX-License-Identifier: Apache-2.0
 //
@@ -17,111 +17,110 @@ PA_INLINE int64_t alibi_reference(const State &state, int64_t row, float slope) 
   return slope >= 0.0f ? state.visible_end[row] - 1 : state.visible_begin[row];
 }
 
-static void cap_scores(float *s, int begin, int end, float softcap) {
+// Vectors of a panel's scores, and keys that one of them holds.
+PA_INLINE int vecs_of(const Panel &panel) { return panel.lanes < kWidth ? 1 : panel.lanes / kWidth; }
+PA_INLINE int keys_of_vec(const Panel &panel) { return panel.lanes < kWidth ? kWidth / panel.lanes : 1; }
+
+static void cap_scores(float *s, int num, float softcap) {
   const Vec factor = broadcast(softcap * kLog2e);
-  for (int j = begin; j < end; j += kWidth) store(s + j, tanh(load(s + j)) * factor);
+  for (int i = 0; i < num; i += kWidth) store(s + i, tanh(load(s + i)) * factor);
 }
 
-static void bias_scores(float *s, int begin, int end, float slope, int64_t first_distance) {
-  const Vec slope2 = broadcast(slope * kLog2e);
-  const Vec distance = broadcast(static_cast<float>(first_distance)) + load(kIota);
-  for (int j = begin; j < end; j += kWidth) {
-    store(s + j, fma(distance + broadcast(static_cast<float>(j)), slope2, load(s + j)));
+static void bias_scores(const AttentionParams &params, const AttentionWork &work, const State &state,
+                        const TileKeys &tile, const Panel &panel, int64_t head, int from, int to, float *s) {
+  const int vecs = vecs_of(panel), keys = keys_of_vec(panel);
+  alignas(64) float slope2[kMaxLanes], distance[kMaxLanes];  // of the tile's first key to the reference
+  for (int lane = 0; lane < vecs * kWidth; ++lane) {
+    const int row = lane % panel.lanes;
+    const int64_t at = panel.first + (row < panel.rows ? row : panel.rows - 1);
+    const float slope = params.alibi_slopes[query_row(state, work, head, at).head];
+    slope2[lane] = slope * kLog2e;
+    distance[lane] = static_cast<float>(tile.first - alibi_reference(state, at, slope) + lane / panel.lanes);
   }
-}
-
-// Turns the scores [begin, end) of a row into weights relative to the row's new maximum, and rescales what the row has
-// accumulated so far.
-static void softmax_row(float *s, int begin, int end, float &row_max, float &row_sum, float *acc, int64_t acc_size) {
-  const int from = begin / kWidth * kWidth;
-  const int to = static_cast<int>(round_up(end, kWidth));
-  for (int j = from; j < begin; ++j) s[j] = -kInfinity;
-  for (int j = end; j < to; ++j) s[j] = -kInfinity;
-
-  Vec largest = broadcast(-kInfinity);
-  for (int j = from; j < to; j += kWidth) largest = max(largest, load(s + j));
-  const float old_max = row_max;
-  const float tile_max = reduce_max(largest);
-  const float new_max = tile_max > old_max ? tile_max : old_max;
-  // While every score is -inf the weights are to be 0, not NaN.
-  const Vec origin = broadcast(new_max == -kInfinity ? 0.0f : new_max);
-
-  Vec sum = zero();
-  for (int j = from; j < to; j += kWidth) {
-    const Vec weight = exp2_nonpositive(load(s + j) - origin);
-    store(s + j, weight);
-    sum += weight;
-  }
-  if (new_max > old_max) {
-    const float rescale = exp2_nonpositive(broadcast(old_max - new_max))[0];
-    row_sum *= rescale;
-    for (int64_t d = 0; d < acc_size; d += kWidth) store(acc + d, load(acc + d) * rescale);
-    row_max = new_max;
-  }
-  row_sum += reduce_add(sum);
-}
-
-// All rows of one KV head.
-static void softmax_tile(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &tile,
-                         int64_t head) {
-  for (int64_t row = 0; row < state.rows; ++row) {
-    const int begin = state.tile_begin[row];
-    const int end = state.tile_end[row];
-    if (begin >= end) continue;
-    float *s = state.scores + row * kScoreStride;
-    const int from = begin / kWidth * kWidth;
-    if (params.softcap > 0.0f) cap_scores(s, from, end, params.softcap);
-    if (params.alibi_slopes != nullptr) {
-      const float slope = params.alibi_slopes[query_row(state, work, head, row).head];
-      bias_scores(s, from, end, slope, tile.first - alibi_reference(state, row, slope));
-    }
-    const int64_t i = head * state.rows + row;
-    softmax_row(s, begin, end, state.row_max[i], state.row_sum[i], state.acc + i * state.row_stride, params.head_dim);
-  }
-}
-
-// Divides by the denominator, sinks included, and writes out and lse.
-static void finish_rows(const AttentionParams &params, const AttentionWork &work, State &state) {
-  for (int64_t head = 0; head < state.num_heads; ++head) {
-    const float v_scale = scale_of(params.v_scale, work.head_begin + head);
-    for (int64_t row = 0; row < state.rows; ++row) {
-      const int64_t i = head * state.rows + row;
-      const QueryRow at = query_row(state, work, head, row);
-      double shift = 0.0;
-      if (params.alibi_slopes != nullptr) {
-        const float slope = params.alibi_slopes[at.head];
-        const int64_t position = work.seq_len - work.query_len + (work.row_begin + row) / state.group;
-        shift = static_cast<double>(slope) * static_cast<double>(alibi_reference(state, row, slope) - position);
-      }
-      float origin = state.row_max[i];
-      float denominator = state.row_sum[i];
-      float weight = 1.0f;
-      if (params.sinks != nullptr) {
-        const double sink = (static_cast<double>(params.sinks[at.head]) - shift) / kLn2;
-        const float sink2 = static_cast<float>(sink);
-        origin = sink2 > origin ? sink2 : origin;
-        if (origin != -kInfinity) {
-          weight = exp2_nonpositive(broadcast(state.row_max[i] - origin))[0];
-          denominator = denominator * weight + exp2_nonpositive(broadcast(sink2 - origin))[0];
-        }
-      }
-      const float factor = denominator == 0.0f ? 0.0f : weight * v_scale / denominator;
-      const float *acc = state.acc + i * state.row_stride;
-      const int64_t offset = at.token * params.out.token_stride + at.head * params.out.head_stride;
-      with_dtype(params.q_dtype, [&](auto tag) {
-        using T = decltype(tag);
-        auto *out = static_cast<typename T::Storage *>(params.out.data) + offset;
-        int64_t d = 0;
-        for (; d + kWidth <= params.head_dim; d += kWidth) T::store(out + d, load(acc + d) * factor);
-        if (d < params.head_dim) store_partial<T>(out + d, load(acc + d) * factor, params.head_dim - d);
-      });
-      if (params.lse != nullptr) {
-        const double log_sum = static_cast<double>(origin) * kLn2 + __builtin_log(static_cast<double>(denominator));
-        params.lse[at.token * params.lse_token_stride + at.head * params.lse_head_stride] =
-            denominator == 0.0f ? -kInfinity : static_cast<float>(log_sum + shift);
-      }
+  for (int step = from; step < to; ++step) {
+    for (int v = 0; v < vecs; ++v) {
+      float *x = s + (step * vecs + v) * kWidth;
+      const Vec key = broadcast(static_cast<float>(step * keys));
+      store(x, fma(load(distance + v * kWidth) + key, load(slope2 + v * kWidth), load(x)));
     }
   }
+}
+
+static void mask_scores(const Panel &panel, int from, int to, float *s) {
+  const int vecs = vecs_of(panel), keys = keys_of_vec(panel);
+  alignas(64) int32_t key_of_lane[kMaxLanes];
+  for (int lane = 0; lane < vecs * kWidth; ++lane) key_of_lane[lane] = lane / panel.lanes;
+  for (int step = from; step < to; ++step) {
+    for (int v = 0; v < vecs; ++v) {
+      float *x = s + (step * vecs + v) * kWidth;
+      VecI key = VecI{} + step * keys;
+      if (keys > 1) key += load_as<VecI>(key_of_lane);
+      const VecI seen =
+          (key >= load_as<VecI>(panel.begin + v * kWidth)) & (key < load_as<VecI>(panel.end + v * kWidth));
+      store(x, seen ? load(x) : broadcast(-kInfinity));
+    }
+  }
+}
+
+// Joins lanes that are `lanes` apart, so that each holds what all of its row do.
+PA_INLINE Vec max_over_keys(Vec v, int lanes) {
+  for (int step = lanes; step < kWidth; step *= 2) {
+    float twice[2 * kWidth];
+    store(twice, v);
+    store(twice + kWidth, v);
+    v = max(v, load(twice + step));
+  }
+  return v;
+}
+
+// Turns scores into weights relative to the rows' new maxima.  Returns whether a maximum rose, so that what was
+// accumulated is to be multiplied by online.factor.
+template <int kVecs>
+static bool weigh_scores(int lanes, int from, int to, float *s, Online &online) {
+  Vec largest[kVecs];
+  for (int v = 0; v < kVecs; ++v) largest[v] = broadcast(-kInfinity);
+  for (int step = from; step < to; ++step) {
+    for (int v = 0; v < kVecs; ++v) largest[v] = max(largest[v], load(s + (step * kVecs + v) * kWidth));
+  }
+  if (lanes < kWidth) largest[0] = max_over_keys(largest[0], lanes);
+  bool rose = false;
+  Vec origin[kVecs], sum[kVecs];
+  for (int v = 0; v < kVecs; ++v) {
+    const Vec before = load(online.max + v * kWidth);
+    const Vec after = max(before, largest[v]);
+    // While every score is -inf the weights are to be 0, not NaN.
+    origin[v] = after == broadcast(-kInfinity) ? zero() : after;
+    const Vec factor = exp2_nonpositive(before - origin[v]);
+    rose |= any(after > before);
+    sum[v] = load(online.sum + v * kWidth) * factor;
+    store(online.max + v * kWidth, after);
+    store(online.factor + v * kWidth, factor);
+  }
+  for (int step = from; step < to; ++step) {
+    for (int v = 0; v < kVecs; ++v) {
+      float *x = s + (step * kVecs + v) * kWidth;
+      const Vec weight = exp2_nonpositive(load(x) - origin[v]);
+      store(x, weight);
+      sum[v] += weight;
+    }
+  }
+  for (int v = 0; v < kVecs; ++v) store(online.sum + v * kWidth, sum[v]);
+  return rose;
+}
+
+// The scores [any_begin, any_end) of one panel and head.  Returns what weigh_scores does.
+static bool softmax_panel(const AttentionParams &params, const AttentionWork &work, const State &state,
+                          const TileKeys &tile, const Panel &panel, int64_t head, float *s, Online &online) {
+  const int keys = keys_of_vec(panel), vecs = vecs_of(panel);
+  const int from = panel.any_begin / keys;
+  const int to = (panel.any_end + keys - 1) / keys;
+  if (params.softcap > 0.0f) cap_scores(s + from * vecs * kWidth, (to - from) * vecs * kWidth, params.softcap);
+  if (params.alibi_slopes != nullptr) bias_scores(params, work, state, tile, panel, head, from, to, s);
+  if (panel.all_begin > from * keys || panel.all_end < to * keys) mask_scores(panel, from, to, s);
+  bool rose = false;
+  with_count<kPackedVecs>(
+      vecs, [&](auto count) { rose = weigh_scores<decltype(count)::value>(panel.lanes, from, to, s, online); });
+  return rose;
 }
 
 }  // namespace pagedattn::cpu::PAGEDATTN_ISA
