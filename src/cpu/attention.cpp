@@ -7,10 +7,11 @@
 // tiles then serve many rows.  Where one tile's keys are cut into several ranges, the item that finishes last joins the
 // partial results in the order of the ranges.
 //
-// Bits: what an item computes for a row depends on the cut of rows and keys only, and that cut is a function of the
-// sequence's own lengths and the call's shapes.  So equal input gives equal bits whatever the threads do, whatever
-// their number, and whatever else is in the batch; `deterministic` asks for nothing more.  The cut of heads may follow
-// the number of threads, because it changes no sum.
+// Bits: what an item computes for a row depends on the cut of rows and keys only, whatever the threads do.  With
+// `deterministic` that cut is a function of the sequence's own lengths and the call's shapes, so that equal input gives
+// equal bits whatever the number of threads and whatever else is in the batch.  Without, ranges of keys are as long as
+// the threads' shares allow: each costs a result of its own, and its first keys come from memory without notice.  The
+// cut of heads may always follow the number of threads, because it changes no sum.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -36,7 +37,7 @@ constexpr int64_t kMinRange = 256;
 constexpr int64_t kMaxMinRange = 1024;
 constexpr int64_t kRangeStep = 64;
 // Items for each thread, so that uneven ones even out.
-constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kItemsPerThread = 8;
 
 // The rows and keys of one tile, before heads and ranges of keys are cut.
 struct RowTile {
@@ -108,12 +109,21 @@ void add_tiles(const AttentionParams &p, int32_t seq, std::vector<RowTile> &tile
     const int64_t first_end = p.causal ? first_position + 1 : seq_len;
     w.kv_end = std::max<int64_t>(0, p.causal ? last_position + 1 : seq_len);
     w.kv_begin = p.window > 0 ? std::max<int64_t>(0, first_end - p.window) : 0;
-    const int64_t num_keys = w.kv_end - w.kv_begin;
     const int64_t shortest = std::clamp((w.row_end - w.row_begin) * 16, kMinRange, kMaxMinRange);
-    const int64_t even = ceil_div(num_keys, std::max<int64_t>(1, kMaxRanges / num_tiles));
-    t.range = ceil_div(std::max(shortest, even), kRangeStep) * kRangeStep;
-    t.num_ranges = std::max<int64_t>(1, ceil_div(num_keys, t.range));
+    const int64_t even = ceil_div(w.kv_end - w.kv_begin, std::max<int64_t>(1, kMaxRanges / num_tiles));
+    t.range = std::max(shortest, even);
     tiles.push_back(t);
+  }
+}
+
+// Cuts keys into ranges of at least `range` and of what a tile asks for.
+void cut_keys(std::vector<RowTile> &tiles, int64_t range) {
+  for (RowTile &t : tiles) {
+    const int64_t num_keys = t.work.kv_end - t.work.kv_begin;
+    t.range = ceil_div(std::max(t.range, range), kRangeStep) * kRangeStep;
+    t.num_ranges = std::max<int64_t>(1, ceil_div(num_keys, t.range));
+    // Of about equal length.
+    t.range = std::max(kRangeStep, ceil_div(ceil_div(num_keys, t.num_ranges), kRangeStep) * kRangeStep);
   }
 }
 
@@ -140,6 +150,9 @@ void add_items(const AttentionParams &p, const RowTile &tile, int32_t head_begin
 void make_plan(const AttentionParams &p, Plan &plan) {
   plan.clear();
   for (int32_t seq = 0; seq < p.num_seqs; ++seq) add_tiles(p, seq, plan.tiles);
+  int64_t num_keys = 0;
+  for (const RowTile &tile : plan.tiles) num_keys += tile.work.kv_end - tile.work.kv_begin;
+  cut_keys(plan.tiles, p.deterministic ? 0 : num_keys / (kItemsPerThread * num_threads()));
 
   const auto heads_that_fit = [&](const RowTile &tile) {
     const int64_t rows = tile.work.row_end - tile.work.row_begin;
