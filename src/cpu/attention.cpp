@@ -80,9 +80,10 @@ struct Plan {
 
 // Rows of a tile: tiles of one sequence are of about equal size, and hold whole tokens where a token's rows fit in.
 int64_t tile_rows(int64_t num_rows, int64_t group) {
-  const int64_t even = ceil_div(num_rows, ceil_div(num_rows, kMaxStateRows));
+  const int64_t most = kernels().max_rows;
+  const int64_t even = ceil_div(num_rows, ceil_div(num_rows, most));
   const int64_t whole_tokens = ceil_div(even, group) * group;
-  return whole_tokens <= kMaxStateRows ? whole_tokens : even;
+  return whole_tokens <= most ? whole_tokens : even;
 }
 
 void add_tiles(const AttentionParams &p, int32_t seq, std::vector<RowTile> &tiles) {
@@ -156,7 +157,7 @@ void make_plan(const AttentionParams &p, Plan &plan) {
 
   const auto heads_that_fit = [&](const RowTile &tile) {
     const int64_t rows = tile.work.row_end - tile.work.row_begin;
-    return std::clamp<int64_t>(kMaxStateRows / rows, 1, p.num_kv_heads);
+    return std::clamp<int64_t>(kernels().max_rows / rows, 1, p.num_kv_heads);
   };
   int64_t num_items = 0;
   for (const RowTile &tile : plan.tiles) {

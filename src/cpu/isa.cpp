@@ -3,6 +3,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 #include <string_view>
@@ -19,6 +27,23 @@ struct Isa {
   bool available;
 };
 
+#if defined(PAGEDATTN_CPU_HAS_amx)
+// Whether the processor has tile registers with bfloat16, and the system lets this process use them: it must be asked
+// first, since they enlarge what it saves of a thread.  Without its leave the first tile instruction would be a fault.
+bool has_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24;
+  if ((edx & kBfloat16) == 0 || (edx & kTile) == 0) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // From narrow to wide.
 std::vector<Isa> isas() {
   std::vector<Isa> all;
@@ -32,9 +57,12 @@ std::vector<Isa> isas() {
   all.push_back({&avx2::kKernels, has_avx2});
 #endif
 #if defined(PAGEDATTN_CPU_HAS_avx512)
-  all.push_back({&avx512::kKernels, has_avx2 && __builtin_cpu_supports("avx512f") &&
-                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                                        __builtin_cpu_supports("avx512dq")});
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  all.push_back({&avx512::kKernels, has_avx512});
+#endif
+#if defined(PAGEDATTN_CPU_HAS_amx)
+  all.push_back({&amx::kKernels, has_avx512 && has_amx()});
 #endif
   return all;
 }

@@ -89,53 +89,65 @@ static void unpack_keys(const typename T::Storage *k, const TileKeys &tile, int 
   for (int j = tile.count; j < padded; ++j) keys[j] = keys[tile.count - 1];
 }
 
-// Values as [kMicro dimensions][key][kMicro].  Those that are not finite, of keys that only some rows see, become
-// zeros, since a weight of 0 does not cancel them, and their keys go to `odd`, to be added where they are seen. Returns
-// how many these are.
+// Marks keys that only some rows see and whose values are not all finite: a weight of 0 does not cancel those.
 template <class T>
-static int unpack_values(const typename T::Storage *v, const TileKeys &tile, int head_dim, const State &state,
-                         int all_begin, int all_end, int *odd, Fetch<T> &fetch) {
+static void find_odd_keys(const typename T::Storage *v, const State &state, const TileKeys &tile, int head_dim,
+                          bool *odd) {
+  // Both bounds grow with the row.
+  const int all_begin = state.panels[state.num_panels - 1].all_begin;
+  const int all_end = state.panels[0].all_end;
+  for (int j = 0; j < tile.count; ++j) {
+    odd[j] = false;
+    if (j >= all_begin && j < all_end) continue;
+    for (int d = 0; d < head_dim; d += kWidth) {
+      const Vec value = load_tail<T>(v + tile.v[j] + d, head_dim - d);
+      odd[j] |= any(!(value - value == zero()));
+    }
+  }
+}
+
+// Values as [kMicro dimensions][key][kMicro]; zeros for odd keys.
+template <class T>
+static void unpack_values(const typename T::Storage *v, const TileKeys &tile, int head_dim, const State &state,
+                          const bool *odd, Fetch<T> &fetch) {
   constexpr int kPart = kMicro < kWidth ? kMicro : kWidth;
   const int lines = fetch.lines_of_row(head_dim);
-  int num_odd = 0;
   for (int j = 0; j < tile.count; ++j) {
     const auto *src = v + tile.v[j];
     fetch.lines(lines);
     float *dst = state.value_columns + j * kMicro;
-    const auto unpack = [&](auto value_at) __attribute__((always_inline)) {
-      for (int d = 0; d < head_dim; d += kWidth) {
-        const Vec value = value_at(d);
+    for (int d = 0; d < head_dim; d += kWidth) {
+      const Vec value = odd[j] ? zero() : load_tail<T>(src + d, head_dim - d);
 #pragma GCC unroll 4
-        for (int i = 0; i < kWidth; i += kPart) {
-          float *to = dst + (d + i) / kMicro * kColumnStride + (d + i) % kMicro;
-          __builtin_memcpy(to, reinterpret_cast<const float *>(&value) + i, kPart * sizeof(float));
-        }
+      for (int i = 0; i < kWidth; i += kPart) {
+        float *to = dst + (d + i) / kMicro * kColumnStride + (d + i) % kMicro;
+        __builtin_memcpy(to, reinterpret_cast<const float *>(&value) + i, kPart * sizeof(float));
       }
-    };
-    const auto value_at = [&](int d) __attribute__((always_inline)) { return load_tail<T>(src + d, head_dim - d); };
-    bool finite = true;
-    if (j < all_begin || j >= all_end) {
-      for (int d = 0; d < head_dim; d += kWidth) finite &= !any(!(value_at(d) - value_at(d) == zero()));
-    }
-    if (finite) {
-      unpack(value_at);
-    } else {
-      unpack([](int) { return zero(); });
-      odd[num_odd++] = j;
     }
   }
-  return num_odd;
 }
 
-// The product of a weight and a value, for the rows that see the key.
+// The products of weights and values of odd keys, for the rows that see them.
 template <class T>
-static void add_odd_key(const Panel &panel, int head_dim, const float *weights, const typename T::Storage *value, int j,
-                        float *acc) {
-  for (int lane = 0; lane < panel.rows; ++lane) {
-    if (j < panel.begin[lane] || j >= panel.end[lane]) continue;
-    for (int d = 0; d < head_dim; ++d) {
-      acc[d * panel.lanes + lane] += weights[j * panel.lanes + lane] * load_partial<T>(value + d, 1)[0];
+static void add_odd_keys(const Panel &panel, const TileKeys &tile, int head_dim, const float *weights,
+                         const typename T::Storage *v, const bool *odd, float *acc) {
+  for (int j = panel.any_begin; j < panel.any_end; ++j) {
+    if (!odd[j]) continue;
+    for (int lane = 0; lane < panel.rows; ++lane) {
+      if (j < panel.begin[lane] || j >= panel.end[lane]) continue;
+      for (int d = 0; d < head_dim; ++d) {
+        acc[d * panel.lanes + lane] += weights[j * panel.lanes + lane] * load_partial<T>(v + tile.v[j] + d, 1)[0];
+      }
     }
+  }
+}
+
+// What a panel accumulated, [dimension][lane], after a maximum rose.
+template <int kVecs>
+PA_KERNEL void rescale_lanes(float *acc, int head_dim, const float *factor) {
+  for (int d = 0; d < head_dim; ++d, acc += kVecs * kWidth) {
+#pragma GCC unroll 3
+    for (int c = 0; c < kVecs * kWidth; c += kWidth) store(acc + c, load(acc + c) * load(factor + c));
   }
 }
 
@@ -211,10 +223,10 @@ static void packed_head(const AttentionParams &params, const AttentionWork &work
   const int head_dim = params.head_dim;
   const auto *v = head_data<T>(params.v_cache, work, head);
   const float *keys[kTileKeys];
-  int odd[kTileKeys];
+  bool odd[kTileKeys];
   unpack_keys<T>(head_data<T>(params.k_cache, work, head), tile, head_dim, state, keys, keys_ahead);
-  const int num_odd = unpack_values<T>(v, tile, head_dim, state, state.panels[state.num_panels - 1].all_begin,
-                                       state.panels[0].all_end, odd, values_ahead);
+  find_odd_keys<T>(v, state, tile, head_dim, odd);
+  unpack_values<T>(v, tile, head_dim, state, odd, values_ahead);
   for (int p = 0; p < state.num_panels; ++p) {
     const Panel &panel = state.panels[p];
     if (panel.any_begin >= panel.any_end) continue;
@@ -227,19 +239,14 @@ static void packed_head(const AttentionParams &params, const AttentionWork &work
       for (int j = panel.any_begin / kMicro * kMicro; j < panel.any_end; j += kMicro) {
         packed_scores<kVecs>(state.q + offset, keys + j, head_dim, state.scores + j * kLanes);
       }
-      if (softmax_panel(params, work, state, tile, panel, head, state.scores, online)) {
-        for (int64_t i = 0; i < int64_t{head_dim} * kLanes; i += kLanes) {
-#pragma GCC unroll 3
-          for (int c = 0; c < kLanes; c += kWidth) store(acc + i + c, load(acc + i + c) * load(online.factor + c));
-        }
+      if (softmax_panel(params, work, state, tile, panel, head, 1.0f, state.scores, online)) {
+        rescale_lanes<kVecs>(acc, head_dim, online.factor);
       }
       for (int d = 0; d < head_dim; d += kMicro) {
         packed_values<kVecs>(acc + d * kLanes, state.scores, state.value_columns + d / kMicro * kColumnStride,
                              panel.any_begin, panel.any_end);
       }
-      for (int i = 0; i < num_odd; ++i) {
-        add_odd_key<T>(panel, head_dim, state.scores, v + tile.v[odd[i]], odd[i], acc);
-      }
+      add_odd_keys<T>(panel, tile, head_dim, state.scores, v, odd, acc);
     });
   }
 }

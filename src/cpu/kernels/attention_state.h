@@ -13,9 +13,17 @@
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
-constexpr int kTileKeys = 64;   // keys whose scores are in flight, at most
+#if defined(PAGEDATTN_TILES)
+constexpr int kTileKeys = 128;  // keys whose scores are in flight, at most
+constexpr int kPackedVecs = 2;  // vectors of rows of a panel on packed tiles
+constexpr int64_t kMaxStateRows = 288;
+#else
+constexpr int kTileKeys = 64;
+constexpr int kPackedVecs = 3;
+constexpr int64_t kMaxStateRows =
+    144;  // queries and accumulators of 128 dimensions then take 144 KiB, a part of any L2
+#endif
 constexpr int kDirectRows = 4;  // rows of a panel that reads the cache directly
-constexpr int kPackedVecs = 3;  // vectors of rows of a panel on packed tiles
 constexpr int kMaxLanes = kPackedVecs * kWidth;
 constexpr int kMaxPanels = static_cast<int>(kMaxStateRows) / kMaxLanes + 1;
 // Up to here converting K and V again for each panel costs less than packing them.

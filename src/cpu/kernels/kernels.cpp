@@ -5,10 +5,12 @@
 // Flash-style attention.  The keys of the work item are taken in tiles, and inside a tile one KV head after another, so
 // that a block is read in one go whatever its layout.  Scores become weights relative to a running maximum of each row;
 // what was accumulated under an older maximum is rescaled.  Few rows go the direct way (attention_direct.h), many the
-// packed way (attention_packed.h).  Everything is computed in fp32.
+// packed way (attention_packed.h), all in fp32; with tile registers, many rows over bfloat16 go attention_tiles.h's
+// way.
 #include "kernels/attention_direct.h"
 #include "kernels/attention_finish.h"
 #include "kernels/attention_packed.h"
+#include "kernels/attention_tiles.h"
 #include "kernels/rows.h"
 #include "kernels/stream.h"
 
@@ -19,21 +21,17 @@ static size_t attention_scratch_size(const AttentionParams &params) {
   return lay_out(state, params, nullptr);
 }
 
-template <class T>
-static void attend_keys(const AttentionParams &params, const AttentionWork &work, State &state) {
-  const int64_t most =
-      state.direct ? direct_tile_keys(params, static_cast<int64_t>(sizeof(typename T::Storage))) : kTileKeys;
+// Calls `attend_tile(tile, next)` for all tiles of at most `most` keys.
+template <class F>
+PA_INLINE void for_tiles(const AttentionParams &params, const AttentionWork &work, State &state, int64_t most,
+                         F attend_tile) {
   TileKeys *tile = &state.keys[0];
   TileKeys *next = &state.keys[1];
   locate_keys(params, work, work.kv_begin, most, *tile);
   for (int64_t first = work.kv_begin; first < work.kv_end; first += most) {
     locate_keys(params, work, first + most, most, *next);
     clip_panels(state, *tile);
-    if (state.direct) {
-      direct_tile<T>(params, work, state, *tile, *next);
-    } else {
-      packed_tile<T>(params, work, state, *tile, *next);
-    }
+    attend_tile(*tile, *next);
     TileKeys *const spare = tile;
     tile = next;
     next = spare;
@@ -42,13 +40,31 @@ static void attend_keys(const AttentionParams &params, const AttentionWork &work
 
 static void attend(const AttentionParams &params, const AttentionWork &work, void *scratch) {
   State state = make_state(params, work, scratch);
-  (state.direct ? start_direct : start_packed)(params, work, state);
-  if (work.kv_begin < work.kv_end) {
-    with_dtype(params.kv_dtype, [&](auto tag) { attend_keys<decltype(tag)>(params, work, state); });
-  }
+  const auto with_type = [&](auto f) {
+    if (work.kv_begin < work.kv_end) with_dtype(params.kv_dtype, f);
+  };
   if (state.direct) {
+    start_direct(params, work, state);
+    with_type([&](auto tag) {
+      using T = decltype(tag);
+      const int64_t most = direct_tile_keys(params, static_cast<int64_t>(sizeof(typename T::Storage)));
+      for_tiles(params, work, state, most,
+                [&](const TileKeys &tile, const TileKeys &next) { direct_tile<T>(params, work, state, tile, next); });
+    });
     finish_direct(state);
+  } else if (tiles_serve(params)) {
+    start_tiles(params, work, state);
+    for_tiles(params, work, state, kTileKeys,
+              [&](const TileKeys &tile, const TileKeys &next) { tiles_tile(params, work, state, tile, next); });
+    finish_tiles();
+    finish_packed(params, state);
   } else {
+    start_packed(params, work, state);
+    with_type([&](auto tag) {
+      for_tiles(params, work, state, kTileKeys, [&](const TileKeys &tile, const TileKeys &next) {
+        packed_tile<decltype(tag)>(params, work, state, tile, next);
+      });
+    });
     finish_packed(params, state);
   }
   gather_rows(state);
@@ -78,6 +94,7 @@ extern const Kernels kKernels = {
     "cpu_" PA_ISA_NAME "_rope_and_cache",
     "cpu_copy_blocks",
     "cpu_" PA_ISA_NAME "_gather_kv",
+    kMaxStateRows,
     attention_scratch_size,
     attend,
     merge_partials,

@@ -37,10 +37,6 @@ struct AttentionWork {
 // behind all of those the row maxima (of base-2 scores), and behind those the sums.
 constexpr int64_t kPartialExtra = 2;  // floats of a row beside the accumulator
 
-// Rows times KV heads of one work item, which bounds the scratch memory.  A multiple of the 12, 24 or 48 rows of a
-// micro-kernel; queries and accumulators of 128 dimensions then take 144 KiB, a part of any L2.
-constexpr int64_t kMaxStateRows = 144;
-
 struct Kernels {
   const char *isa;
   const char *attention_name;
@@ -50,6 +46,8 @@ struct Kernels {
   const char *copy_blocks_name;
   const char *gather_kv_name;
 
+  // Rows times KV heads of one work item, at most: it bounds the scratch memory.
+  int64_t max_rows;
   // Bytes of 64-byte aligned scratch memory of one thread.
   size_t (*attention_scratch_size)(const AttentionParams &params);
   void (*attend)(const AttentionParams &params, const AttentionWork &work, void *scratch);
@@ -77,6 +75,9 @@ namespace avx2 {
 extern const Kernels kKernels;
 }
 namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace amx {
 extern const Kernels kKernels;
 }
 
