@@ -15,6 +15,7 @@ from pagedattn._errors import (
     UnsupportedError,
 )
 from pagedattn._host_cache import HostCache
+from pagedattn._kv_cache import KVCache
 from pagedattn._ops import (
     copy_blocks,
     gather_kv,
@@ -32,6 +33,7 @@ __all__ = [
     "DeviceError",
     "HostCache",
     "InvalidArgumentError",
+    "KVCache",
     "OutOfBlocks",
     "OutOfMemoryError",
     "PagedAttnError",

@@ -67,6 +67,12 @@ def dtype_code(operation: str, argument: str, dtype: Any) -> int:
     return _DTYPE_CODES[dtype_name(operation, argument, dtype)]
 
 
+def host_dtype(operation: str, argument: str, dtype: Any) -> np.dtype[Any]:
+    """NumPy's type for a float type given as `dtype_name` takes it."""
+    name = dtype_name(operation, argument, dtype)
+    return np.dtype(_ML_DTYPES.get(name, name))
+
+
 def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """Uninitialised array of a named or NumPy type, of the library and on the device of ``like``.
 
