@@ -51,6 +51,12 @@ rng = np.random.default_rng(seed)
 for case in test_paged_attention.PAIRWISE[::3]:
     test_paged_attention.test_every_pair_of_options_matches_the_reference(backend, rng, case)
 for dtype in ("float32", "float16", "bfloat16"):
+    for head_dim in (40, 64, 128):
+        test_paged_attention.test_prompts_on_the_cpu_match_the_reference_beside_chunks_and_decodes(
+            rng, dtype, 5, head_dim)
+    for bad in (np.nan, np.inf):
+        test_paged_attention.test_a_value_that_is_no_number_reaches_on_the_cpu_only_the_rows_that_see_it(
+            rng, dtype, bad)
     test_paged_attention.test_one_long_sequence_matches_the_reference(backend, rng, dtype, dtype, 1)
     test_merge_states.test_merged_parts_match_the_reference(backend, rng, dtype, 3, (7, 3, 37))
     for kv_dtype in (FLOAT8_E4M3, FLOAT8_E5M2):

@@ -93,5 +93,5 @@ def test_a_wrong_argument_is_refused_by_name(arguments: tuple[Any, ...], says: s
 
 @pytest.mark.parametrize("num_blocks", [2**36, 2**62])
 def test_more_memory_than_there_is_is_refused(num_blocks: int) -> None:
-    with pytest.raises(pagedattn.OutOfMemoryError, match="^KVCache: "):
+    with pytest.raises(pagedattn.OutOfMemoryError, match=r"^KVCache: "):
         pagedattn.KVCache(num_blocks, 64, 64, 256, "float32")

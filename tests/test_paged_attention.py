@@ -435,6 +435,44 @@ def test_attention_over_disjoint_keys_merges_to_attention_over_all(
     assert_lse_close(backend.host(lse), expected_lse)
 
 
+# Prompts, chunks and single tokens in one batch: more rows than one tile, and head sizes of whole and broken vectors.
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
+@pytest.mark.parametrize("group", [1, 5, 8])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_prompts_on_the_cpu_match_the_reference_beside_chunks_and_decodes(
+    rng: np.random.Generator, dtype: str, group: int, head_dim: int
+) -> None:
+    choices: list[dict[str, Any]] = [{}, {"window": 33}, {"softcap": 7.0}, {"causal": False}, {"scale": -0.1}]
+    batch = make_batch(
+        rng,
+        [203, 150, 16, 70],
+        [203, 33, 1, 16],
+        num_q_heads=2 * group,
+        head_dim=head_dim,
+        dtype=DTYPES[dtype],
+        **choices[rng.integers(len(choices))],
+    )
+    expected, expected_lse = batch.reference()
+    args, options = batch.on(NumpyBackend())
+    out, lse = pagedattn.paged_attention(*args, **options, return_lse=True)
+    assert_close(out, expected, DTYPES[dtype])
+    assert_lse_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_value_that_is_no_number_reaches_on_the_cpu_only_the_rows_that_see_it(
+    rng: np.random.Generator, dtype: str, bad: float
+) -> None:
+    batch = make_batch(rng, [150], [150], dtype=DTYPES[dtype])
+    expected, _ = batch.reference()
+    batch.v_cache[batch.block_tables[0, 100 // 16], 100 % 16] = bad
+    args, options = batch.on(NumpyBackend())
+    result = pagedattn.paged_attention(*args, **options)
+    assert_close(result[:100], expected[:100], DTYPES[dtype])
+    assert not np.isfinite(result[100:].astype(np.float32)).any()
+
+
 def test_a_nan_in_one_sequence_stays_in_that_sequence(backend: NumpyBackend, rng: np.random.Generator) -> None:
     batch = make_batch(rng, [40, 90, 16], [5, 1, 16], dtype=np.float16)
     expected, _ = batch.reference()

@@ -70,7 +70,8 @@ def dtype_code(operation: str, argument: str, dtype: Any) -> int:
 def host_dtype(operation: str, argument: str, dtype: Any) -> np.dtype[Any]:
     """NumPy's type for a float type given as `dtype_name` takes it."""
     name = dtype_name(operation, argument, dtype)
-    return np.dtype(_ML_DTYPES.get(name, name))
+    result: np.dtype[Any] = np.dtype(_ML_DTYPES.get(name, name))
+    return result
 
 
 def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:

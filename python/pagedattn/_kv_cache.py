@@ -18,9 +18,10 @@ _HUGE_PAGE = 2 << 20
 class KVCache:
     """Keys and values of all layers in host memory, laid out for the CPU.
 
-    Any arrays serve as caches; these are the ones that are read fastest.  The memory lies on huge pages where the system
-    has them, since blocks in shuffled order on small pages miss the processor's translation buffers, and the K and the
-    V of a block lie side by side.  Slots are zeros at first, and a page takes memory once something is written to it.
+    Any arrays serve as caches; these are the ones that are read fastest.  The memory lies on huge pages where the
+    system has them, since blocks in shuffled order on small pages miss the processor's translation buffers, and the K
+    and the V of a block lie side by side.  Slots are zeros at first, and a page takes memory once something is written
+    to it.
 
     Parameters
     ----------

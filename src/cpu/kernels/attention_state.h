@@ -172,9 +172,9 @@ static State make_state(const AttentionParams &params, const AttentionWork &work
   }
   make_panels(state);
   for (int64_t i = 0; i < state.num_heads * state.num_panels; ++i) {
-    for (int lane = 0; lane < kMaxLanes; ++lane) {
-      state.online[i].max[lane] = -kInfinity;
-      state.online[i].sum[lane] = 0.0f;
+    for (int lane = 0; lane < (state.direct ? kWidth : kMaxLanes); lane += kWidth) {
+      store(state.online[i].max + lane, broadcast(-kInfinity));
+      store(state.online[i].sum + lane, zero());
     }
   }
   return state;
