@@ -202,6 +202,21 @@ SHAPES = (
     decode("dec_logn128", "logn:128:1024:16384"),
     decode("dec_uniform64", "uniform:64:128:8192"),
 )
+# Prefill of other shapes than those above.
+PREFILL_SHAPES = (
+    *(prefill(f"pre_block{size}", "8192", "8192", block_size=size) for size in (8, 32, 256)),
+    *(prefill(f"pre_d{dim}", "8192", "8192", head_dim=dim) for dim in (64, 80, 96, 112, 192, 256)),
+    prefill("pre_group1", "8192", "8192", heads=32, kv_heads=32),
+    prefill("pre_group5", "8192", "8192", heads=40),
+    prefill("pre_group7", "8192", "8192", heads=28, kv_heads=4),
+    prefill("pre_group16", "8192", "8192", heads=64, kv_heads=4),
+    prefill("pre_fp16", "8192", "8192", dtype="float16", kv_dtype="float16"),
+    prefill("pre_fp8", "8192", "8192", kv_dtype="float8_e4m3"),
+    prefill("pre_window1k", "16384", "16384", window=1024),
+    prefill("pre_1x128@32k", "128", "32768"),
+    prefill("pre_64x256", "64x256", "64x256"),
+    prefill("pre_mixed", "2x2048+62x1", "2x4096+62x4096"),
+)
 CPU_DECODE = (
     decode("cpu_dec_b1_1k", "1024"),
     decode("cpu_dec_b1_4k", "4096"),
@@ -225,6 +240,7 @@ GROUPS = {
     "decode": DECODE,
     "prefill": PREFILL,
     "shapes": SHAPES,
+    "prefill-shapes": PREFILL_SHAPES,
     "cpu-decode": CPU_DECODE,
     "cpu-prefill": CPU_PREFILL,
 }
