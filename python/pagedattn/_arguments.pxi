@@ -118,17 +118,19 @@ cdef class _Tokens:
 cdef _Tokens _read_tokens(values, str call, int64_t least=0):
     cdef _Tokens tokens = _Tokens.__new__(_Tokens)
     cdef vector[int64_t] wide
-    cdef pair[int64_t, int64_t] found
+    cdef pair[int64_t, int64_t] found = (0, 0)
     cdef char kind = 0
     if type(values) is not list and type(values) is not tuple:
         kind = _open_buffer(values, &tokens.buffer)
         tokens.borrowed = kind != 0
     if kind == c"i":
         tokens.data, tokens.size = <const int32_t *>tokens.buffer.buf, tokens.buffer.shape[0]
-        found = range_of(tokens.data, tokens.size)
+        if not all_tokens(tokens.data, tokens.size):
+            found = range_of(tokens.data, tokens.size)
     else:
         _read_int64(values, call, "token_ids", wide)
-        found = range_of(<const int64_t *>wide.data(), <int64_t>wide.size())
+        if not all_tokens(<const int64_t *>wide.data(), <int64_t>wide.size()):
+            found = range_of(<const int64_t *>wide.data(), <int64_t>wide.size())
         narrow(wide, tokens.own)
         tokens.data, tokens.size = tokens.own.data(), tokens.own.size()
     if found.first < least or found.second > _INT32_MAX:

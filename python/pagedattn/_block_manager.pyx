@@ -31,7 +31,7 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 
 from ._manager cimport (
     Check, Config, Counters, HashKey, Layout, Manager, PoolCounters, Snapshot, SnapshotReader, SnapshotWriter,
-    StepArrays, StepRequest, assign_field, key_from_seed, narrow, range_of, view_fields,
+    StepArrays, StepRequest, all_tokens, assign_field, key_from_seed, narrow, range_of, view_fields,
 )
 
 from . import _svg

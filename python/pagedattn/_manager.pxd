@@ -43,13 +43,14 @@ cdef inline int raise_error() except -1:
 
 
 cdef extern from "blocks/tokens.h" namespace "pagedattn::blocks" nogil:
+    cbool all_tokens[T](const T *, int64_t)
     pair[int64_t, int64_t] range_of[T](const T *, int64_t)
     void narrow(const vector[int64_t] &, vector[int32_t] &) except +raise_error
 
 
 cdef extern from "blocks/layout.h" namespace "pagedattn::blocks" nogil:
     cdef cppclass HashKey:
-        uint64_t words[6]
+        uint64_t words[22]
     HashKey key_from_seed(uint64_t seed)
 
     cdef cppclass Config:

@@ -1,11 +1,12 @@
 // The keyed 128-bit hash that chains blocks of tokens into prefixes.
 //
 // A block's hash is a function of its parent block's hash and of its own tokens, so it names the whole prefix that ends
-// in the block. It consists of two 64-bit lanes that know nothing of each other: each absorbs four tokens a round, with
-// its own words of the secret key, by one 64x64 -> 128-bit multiplication folded to 64 bits. Nobody outside the process
-// can aim prompts at one bucket. Both lanes together are a block's name; look-ups need the first one alone. It only
-// finds candidates: the pool compares tokens and parents before it serves a block, so a collision costs time and never
-// correctness.
+// in the block. It consists of two 64-bit lanes that know nothing of each other, each with its own words of the secret
+// key: nobody outside the process can aim prompts at one bucket. A lane multiplies the tokens pair by pair, all pairs
+// at once, and only the last of its 64x64 -> 128-bit multiplications waits for the parent's hash: the blocks of a
+// prompt are hashed side by side, not one after the other. Both lanes together are a block's name; look-ups need the
+// first one alone. It only finds candidates: the pool compares tokens and parents before it serves a block, so a
+// collision costs time and never correctness.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -23,7 +24,8 @@ struct Hash128 {
 };
 
 struct HashKey {
-  static constexpr int kNumWords = 6;
+  static constexpr int kLaneWords = 11;
+  static constexpr int kNumWords = 2 * kLaneWords;
   uint64_t words[kNumWords] = {};
 };
 
@@ -48,31 +50,37 @@ inline uint64_t fold_multiply(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-// Which words of the key a lane takes. The lanes also take each pair of input words in opposite roles.
 enum class Lane { kLow, kHigh };
+
+constexpr size_t kChunk = 64;  // bytes that a lane takes at once: a block of 16 tokens
+
+inline uint64_t hash_chunk(const uint64_t *k, const void *chunk) {
+  const auto pair = [&](int i) {
+    uint64_t words[2];
+    std::memcpy(words, static_cast<const unsigned char *>(chunk) + i * sizeof(uint64_t), sizeof(words));
+    return fold_multiply(words[0] ^ k[i], words[1] ^ k[i + 1]);
+  };
+  return pair(0) ^ pair(2) ^ pair(4) ^ pair(6);
+}
+
+inline uint64_t hash_chunks(const uint64_t *k, const void *data, size_t num_bytes) {
+  uint64_t state = num_bytes;  // which tells a padded tail from real zero bytes
+  const auto *bytes = static_cast<const unsigned char *>(data);
+  size_t left = num_bytes;
+  for (; left >= kChunk; left -= kChunk, bytes += kChunk) state = fold_multiply(state, k[8]) ^ hash_chunk(k, bytes);
+  if (left > 0) {
+    unsigned char padded[kChunk] = {};
+    std::memcpy(padded, bytes, left);
+    state = fold_multiply(state, k[8]) ^ hash_chunk(k, padded);
+  }
+  return state;
+}
 
 template <Lane lane>
 uint64_t hash_lane(const HashKey &key, uint64_t parent, const void *data, size_t num_bytes) {
-  constexpr int kFirst = lane == Lane::kLow ? 0 : 3;
-  const auto absorb = [&](uint64_t state, uint64_t x, uint64_t y) {
-    return lane == Lane::kLow ? fold_multiply(state ^ x, y ^ key.words[kFirst + 1])
-                              : fold_multiply(state ^ y, x ^ key.words[kFirst + 1]);
-  };
-  uint64_t state = parent ^ key.words[kFirst];
-  const auto *bytes = static_cast<const unsigned char *>(data);
-  uint64_t pair[2];
-  size_t left = num_bytes;
-  for (; left >= sizeof(pair); left -= sizeof(pair), bytes += sizeof(pair)) {
-    std::memcpy(pair, bytes, sizeof(pair));
-    state = absorb(state, pair[0], pair[1]);
-  }
-  if (left > 0) {
-    pair[0] = pair[1] = 0;
-    std::memcpy(pair, bytes, left);
-    state = absorb(state, pair[0], pair[1]);
-  }
-  // The length tells a padded tail from real zero bytes.
-  return fold_multiply(state, key.words[kFirst + 2] ^ num_bytes);
+  const uint64_t *k = key.words + (lane == Lane::kLow ? 0 : HashKey::kLaneWords);
+  const uint64_t own = num_bytes == kChunk ? hash_chunk(k, data) : hash_chunks(k, data, num_bytes);
+  return fold_multiply(parent ^ k[9], own ^ k[10]);
 }
 
 inline Hash128 hash_bytes(const HashKey &key, Hash128 parent, const void *data, size_t num_bytes) {

@@ -82,11 +82,16 @@ class BlockPlaces {
 
   void put_evictable(int32_t block) {
     List &list = lists_[index(priority_[block])];
-    links_[block] = {list.tail + 1, kNone};
-    (list.tail == kNone ? list.head : links_[list.tail].next) = block;
+    const int32_t before = list.tail;
+    links_[block] = {before + 1, kNone};
     list.tail = block;
-    mark(index(priority_[block]), true);
     ++num_evictable_;
+    if (before != kNone) {
+      links_[before].next = block;
+      return;
+    }
+    list.head = block;
+    mark(index(priority_[block]), true);
   }
 
   void unlink(int32_t evictable) {

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "blocks/block_places.h"
@@ -94,12 +95,24 @@ class BlockPool {
     published(block) ? places_.put_evictable(block) : places_.put_free(block);
   }
 
+  // The blocks of a table, kNone among them, the last one first.
+  void release(std::span<const int32_t> blocks) {
+    constexpr size_t kAhead = 12;
+    for (size_t i = blocks.size(); i-- > 0;) {
+      if (i >= kAhead) prefetch_for_release(std::max(0, blocks[i - kAhead]));
+      if (blocks[i] != kNone) release(blocks[i]);
+    }
+  }
+
   // A fork refers to what its parent refers to already.
   void share(int32_t block) { places_.add_reference(block); }
+  void share(std::span<const int32_t> blocks) {
+    for (const int32_t block : blocks) {
+      if (block != kNone) share(block);
+    }
+  }
   // A sequence that is about to copy a shared block lets go of it; share() takes that back.
   void unshare(int32_t block) { places_.drop_reference(block); }
-
-  void prefetch_place(int32_t block) const { places_.prefetch(block); }
 
   // --- the prefix cache ---
   bool alive(Parent parent) const {
@@ -130,6 +143,7 @@ class BlockPool {
 
   // Look-ups wait for memory: these ask for what find() will read, first the entry, then what the entry leads to.
   void prefetch_entry(uint64_t hash) const { index_.prefetch(hash); }
+  void prefetch_entry(Hash128 hash) const { index_.prefetch(hash.lo); }
   int32_t prefetch_guess(uint64_t hash) const {
     const int32_t block = index_.guess(hash);
     if (block != kNone) {
@@ -176,7 +190,7 @@ class BlockPool {
   void withdraw(int32_t block, EventKind reason = EventKind::kRemoved) {
     if (events_.enabled()) report(reason, block);
     Node &node = nodes_[block];
-    index_.erase(block, node.hash.lo, [&](int32_t other) { return nodes_[other].hash.lo; });
+    index_.erase(block, node.hash.lo);
     ++node.generation;
     if (node.parent.block < 0) namespaces_.release(~node.parent.block);
     --num_published_;
@@ -196,6 +210,11 @@ class BlockPool {
   void weaken_hash(int bits) { hash_mask_ = bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1; }
 
  private:
+  void prefetch_for_release(int32_t block) const {
+    places_.prefetch(block);
+    if (caching_) nodes_.prefetch(block);
+  }
+
   friend class Check;
   friend class SnapshotWriter;
   friend class SnapshotReader;
@@ -208,6 +227,7 @@ class BlockPool {
   };
   static_assert(sizeof(Node) == 32);
   static constexpr uint32_t kLastGeneration = std::numeric_limits<uint32_t>::max() - 1;
+  static constexpr int32_t kUsualSize = 16;  // of a block: a constant number of tokens needs no call
 
   size_t block_bytes() const { return static_cast<size_t>(block_size_) * sizeof(int32_t); }
   static bool is_odd(uint32_t x) { return (x & 1) != 0; }
@@ -231,13 +251,13 @@ class BlockPool {
       nodes_.prefetch(far);
       far = places_.next_oldest(far);
     };
-    for (int i = 0; i < kDistance && n > 1; ++i) {
+    for (int i = 0; i < kDistance; ++i) {
       walk();
       if (i % 2 == 0 && near != kNone) near = places_.next_oldest(near);
     }
     for (int64_t i = 0; i < n; ++i) {
       walk();
-      if (near != kNone && n > 1) {
+      if (near != kNone) {
         index_.prefetch(nodes_[near].hash.lo);
         near = places_.next_oldest(near);
       }
@@ -256,12 +276,21 @@ class BlockPool {
   }
 
   void copy_tokens(int32_t *to, const int32_t *from) const {
-    constexpr int32_t kUsual = 16;  // a constant size spares the call
-    block_size_ == kUsual ? std::memcpy(to, from, kUsual * sizeof(int32_t)) : std::memcpy(to, from, block_bytes());
+    block_size_ == kUsualSize ? std::memcpy(to, from, kUsualSize * sizeof(int32_t))
+                              : std::memcpy(to, from, block_bytes());
   }
 
   bool same_tokens(int32_t block, const int32_t *tokens) const {
-    return std::memcmp(this->tokens(block), tokens, block_bytes()) == 0;
+    const int32_t *own = this->tokens(block);
+    if (block_size_ != kUsualSize) return std::memcmp(own, tokens, block_bytes()) == 0;
+    uint64_t difference = 0;
+    for (int i = 0; i < kUsualSize; i += 2) {
+      uint64_t pairs[2];
+      std::memcpy(&pairs[0], own + i, sizeof(uint64_t));
+      std::memcpy(&pairs[1], tokens + i, sizeof(uint64_t));
+      difference |= pairs[0] ^ pairs[1];
+    }
+    return difference == 0;
   }
 
   int32_t block_size_;

@@ -32,6 +32,8 @@ class Check {
     for (int32_t space = 0; space < m.pool_.namespaces().num_slots(); ++space) {
       expect(m.pool_.namespaces().users(space) == users[static_cast<size_t>(space)],
              "a namespace has the wrong number of users", space);
+      expect(!m.pool_.namespaces().live(space) || users[static_cast<size_t>(space)] > 0, "nobody uses a namespace",
+             space);
     }
   }
 
@@ -151,7 +153,7 @@ class Check {
       if (block < 0 || block >= pool.num_blocks()) broken("the prefix index points outside the pool");
       return pool.nodes_[block].hash.lo;
     };
-    pool.index_.for_each(hash_of, [&](int32_t block, bool can_be_found) {
+    const bool counted = pool.index_.for_each(hash_of, [&](int32_t block, bool can_be_found) {
       ++indexed;
       if (seen[static_cast<size_t>(block)]++) broken(block_text(block) + " is in the prefix index twice");
       expect(pool.published(block), "the prefix index holds a withdrawn block", block);
@@ -161,6 +163,7 @@ class Check {
       expect(pool.namespaces().live(~parent.block), "a cached block is in no live namespace", block);
       ++users[static_cast<size_t>(~parent.block)];
     });
+    expect(counted, "the prefix index miscounts the entries that its buckets had no place for", indexed);
     expect(indexed == pool.num_published(), "the cached blocks are miscounted", indexed);
     for (int32_t b = 0; b < pool.num_blocks(); ++b) {
       if (pool.published(b)) expect(seen[static_cast<size_t>(b)], "a cached block is missing from the prefix index", b);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "blocks/prefix_index.h"
 
@@ -36,6 +37,18 @@ class HostPool {
     free_link_[block] = free_top_;
     free_top_ = block;
     --num_held_;
+  }
+
+  // The blocks of a table, kNone among them.
+  void share(std::span<const int32_t> blocks) {
+    for (const int32_t block : blocks) {
+      if (block != kNone) hold(block);
+    }
+  }
+  void release(std::span<const int32_t> blocks) {
+    for (const int32_t block : blocks) {
+      if (block != kNone) release(block);
+    }
   }
 
  private:

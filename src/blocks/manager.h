@@ -209,14 +209,9 @@ class Manager {
   }
 
   // --- tables ---
-  void release_entry(const Sequence &s, int32_t block) {
-    if (block != kNone) s.swapped ? host_.release(block) : pool_.release(block);
-  }
   // One more reference to everything that a copy of a sequence refers to.
   void share_table(const Sequence &copy) {
-    for (const int32_t block : copy.table) {
-      if (block != kNone) copy.swapped ? host_.hold(block) : pool_.share(block);
-    }
+    copy.swapped ? host_.share(copy.table) : pool_.share(copy.table);
     pool_.namespaces().retain(copy.space);
   }
   std::unique_ptr<Sequence> copy_of(const Sequence &s);

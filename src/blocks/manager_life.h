@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <utility>
 
 #include "blocks/manager_prefix.h"
@@ -57,13 +58,11 @@ inline void Manager::throw_cannot_fit(int64_t num_tokens, const char *call, cons
 
 // Drops the blocks from `keep` on, the last one first: the tail of a prefix is to be evicted before its head.
 inline void Manager::shrink_table(Sequence &s, int64_t keep) {
-  constexpr int64_t kAhead = 8;
-  for (int64_t i = s.num_blocks(); i-- > keep;) {
-    if (i >= kAhead && !s.swapped) pool_.prefetch_place(std::max(0, s.table[static_cast<size_t>(i - kAhead)]));
-    release_entry(s, s.table[static_cast<size_t>(i)]);
-  }
-  if (s.num_blocks() > keep) s.borrows_tail = false;
-  s.table.resize(static_cast<size_t>(std::min(keep, s.num_blocks())));
+  keep = std::min(keep, s.num_blocks());
+  const auto dropped = std::span(s.table).subspan(static_cast<size_t>(keep));
+  s.swapped ? host_.release(dropped) : pool_.release(dropped);
+  if (!dropped.empty()) s.borrows_tail = false;
+  s.table.resize(static_cast<size_t>(keep));
   s.num_released = std::min(s.num_released, keep);
   ++s.table_version;
 }

@@ -38,7 +38,8 @@ struct Sequence {
 };
 
 // Ids are handed out in rising order and never again. Linear probing with the identity as hash puts neighbours side by
-// side, so a look-up is usually one cache line.
+// side, so a look-up is usually one cache line. A slot belongs to whoever is farther from home (Robin Hood hashing), so
+// that a gap is closed as soon as somebody is at home, however long the row of neighbours behind it.
 class SequenceMap {
  public:
   SequenceMap() : slots_(16) {}
@@ -70,10 +71,7 @@ class SequenceMap {
     std::unique_ptr<Sequence> taken = std::move(slots_[hole].sequence);
     slots_[hole] = Slot();
     --size_;
-    // Close the gap: whoever probed past the hole moves back into it.
-    for (size_t i = next(hole); slots_[i].sequence != nullptr; i = next(i)) {
-      const size_t wanted = home(slots_[i].id);
-      if (((i - wanted) & (slots_.size() - 1)) < ((i - hole) & (slots_.size() - 1))) continue;
+    for (size_t i = next(hole); slots_[i].sequence != nullptr && distance(i) > 0; i = next(i)) {
       slots_[hole] = std::exchange(slots_[i], Slot());
       hole = i;
     }
@@ -100,11 +98,19 @@ class SequenceMap {
   size_t home(int64_t id) const { return static_cast<size_t>(id) & (slots_.size() - 1); }
   size_t next(size_t i) const { return (i + 1) & (slots_.size() - 1); }
 
+  // How far the sequence of a slot is from home.
+  size_t distance(size_t i) const { return (i - home(slots_[i].id)) & (slots_.size() - 1); }
+
   void place(std::unique_ptr<Sequence> sequence) {
-    size_t i = home(sequence->id);
-    while (slots_[i].sequence != nullptr) i = next(i);
-    slots_[i].id = sequence->id;
-    slots_[i].sequence = std::move(sequence);
+    Slot placed{sequence->id, std::move(sequence)};
+    size_t i = home(placed.id);
+    for (size_t far = 0; slots_[i].sequence != nullptr; i = next(i), ++far) {
+      if (const size_t other = distance(i); other < far) {
+        std::swap(placed, slots_[i]);
+        far = other;
+      }
+    }
+    slots_[i] = std::move(placed);
   }
 
   void grow() {

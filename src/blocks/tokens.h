@@ -1,4 +1,4 @@
-// Tokens as callers give them: checked, and narrowed to 32 bits. Both loops run without a branch, so they are
+// Tokens as callers give them: checked, and narrowed to 32 bits. The loops run without a branch, so they are
 // vectorised.
 //
 // SPDX-License-Identifier: Apache-2.0
@@ -10,6 +10,14 @@
 #include <vector>
 
 namespace pagedattn::blocks {
+
+// Whether all numbers are tokens, 0 ... 2^31 - 1: none has a bit that tokens have not.
+template <typename Number>
+bool all_tokens(const Number *numbers, int64_t n) {
+  Number bits = 0;
+  for (int64_t i = 0; i < n; ++i) bits |= numbers[i];
+  return static_cast<uint64_t>(int64_t{bits}) >> 31 == 0;
+}
 
 // The least and the greatest of some numbers and 0.
 template <typename Number>
