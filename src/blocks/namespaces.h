@@ -52,17 +52,10 @@ class Namespaces {
     free_slots_.push_back(space);
   }
 
-  // Restoring a snapshot keeps the numbers that published blocks refer to.
   void insert(int32_t space, const std::string &key, const HashKey &hash_key) {
     if (space >= num_slots()) entries_.resize(static_cast<size_t>(space) + 1);
     by_key_[key] = space;
     at(space) = {key, root_hash(key, hash_key), 0, 0, true};
-  }
-  void rebuild_free_slots() {
-    free_slots_.clear();
-    for (int32_t i = num_slots(); i-- > 0;) {
-      if (!at(i).live) free_slots_.push_back(i);
-    }
   }
 
   static Hash128 root_hash(const std::string &key, const HashKey &hash_key) {

@@ -6,6 +6,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -15,10 +16,10 @@
 
 namespace pagedattn::blocks {
 
-constexpr int64_t kSnapshotVersion = 2;
-constexpr int32_t kMaxNamespaces = 1 << 24;  // so that a damaged snapshot asks for no more than a gigabyte of them
+constexpr int64_t kSnapshotVersion = 3;
 
 // Plain arrays; `sequences` has kSequenceFields numbers a sequence, the ragged ones follow each other without a gap.
+// Namespaces are numbered in the order of their keys, so that there are as many as there are lengths of keys.
 struct Snapshot {
   static constexpr int64_t kHeaderFields = 10;
   static constexpr int64_t kSequenceFields = 12;
@@ -42,7 +43,7 @@ struct Snapshot {
   std::vector<int64_t> sequences;
   std::vector<int32_t> sequence_tokens;
   std::vector<int32_t> sequence_tables;
-  std::vector<int32_t> namespaces, namespace_newest_children;
+  std::vector<int32_t> namespace_newest_children;
   std::vector<int64_t> namespace_lengths;
   std::vector<uint8_t> namespace_keys;
 };
@@ -68,7 +69,6 @@ void for_each_field(AnySnapshot &s, Visit visit) {
   visit("sequences", "int64", s.sequences);
   visit("sequence_tokens", "int32", s.sequence_tokens);
   visit("sequence_tables", "int32", s.sequence_tables);
-  visit("namespaces", "int32", s.namespaces);
   visit("namespace_newest_children", "int32", s.namespace_newest_children);
   visit("namespace_lengths", "int64", s.namespace_lengths);
   visit("namespace_keys", "uint8", s.namespace_keys);
@@ -103,12 +103,12 @@ class SnapshotWriter {
     const std::lock_guard lock(m.mutex_);
     Snapshot out;
     write_facts(m, out);
-    write_cache(m.pool_, out);
+    const std::vector<int32_t> numbers = write_namespaces(m.pool_.namespaces(), out);
+    write_cache(m.pool_, numbers, out);
     write_lists(m, out);
     for (const SequenceMap *map : {&m.sequences_, &m.pins_}) {
-      for (const int64_t id : Manager::sorted_ids(*map)) write_sequence(*map->find(id), map == &m.pins_, out);
+      for (const int64_t id : Manager::sorted_ids(*map)) write_sequence(*map->find(id), map == &m.pins_, numbers, out);
     }
-    write_namespaces(m.pool_.namespaces(), out);
     return out;
   }
 
@@ -137,14 +137,18 @@ class SnapshotWriter {
                     c.swapped_in_blocks};
   }
 
-  static void write_cache(const BlockPool &pool, Snapshot &out) {
+  static int32_t numbered(int32_t block, const std::vector<int32_t> &numbers) {
+    return block < 0 ? ~numbers[static_cast<size_t>(~block)] : block;
+  }
+
+  static void write_cache(const BlockPool &pool, const std::vector<int32_t> &numbers, Snapshot &out) {
     for (int32_t block = 0; pool.caching() && block < pool.places_.num_used(); ++block) {
       const BlockPool::Node &node = pool.nodes_[block];
       out.generations.push_back(node.generation);
       out.newest_children.push_back(node.newest_child);
       if (!pool.published(block)) continue;
       out.cached_blocks.push_back(block);
-      out.cached_parents.push_back(node.parent.block);
+      out.cached_parents.push_back(numbered(node.parent.block, numbers));
       out.cached_parent_generations.push_back(node.parent.generation);
       out.cached_hashes.insert(out.cached_hashes.end(), {node.hash.lo, node.hash.hi});
       out.cached_priorities.push_back(pool.places_.priority(block));
@@ -161,25 +165,33 @@ class SnapshotWriter {
     for (int32_t b = m.host_.free_top_; b != kNone; b = m.host_.free_link_[b]) out.free_host_blocks.push_back(b);
   }
 
-  static void write_sequence(const Sequence &s, bool is_pin, Snapshot &out) {
+  static void write_sequence(const Sequence &s, bool is_pin, const std::vector<int32_t> &numbers, Snapshot &out) {
     const int64_t flags =
         s.swapped | s.started << 1 | s.chain_broken << 2 | s.queried << 3 | s.borrows_tail << 4 | is_pin << 5;
-    out.sequences.insert(out.sequences.end(),
-                         {s.id, s.num_tokens(), s.num_blocks(), s.num_computed, s.num_cached, s.num_published,
-                          s.num_released, s.tip.block, s.tip.generation, s.space, s.priority, flags});
+    out.sequences.insert(
+        out.sequences.end(),
+        {s.id, s.num_tokens(), s.num_blocks(), s.num_computed, s.num_cached, s.num_published, s.num_released,
+         numbered(s.tip.block, numbers), s.tip.generation, numbers[static_cast<size_t>(s.space)], s.priority, flags});
     out.sequence_tokens.insert(out.sequence_tokens.end(), s.tokens.begin(), s.tokens.end());
     out.sequence_tables.insert(out.sequence_tables.end(), s.table.begin(), s.table.end());
   }
 
-  static void write_namespaces(const Namespaces &namespaces, Snapshot &out) {
+  // The number in the snapshot of each slot.
+  static std::vector<int32_t> write_namespaces(const Namespaces &namespaces, Snapshot &out) {
+    std::vector<int32_t> slots;
     for (int32_t space = 0; space < namespaces.num_slots(); ++space) {
-      if (!namespaces.live(space)) continue;
+      if (namespaces.live(space)) slots.push_back(space);
+    }
+    std::sort(slots.begin(), slots.end(), [&](int32_t a, int32_t b) { return namespaces.key(a) < namespaces.key(b); });
+    std::vector<int32_t> numbers(static_cast<size_t>(namespaces.num_slots()), kNone);
+    for (const int32_t space : slots) {
       const std::string &key = namespaces.key(space);
-      out.namespaces.push_back(space);
+      numbers[static_cast<size_t>(space)] = static_cast<int32_t>(out.namespace_lengths.size());
       out.namespace_newest_children.push_back(namespaces.newest_child(space));
       out.namespace_lengths.push_back(static_cast<int64_t>(key.size()));
       out.namespace_keys.insert(out.namespace_keys.end(), key.begin(), key.end());
     }
+    return numbers;
   }
 };
 
@@ -239,24 +251,22 @@ class SnapshotReader {
 
   static void read_namespaces(BlockPool &pool, const Snapshot &in) {
     Namespaces &namespaces = pool.namespaces();
-    require(in.namespaces.size() == in.namespace_lengths.size() &&
-                in.namespaces.size() == in.namespace_newest_children.size(),
+    require(in.namespace_lengths.size() == in.namespace_newest_children.size() &&
+                in.namespace_lengths.size() <= static_cast<size_t>(std::numeric_limits<int32_t>::max()),
             "its namespaces are incomplete");
     size_t at = 0;
-    for (size_t i = 0; i < in.namespaces.size(); ++i) {
-      const int32_t space = in.namespaces[i];
+    for (size_t i = 0; i < in.namespace_lengths.size(); ++i) {
       const auto length = static_cast<size_t>(in.namespace_lengths[i]);
       require(in.namespace_lengths[i] >= 0 && length <= in.namespace_keys.size() - at, "its namespaces are incomplete");
-      require(space >= 0 && space < kMaxNamespaces && !namespaces.live(space), "a namespace is repeated");
-      const std::string key(in.namespace_keys.begin() + static_cast<std::ptrdiff_t>(at),
-                            in.namespace_keys.begin() + static_cast<std::ptrdiff_t>(at + length));
+      const auto *bytes = reinterpret_cast<const char *>(in.namespace_keys.data()) + at;
+      const std::string key(bytes, length);
       require(namespaces.find(key) == kNone, "a namespace is repeated");
+      const auto space = static_cast<int32_t>(i);
       namespaces.insert(space, key, pool.key());
       require_child(pool, in.namespace_newest_children[i]);
       namespaces.newest_child(space) = in.namespace_newest_children[i];
       at += length;
     }
-    namespaces.rebuild_free_slots();
   }
 
   static void require_child(const BlockPool &pool, int32_t child_plus_one) {
@@ -331,8 +341,7 @@ class SnapshotReader {
       require(f[0] >= 0 && m.sequences_.find(f[0]) == nullptr && m.pins_.find(f[0]) == nullptr,
               "a sequence is repeated");
       require(f[3] >= 0 && f[3] <= std::numeric_limits<int32_t>::max(), "a sequence is too long");
-      require(f[9] >= 0 && f[9] < kMaxNamespaces && m.pool_.namespaces().live(static_cast<int32_t>(f[9])),
-              "a sequence is in no namespace");
+      require(f[9] >= 0 && f[9] < m.pool_.namespaces().num_slots(), "a sequence is in no namespace");
       require(f[7] == ~f[9] || (m.pool_.caching() && f[7] >= 0 && f[7] < m.config_.num_blocks),
               "a sequence continues a block that there is not");
       auto s = std::make_unique<Sequence>(read_sequence(f));
