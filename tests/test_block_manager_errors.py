@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from block_manager_helpers import add_computed, assert_unchanged
-from pagedattn import BlockManager, OutOfBlocks
-from pagedattn._errors import InvalidArgumentError
+from pagedattn import BlockManager, OutOfBlocks, StepBatch
+from pagedattn._errors import InvalidArgumentError, PagedAttnError
 
 # --- wrong calls ------------------------------------------------------------------------------------------------------
 
@@ -147,3 +147,29 @@ def test_a_wrong_parameter_makes_no_manager(arguments: dict[str, object], messag
 def test_a_pool_that_cannot_be_held_in_memory_is_a_memory_error() -> None:
     with pytest.raises(MemoryError):
         BlockManager(2**31 - 1, 2**31 - 1)
+
+
+def test_a_manager_that_was_never_initialised_says_so_instead_of_crashing() -> None:
+    bare = BlockManager.__new__(BlockManager)
+    two_arguments = {"append", "reorder", "step", "truncate"}
+    of_tokens = {"add", "match", "pin", "block_hashes"}
+    of_nothing = {"pins", "events", "reset_prefix_cache", "seqs", "stats", "check", "layout", "snapshot"}
+    names = [name for name, value in vars(BlockManager).items() if hasattr(value, "__get__") and name[0] != "_"]
+    names.remove("restore")
+    assert len(names) > 40
+    for name in [*names, "__repr__", "_repr_svg_", "_weaken_hash"]:
+        arguments: tuple[object, ...] = (1,)
+        if name in two_arguments:
+            arguments = (1, 1)
+        elif name in of_tokens:
+            arguments = ([1],)
+        elif name in of_nothing or name in ("__repr__", "_repr_svg_"):
+            arguments = ()
+        with pytest.raises(PagedAttnError, match="`__init__` has not been called"):
+            getattr(bare, name)(*arguments)
+
+
+def test_a_batch_that_was_never_initialised_is_refused() -> None:
+    m = BlockManager(4, 4)
+    with pytest.raises(InvalidArgumentError, match="`out` must have arrays"):
+        m.step([], [], StepBatch.__new__(StepBatch))

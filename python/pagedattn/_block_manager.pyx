@@ -35,7 +35,7 @@ from ._manager cimport (
 )
 
 from . import _svg
-from ._errors import InvalidArgumentError
+from ._errors import InvalidArgumentError, PagedAttnError
 
 include "_arguments.pxi"
 include "_step_batch.pxi"
@@ -132,6 +132,12 @@ cdef class BlockManager:
             config.key = key_from_seed(_seed(seed))
         self._manager.reset(new Manager(config))
 
+    cdef Manager *_core(self) except NULL nogil:
+        if self._manager.get() == NULL:
+            with gil:
+                raise PagedAttnError("BlockManager: `__init__` has not been called")
+        return self._manager.get()
+
     # --- the life of a sequence --------------------------------------------------------------------------------------
 
     def add(self, token_ids, *, extra_key=b"", priority=0):
@@ -170,7 +176,7 @@ cdef class BlockManager:
         if tokens.size == 0:
             raise _invalid(".add", "token_ids", "hold at least one token", "none")
         with nogil:
-            seq = self._manager.get().add(tokens.data, tokens.size, key, level)
+            seq = self._core().add(tokens.data, tokens.size, key, level)
         return seq
 
     def take_prefix(self, seq):
@@ -193,7 +199,7 @@ cdef class BlockManager:
         cdef int64_t sequence = _id(seq, ".take_prefix", "seq")
         cdef int64_t tokens
         with nogil:
-            tokens = self._manager.get().take_prefix(sequence)
+            tokens = self._core().take_prefix(sequence)
         return tokens
 
     def match(self, token_ids, extra_key=b""):
@@ -214,7 +220,7 @@ cdef class BlockManager:
         if tokens.size == 0:
             return 0
         with nogil:
-            found = self._manager.get().match(tokens.data, tokens.size, key)
+            found = self._core().match(tokens.data, tokens.size, key)
         return found
 
     def append(self, seqs, token_ids, query_start_loc=None):
@@ -254,7 +260,7 @@ cdef class BlockManager:
             for i in range(starts.size()):
                 starts[i] = i
         with nogil:
-            self._manager.get().append(ids.data(), ids.size(), starts.data(), tokens.data)
+            self._core().append(ids.data(), ids.size(), starts.data(), tokens.data)
 
     def truncate(self, seq, num_tokens):
         """Cut a sequence down to its first tokens, after rejected speculation for instance.
@@ -277,7 +283,7 @@ cdef class BlockManager:
         cdef int64_t sequence = _id(seq, ".truncate", "seq")
         cdef int64_t keep = _id(num_tokens, ".truncate", "num_tokens")
         with nogil:
-            self._manager.get().truncate(sequence, keep)
+            self._core().truncate(sequence, keep)
 
     def fork(self, seq, n=1):
         """Make `n` copies of a sequence that share all its blocks, for parallel samples or beams.
@@ -299,7 +305,7 @@ cdef class BlockManager:
         cdef int64_t count = _integer(n, ".fork", "n", 1, _INT32_MAX)
         cdef vector[int64_t] ids
         with nogil:
-            ids = self._manager.get().fork(sequence, count)
+            ids = self._core().fork(sequence, count)
         return ids
 
     def reorder(self, seqs, parents):
@@ -325,7 +331,7 @@ cdef class BlockManager:
         _read_ids(parents, ".reorder", origins, "parents")
         _same_length(origins.size(), ids.size(), ".reorder", "parents", "one parent")
         with nogil:
-            self._manager.get().reorder(ids.data(), ids.size(), origins.data())
+            self._core().reorder(ids.data(), ids.size(), origins.data())
 
     def free(self, seqs):
         """Forget sequences.  Their published blocks stay cached until their place is needed.
@@ -342,7 +348,7 @@ cdef class BlockManager:
         cdef vector[int64_t] ids
         _read_ids(seqs, ".free", ids)
         with nogil:
-            self._manager.get().free(ids.data(), ids.size())
+            self._core().free(ids.data(), ids.size())
 
     def preempt(self, seqs):
         """Preempt by recomputation: give back all blocks of sequences, device or host, and keep their tokens.
@@ -356,7 +362,7 @@ cdef class BlockManager:
         cdef vector[int64_t] ids
         _read_ids(seqs, ".preempt", ids)
         with nogil:
-            self._manager.get().preempt(ids.data(), ids.size())
+            self._core().preempt(ids.data(), ids.size())
 
     def pin(self, token_ids, *, extra_key=b""):
         """Keep what is cached of a prompt, a system prompt for instance, from being evicted.
@@ -385,7 +391,7 @@ cdef class BlockManager:
         cdef int64_t pin
         cdef _Tokens tokens = _read_tokens(token_ids, ".pin")
         with nogil:
-            pin = self._manager.get().pin(tokens.data, tokens.size, key)
+            pin = self._core().pin(tokens.data, tokens.size, key)
         return pin
 
     def unpin(self, pins):
@@ -403,7 +409,7 @@ cdef class BlockManager:
         cdef vector[int64_t] ids
         _read_ids(pins, ".unpin", ids, "pins")
         with nogil:
-            self._manager.get().unpin(ids.data(), ids.size())
+            self._core().unpin(ids.data(), ids.size())
 
     def pins(self):
         """The ids of all pins, in the order in which they were made.
@@ -412,11 +418,11 @@ cdef class BlockManager:
         -------
         list of int
         """
-        return self._manager.get().pins()
+        return self._core().pins()
 
     def num_pinned_tokens(self, pin):
         """Tokens that a pin keeps in the cache."""
-        return self._manager.get().num_pinned(_id(pin, ".num_pinned_tokens", "pin"))
+        return self._core().num_pinned(_id(pin, ".num_pinned_tokens", "pin"))
 
     def block_hashes(self, token_ids, *, extra_key=b""):
         """The names that the prefix cache gives to the whole blocks of a prompt, cached or not.
@@ -437,7 +443,7 @@ cdef class BlockManager:
         cdef vector[uint64_t] hashes
         cdef _Tokens tokens = _read_tokens(token_ids, ".block_hashes")
         with nogil:
-            hashes = self._manager.get().block_hashes(tokens.data, tokens.size, key)
+            hashes = self._core().block_hashes(tokens.data, tokens.size, key)
         return _numpy_copy(hashes.data(), hashes.size() * sizeof(uint64_t), np.uint64).reshape(-1, 2)
 
     def events(self):
@@ -455,7 +461,7 @@ cdef class BlockManager:
         """
         cdef vector[uint8_t] records
         with nogil:
-            records = self._manager.get().drain_events()
+            records = self._core().drain_events()
         return _numpy_copy(records.data(), records.size(), np.dtype([
             ("hash", np.uint64, 2), ("parent_hash", np.uint64, 2), ("kind", np.int32), ("block", np.int32),
             ("token_ids", np.int32, self.block_size)]))
@@ -467,7 +473,7 @@ cdef class BlockManager:
         nothing any more.
         """
         with nogil:
-            self._manager.get().reset_prefix_cache()
+            self._core().reset_prefix_cache()
 
     # --- blocks for a batch ------------------------------------------------------------------------------------------
 
@@ -520,16 +526,18 @@ cdef class BlockManager:
             request.tokens = tokens.data
         if out is None:
             with nogil:
-                width = self._manager.get().max_table_blocks(request)
+                width = self._core().max_table_blocks(request)
                 for count in counts:
                     num_tokens += count
             batch = StepBatch(ids.size(), width, num_tokens)
         elif isinstance(out, StepBatch):
             batch = out
+            if batch.block_tables is None:
+                raise _invalid(".step", "out", "have arrays", "a StepBatch whose `__init__` has not been called")
         else:
             raise _invalid(".step", "out", "be a StepBatch", type(out).__name__)
         with nogil:
-            self._manager.get().step(request, batch._arrays)
+            self._core().step(request, batch._arrays)
         batch._show()
         return batch
 
@@ -556,7 +564,7 @@ cdef class BlockManager:
         cdef vector[int64_t] ids, mapping
         _read_ids(seqs, ".swap_out", ids)
         with nogil:
-            mapping = self._manager.get().swap_out(ids.data(), ids.size())
+            mapping = self._core().swap_out(ids.data(), ids.size())
         return _pairs(mapping)
 
     def swap_in(self, seqs):
@@ -583,7 +591,7 @@ cdef class BlockManager:
         cdef vector[int64_t] ids, mapping
         _read_ids(seqs, ".swap_in", ids)
         with nogil:
-            mapping = self._manager.get().swap_in(ids.data(), ids.size())
+            mapping = self._core().swap_in(ids.data(), ids.size())
         return _pairs(mapping)
 
     # --- looking -----------------------------------------------------------------------------------------------------
@@ -591,57 +599,57 @@ cdef class BlockManager:
     @property
     def num_blocks(self):
         """Blocks of the device pool."""
-        return self._manager.get().config().num_blocks
+        return self._core().config().num_blocks
 
     @property
     def block_size(self):
         """Tokens of a block."""
-        return self._manager.get().config().block_size
+        return self._core().config().block_size
 
     @property
     def num_host_blocks(self):
         """Blocks of the host pool."""
-        return self._manager.get().config().num_host_blocks
+        return self._core().config().num_host_blocks
 
     @property
     def prefix_caching(self):
         """Whether equal prefixes share blocks."""
-        return self._manager.get().config().prefix_caching
+        return self._core().config().prefix_caching
 
     @property
     def watermark(self):
         """Fraction of the blocks that admission leaves free."""
-        return self._manager.get().config().watermark
+        return self._core().config().watermark
 
     @property
     def window(self):
         """The sliding window in tokens, or None."""
-        return self._manager.get().config().window or None
+        return self._core().config().window or None
 
     @property
     def num_events(self):
         """Events of the prefix cache that are kept for `events`."""
-        return self._manager.get().config().num_events
+        return self._core().config().num_events
 
     @property
     def num_free_blocks(self):
         """Blocks that can be handed out: free ones and unused cached ones."""
-        return self._manager.get().num_free()
+        return self._core().num_free()
 
     @property
     def num_free_host_blocks(self):
         """Free blocks of the host pool."""
-        return self._manager.get().num_free_host()
+        return self._core().num_free_host()
 
     @property
     def num_cached_blocks(self):
         """Blocks that the prefix cache offers, in use or not."""
-        return self._manager.get().num_published()
+        return self._core().num_published()
 
     @property
     def usage(self):
         """Fraction of the blocks that sequences hold."""
-        return self._manager.get().num_held() / self._manager.get().config().num_blocks
+        return self._core().num_held() / self._core().config().num_blocks
 
     def seqs(self):
         """The ids of all live sequences, in the order in which they were made.
@@ -650,23 +658,23 @@ cdef class BlockManager:
         -------
         list of int
         """
-        return self._manager.get().ids()
+        return self._core().ids()
 
     def num_tokens(self, seq):
         """Tokens of a sequence that are known, computed or not."""
-        return self._manager.get().num_tokens(_id(seq, ".num_tokens", "seq"))
+        return self._core().num_tokens(_id(seq, ".num_tokens", "seq"))
 
     def num_computed_tokens(self, seq):
         """Tokens of a sequence whose KV is in its blocks, those of the last step included."""
-        return self._manager.get().num_computed(_id(seq, ".num_computed_tokens", "seq"))
+        return self._core().num_computed(_id(seq, ".num_computed_tokens", "seq"))
 
     def num_cached_tokens(self, seq):
         """Tokens of a sequence that were found in the prefix cache when it was added or last took its prefix."""
-        return self._manager.get().num_cached(_id(seq, ".num_cached_tokens", "seq"))
+        return self._core().num_cached(_id(seq, ".num_cached_tokens", "seq"))
 
     def is_swapped(self, seq):
         """Whether the blocks of a sequence are in the host pool."""
-        return self._manager.get().swapped(_id(seq, ".is_swapped", "seq"))
+        return self._core().swapped(_id(seq, ".is_swapped", "seq"))
 
     def token_ids(self, seq):
         """A copy of a sequence's tokens.
@@ -675,7 +683,7 @@ cdef class BlockManager:
         -------
         ndarray of int32, shape (num_tokens,)
         """
-        cdef vector[int32_t] tokens = self._manager.get().token_ids(
+        cdef vector[int32_t] tokens = self._core().token_ids(
             _id(seq, ".token_ids", "seq"))
         return _numpy_copy(tokens.data(), tokens.size() * sizeof(int32_t), np.int32)
 
@@ -687,13 +695,13 @@ cdef class BlockManager:
         ndarray of int32, shape (num_blocks,)
             -1 where a sliding window has released the block.
         """
-        cdef vector[int32_t] table = self._manager.get().block_table(
+        cdef vector[int32_t] table = self._core().block_table(
             _id(seq, ".block_table", "seq"))
         return _numpy_copy(table.data(), table.size() * sizeof(int32_t), np.int32)
 
     def ref_count(self, block):
         """How many sequences hold a device block."""
-        return self._manager.get().ref_count(_id(block, ".ref_count", "block"))
+        return self._core().ref_count(_id(block, ".ref_count", "block"))
 
     def stats(self):
         """Counters since the manager was made.
@@ -710,8 +718,8 @@ cdef class BlockManager:
             copied; ``dropped_events``; ``peak_blocks`` held at once; ``held_blocks``, ``cached_blocks`` and
             ``sequences`` at present.
         """
-        cdef PoolCounters pool = self._manager.get().pool_counters()
-        cdef Counters counters = self._manager.get().counters()
+        cdef PoolCounters pool = self._core().pool_counters()
+        cdef Counters counters = self._core().counters()
         return {
             "allocated": pool.allocated,
             "freed": pool.freed,
@@ -726,11 +734,11 @@ cdef class BlockManager:
             "preemptions": counters.preemptions,
             "swapped_out_blocks": counters.swapped_out_blocks,
             "swapped_in_blocks": counters.swapped_in_blocks,
-            "dropped_events": self._manager.get().num_dropped_events(),
+            "dropped_events": self._core().num_dropped_events(),
             "peak_blocks": pool.peak_held,
-            "held_blocks": self._manager.get().num_held(),
-            "cached_blocks": self._manager.get().num_published(),
-            "sequences": self._manager.get().num_sequences(),
+            "held_blocks": self._core().num_held(),
+            "cached_blocks": self._core().num_published(),
+            "sequences": self._core().num_sequences(),
         }
 
     def check(self):
@@ -744,7 +752,7 @@ cdef class BlockManager:
             An invariant is broken; the message names it.  This is a bug.
         """
         with nogil:
-            Check.run(self._manager.get()[0])
+            Check.run(self._core()[0])
 
     def layout(self):
         """What a picture of the cache needs, as plain data, to be drawn later by ``pagedattn._svg.render``.
@@ -758,7 +766,7 @@ cdef class BlockManager:
         """
         cdef Layout layout
         with nogil:
-            layout = self._manager.get().layout()
+            layout = self._core().layout()
         fields = _numpy_copy(layout.sequences.data(), layout.sequences.size() * sizeof(int64_t), np.int64)
         fields = fields.reshape(-1, 5)
         return {
@@ -786,7 +794,7 @@ cdef class BlockManager:
         """
         cdef Snapshot snapshot
         with nogil:
-            snapshot = SnapshotWriter.write(self._manager.get()[0])
+            snapshot = SnapshotWriter.write(self._core()[0])
         return {field.name.decode(): _numpy_copy(field.data, field.num_bytes, field.dtype.decode())
                 for field in view_fields(snapshot)}
 
@@ -829,12 +837,12 @@ cdef class BlockManager:
 
     def __repr__(self):
         return (f"BlockManager(num_blocks={self.num_blocks}, block_size={self.block_size}, "
-                f"sequences={self._manager.get().num_sequences()}, held={self._manager.get().num_held()}, "
+                f"sequences={self._core().num_sequences()}, held={self._core().num_held()}, "
                 f"cached={self.num_cached_blocks}, free={self.num_free_blocks})")
 
     def _repr_svg_(self):
-        return _svg.render(self.layout(), title=f"BlockManager: {self._manager.get().num_sequences()} sequences")
+        return _svg.render(self.layout(), title=f"BlockManager: {self._core().num_sequences()} sequences")
 
     def _weaken_hash(self, bits):
         """For tests of collisions: keep only so many bits of each hash lane.  Call it on an empty manager."""
-        self._manager.get().weaken_hash(_integer(bits, "._weaken_hash", "bits", 0, 64))
+        self._core().weaken_hash(_integer(bits, "._weaken_hash", "bits", 0, 64))
