@@ -14,7 +14,8 @@ release = pagedattn.__version__
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "performance/generated/summary.md"]  # a part of performance/index.md
+# The generated pages here are parts of performance/index.md and of block-manager.md.
+exclude_patterns = ["_build", "performance/generated/summary.md", "performance/generated/managers.md"]
 
 autodoc_typehints = "none"  # the docstrings tell shapes and dtypes too
 autodoc_member_order = "bysource"

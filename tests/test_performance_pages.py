@@ -114,6 +114,29 @@ def test_the_summary_counts_cases_that_are_faster_than_every_peer() -> None:
     assert "generated/gpu\n" in summary
 
 
+def test_the_block_manager_stands_beside_others_with_best_median_and_aim() -> None:
+    seconds = {"ours": [9.4e-9, 9.9e-9, 12e-9], "theirs": [2e-7, 3e-7, 1e-6]}
+    document = {
+        "schema": 1,
+        "date": "2026-01-02T03:04:05+00:00",
+        "python": "3.11.7",
+        "contestants": [
+            {"name": "ours", "title": "pagedattn", "version": "pagedattn 1"},
+            {"name": "theirs", "title": "Other", "version": "Other 2"},
+        ],
+        "units": [
+            {"name": "allocate", "aim": 10e-9, "results": seconds},
+            {"name": "fork", "aim": 1e-6, "results": {"ours": [0.9e-6, 1.1e-6, 1.3e-6]}},
+            {"name": "collect", "aim": 1e-3, "results": {"ours": [0.0] * 3, "theirs": [0.0281] * 3}},
+        ],
+    }
+    page = performance.managers_page({"cpu": document})
+    assert "2026-01-02 on `cpu`, Python 3.11.7: pagedattn 1, Other 2. µs, the best of 3 rounds" in page
+    assert rows(page, "allocate") == [["allocate", "0.0094 (0.0099)", "0.2 (0.3)", "0.01"]]
+    assert rows(page, "fork") == [["fork", "0.9 (1.1)", "–", "1"]]
+    assert rows(page, "collect") == [["collect", "0 (0)", "28100 (28100)", "1000"]]
+
+
 def test_without_results_the_summary_says_so() -> None:
     assert performance.summary_page({}, {}) == "There are no results of record yet.\n"
 

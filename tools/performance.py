@@ -5,9 +5,10 @@ SPDX-License-Identifier: Apache-2.0
     python tools/performance.py            write docs/performance/generated
     python tools/performance.py --check    change nothing; fail, with the difference, where it is stale
 
-Reads asv_bench/peers/MACHINE.json (what `pagedattn bench --json --against all` printed) and asv_bench/results/MACHINE
-(asv's).  Writing needs pagedattn and its `plot` extra.  The check needs no matplotlib: pages must be equal, and each
-picture must bear the digest of the document it was drawn from, since other versions of matplotlib draw other bytes.
+Reads asv_bench/peers/MACHINE.json (what `pagedattn bench --json --against all` printed), asv_bench/peers/managers/
+MACHINE.json (what asv_bench/compare_managers.py wrote) and asv_bench/results/MACHINE (asv's).  Writing needs pagedattn
+and its `plot` extra.  The check needs no matplotlib: pages must be equal, and each picture must bear the digest of the
+document it was drawn from, since other versions of matplotlib draw other bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import difflib
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 OURS = "pagedattn"
 SCHEMA = 1
 SUMMARY = "summary.md"
+MANAGERS = "managers.md"
 DECODE, PREFILL = "decode", "prefill"
 
 RATES = {"GB/s": ("bytes_per_second", 1e9), "TFLOP/s": ("flops_per_second", 1e12), "GFLOP/s": ("flops_per_second", 1e9)}
@@ -83,6 +86,40 @@ def summary_page(documents: dict[str, dict[str, Any]], records: dict[str, Record
     # The page that includes this one lies a folder above it.
     entries = [f"generated/{machine}" for machine in machines]
     return "\n".join([*lines, "```{toctree}", ":maxdepth: 1", "", *entries, "```", ""])
+
+
+def managers_page(documents: dict[str, dict[str, Any]]) -> str:
+    """What the block manager costs beside others, a table a machine: best and median of the rounds, in microseconds."""
+    lines = []
+    for machine, document in documents.items():
+        contestants = document["contestants"]
+        rows = []
+        for unit in document["units"]:
+            results = [unit["results"].get(one["name"]) for one in contestants]
+            cells = [
+                f"{_significant(min(seconds))} ({_significant(statistics.median(seconds))})" if seconds else "–"
+                for seconds in results
+            ]
+            rows.append([unit["name"], *cells, f"{unit['aim'] * 1e6:g}"])
+        versions = ", ".join(one["version"] for one in contestants)
+        lines += [
+            f"Measured on {document['date'][:10]} on `{machine}`, Python {document['python']}: {versions}. "
+            f"µs, the best of {_rounds(document)} rounds in turns, and their median.",
+            "",
+            *markdown_table(["operation", *(one["title"] for one in contestants), "aim"], rows),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _significant(seconds: float) -> str:
+    """Microseconds with two or three digits."""
+    value = seconds * 1e6
+    return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:.3g}" if value >= 1 else f"{value:.2g}"
+
+
+def _rounds(document: dict[str, Any]) -> int:
+    return max(len(seconds) for unit in document["units"] for seconds in unit["results"].values())
 
 
 def machine_page(machine: str, document: dict[str, Any] | None, record: Record | None) -> str:
@@ -286,11 +323,14 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         documents = load_documents(chosen.records / "peers")
+        managers = load_documents(chosen.records / "peers/managers")
     except RecordError as error:
         print(f"performance: {error}", file=sys.stderr)
         return 2
     records = load_records(chosen.records / "results")
     pages = {SUMMARY: summary_page(documents, records)}
+    if managers:
+        pages[MANAGERS] = managers_page(managers)
     for machine in sorted({*documents, *records}):
         pages[f"{machine}.md"] = machine_page(machine, documents.get(machine), records.get(machine))
     if chosen.check:

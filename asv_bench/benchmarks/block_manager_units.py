@@ -2,41 +2,18 @@
 """What does the block manager cost a block, a sequence, a prompt?  These are the figures that it promises.
 
 Each is the best of many repetitions of a call that does the work of many blocks or sequences, in the steady state: all
-memory has been touched before.  `python asv_bench/benchmarks/block_manager_units.py` prints them beside their aims.
+memory has been touched before.  `python asv_bench/compare_managers.py` prints them beside their aims and peers.
 """
 
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from pagedattn import BlockManager, StepBatch
 
-BLOCK_SIZE = 16
-PROMPT = 4096
-PROMPT_BLOCKS = PROMPT // BLOCK_SIZE
-REPETITIONS = 25
-
-
-def prompts(count: int, tokens: int, seed: int = 0) -> np.ndarray:
-    """Token ids ``[count, tokens]``; no two rows begin alike."""
-    ids = np.random.default_rng([seed, count]).integers(0, 32_000, (count, tokens), np.int32)
-    ids[:, 0] = seed * count + np.arange(count)
-    return ids
-
-
-def best(call: Callable[[Any], object], setup: Callable[[], Any], repetitions: int = REPETITIONS) -> float:
-    """Seconds of the fastest call, each on what its own setup made."""
-    fastest = float("inf")
-    for _ in range(repetitions):
-        made = setup()
-        start = time.perf_counter()
-        call(made)
-        fastest = min(fastest, time.perf_counter() - start)
-    return fastest
+from .unit_timing import BLOCK_SIZE, PROMPT, PROMPT_BLOCKS, best, prompts
 
 
 def computed(manager: BlockManager, ids: np.ndarray) -> list[int]:
@@ -197,15 +174,3 @@ class Unit:
         return UNITS[unit][0]()
 
     track_seconds.unit = "seconds"  # type: ignore[attr-defined]
-
-
-ROUNDS = 8  # of all units in turn: the clock of a shared processor changes every few seconds
-
-
-if __name__ == "__main__":
-    gc.disable()
-    rounds = [[measure() for measure, _ in UNITS.values()] for _ in range(ROUNDS)]
-    print(f"{'us, of ' + str(ROUNDS) + ' rounds':36} {'best':>9} {'median':>9} {'aim':>9}")
-    for (name, (_, aim)), times in zip(UNITS.items(), np.array(rounds).T * 1e6, strict=True):
-        met = "met" if times.min() <= aim * 1e6 else "MISSED"
-        print(f"{name:36} {times.min():9.4f} {np.median(times):9.4f} {aim * 1e6:9.4f}  {met}")
