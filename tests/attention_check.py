@@ -11,7 +11,7 @@ import numpy as np
 import pagedattn
 from accuracy import assert_close, assert_lse_close
 from backends import DTYPES, NumpyBackend
-from batches import Batch, make_batch, output, poison, scale_for
+from batches import LAYOUTS, SIXTEEN_BIT_KINDS, SLICES, Batch, make_batch, output, poison, scale_for
 
 
 def check_batch(backend: NumpyBackend, batch: Batch, *, strided_out: bool = False, **more: Any) -> None:
@@ -36,6 +36,23 @@ def check_output_alone(backend: NumpyBackend, batch: Batch, **more: Any) -> None
     out = backend.array(poison(batch.q.shape, batch.q.dtype))
     pagedattn.paged_attention(*args, out=out, **options, **more)
     assert_close(backend.host(out), batch.reference()[0], batch.q.dtype)
+
+
+# Options of `check_case` that every shape is to meet, beside those of its own.
+COMMON_OPTIONS: dict[str, list[Any]] = {
+    "kind": list(SIXTEEN_BIT_KINDS),
+    "head_dim": [8, 24, 64, 72, 80, 96, 112, 120, 128, 160, 192, 200, 256],
+    "layout": [*LAYOUTS, *SLICES],
+    "scales": ["absent", "number", "per head"],
+    "causal": [True, False],
+    "softcap": [0.0, 1.5],
+    "alibi": [False, True],
+    "sinks": [False, True],
+    "lse": [True, False],
+    "strided_out": [False, True],
+    "packed_q": [False, True],
+    "deterministic": [False, True],
+}
 
 
 def types(rng: np.random.Generator, kind: tuple[str, str], num_kv_heads: int) -> dict[str, Any]:

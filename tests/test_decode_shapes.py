@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attention_check import check_batch, check_case, types
+from attention_check import COMMON_OPTIONS, check_batch, check_case, types
 from backends import CupyBackend
-from batches import LAYOUTS, SIXTEEN_BIT_KINDS, SLICES, make_batch, naming_poisoned_blocks, poison
+from batches import SIXTEEN_BIT_KINDS, make_batch, naming_poisoned_blocks, poison
 from pairwise import case_id, pairwise
 
 pytestmark = pytest.mark.gpu
@@ -71,21 +71,10 @@ def test_prompts_padding_speculation_and_decode_share_a_call(
 
 PAIRWISE = pairwise(
     {
-        "kind": SIXTEEN_BIT_KINDS,
-        "head_dim": [8, 24, 64, 72, 80, 96, 112, 120, 128, 160, 192, 200, 256],
+        **COMMON_OPTIONS,
         "block_size": [1, 3, 8, 16, 24, 32, 40, 48, 64, 128, 256],
         "rows": [(1, 1), (1, 4), (1, 5), (1, 8), (1, 16), (1, 64), (2, 1), (4, 4), (5, 3), (8, 8), (16, 4)],
-        "layout": [*LAYOUTS, *SLICES],
-        "scales": ["absent", "number", "per head"],
         "window": [None, 1, 7, 16, 17, 100, 1000, 10_000],
-        "causal": [True, False],
-        "softcap": [0.0, 1.5],
-        "alibi": [False, True],
-        "sinks": [False, True],
-        "lse": [True, False],
-        "strided_out": [False, True],
-        "packed_q": [False, True],
-        "deterministic": [False, True],
     }
 )
 

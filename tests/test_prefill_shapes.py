@@ -14,9 +14,9 @@ import numpy as np
 import pagedattn
 import pytest
 from accuracy import assert_same_bytes
-from attention_check import check_batch, check_case, types
+from attention_check import COMMON_OPTIONS, check_batch, check_case, types
 from backends import DTYPES, CupyBackend
-from batches import LAYOUTS, SIXTEEN_BIT_KINDS, SLICES, make_batch, naming_poisoned_blocks, scale_for
+from batches import SIXTEEN_BIT_KINDS, make_batch, naming_poisoned_blocks, scale_for
 from cuda_graphs import CapturedAttention
 from pairwise import case_id, pairwise
 
@@ -33,21 +33,10 @@ def lens(sequences: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
 
 PAIRWISE = pairwise(
     {
-        "kind": SIXTEEN_BIT_KINDS,
-        "head_dim": [8, 24, 64, 72, 80, 96, 112, 120, 128, 160, 192, 200, 256],
+        **COMMON_OPTIONS,
         "block_size": [1, 3, 8, 16, 24, 32, 40, 48, 64, 96, 128, 256],
         "group": [1, 2, 3, 4, 5, 7, 8, 12, 16, 24],
-        "layout": [*LAYOUTS, *SLICES],
-        "scales": ["absent", "number", "per head"],
         "window": [None, 1, 7, 100, 128, 1000, 10_000],
-        "causal": [True, False],
-        "softcap": [0.0, 1.5],
-        "alibi": [False, True],
-        "sinks": [False, True],
-        "lse": [True, False],
-        "strided_out": [False, True],
-        "packed_q": [False, True],
-        "deterministic": [False, True],
     }
 )
 
