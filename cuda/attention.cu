@@ -111,9 +111,11 @@ int tile_queries(const AttentionKernel &kernel, const AttentionParams &params) {
 int unit_shift(const AttentionKernel &kernel, const AttentionParams &params, int64_t max_length) {
   const int group = params.num_q_heads / params.num_kv_heads;
   const int tile_rows = kernel.whole_queries ? tile_queries(kernel, params) * group : kernel.rows;
-  const int64_t query_tiles = (most_rows(params) + tile_rows - 1) / tile_rows;
+  // Without query starts, sequences have a query token each.  With them, each may have a tile that is not full.
+  const int64_t full_tiles = (params.num_tokens * group + tile_rows - 1) / tile_rows;
   const int64_t items =
-      (params.query_start_loc == nullptr ? params.num_seqs * query_tiles : params.num_seqs + query_tiles) *
+      (params.query_start_loc == nullptr ? params.num_seqs * int64_t{(group + tile_rows - 1) / tile_rows}
+                                         : params.num_seqs + full_tiles) *
       params.num_kv_heads;
   const int64_t tiles = max_length / kernel.tokens + 2;
   for (int shift = 0; shift < 24; ++shift) {

@@ -82,7 +82,7 @@ struct AttentionKernelParams {
   bool q_is_bfloat16;     // read by the float8 kernels alone, which compute in float16 for either type
   float *partials;        // unfinished results, see attention_epilogue.cuh
   int32_t place_floats;   // that the place of one of them has
-  uint32_t *arrivals;     // [grid] zero between launches
+  uint32_t *arrivals;     // [kMaxGrid] zero between launches
 };
 
 }  // namespace pagedattn::cuda

@@ -116,16 +116,19 @@ class WarpgroupRows {
       }
     }
     float most[2], excess[2];
-    bool is_far = false;
+    bool is_wrong = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       most[i] = quad_max(fmaxf(largest[i][0], largest[i][1]));
-      excess[i] = most[i] * post_scale_ - scaled[i];  // infinite without keys before
-      is_far |= excess[i] > kFarthestStep;
+      excess[i] = most[i] * post_scale_ - scaled[i];
+      is_wrong |= excess[i] > kLargestStep || m_[i] == negative_infinity();  // no key before
       factor_[i] = 1.0f;
     }
-    if (__any_sync(kFullWarp, excess[0] > kLargestStep || excess[1] > kLargestStep)) [[unlikely]] {
-      if (__any_sync(kFullWarp, is_far)) {
+    if (__any_sync(kFullWarp, is_wrong)) [[unlikely]] {
+      // Rows that no token has hold others' queries, or what was there before: they must not decide.
+      const bool redo =
+          (is_far(excess[0], m_[0]) && exists(*item_, row_)) || (is_far(excess[1], m_[1]) && exists(*item_, row_ + 8));
+      if (__any_sync(kFullWarp, redo)) {
         multiply_q_k_again(s, k_tile);
         softmax_of_plain_scores(s);
         return;
@@ -234,6 +237,8 @@ class WarpgroupRows {
   }
 
  private:
+  __device__ static bool is_far(float excess, float m) { return excess > kFarthestStep || m == negative_infinity(); }
+
   __device__ static float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
     return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));

@@ -13,12 +13,13 @@
 // same length.  Then the rest are whole rounds, in which every block has one.
 #pragma once
 
+#include "attention_kernel.h"
 #include "work_schedule.cuh"
 
 namespace pagedattn::cuda {
 
-// Counters of a launch are zero before and after it.
-constexpr int kTicketCounter = 4095;
+// Of the arrival counters, the last.
+constexpr int kTicketCounter = kMaxGrid - 1;
 // Of keys and values that blocks at work should read at a time: less than half of Hopper's L2 cache, of whose data each
 // half may keep a copy.
 constexpr int kCachedBytes = 16 << 20;

@@ -96,3 +96,18 @@ def test_deterministic_results_do_not_depend_on_the_number_of_threads(rng: np.ra
             assert_same_bytes(lse_again, lse)
     finally:
         pagedattn.set_num_threads(threads)
+
+
+def test_huge_queries_of_a_neighbour_do_not_change_the_bits_of_a_deterministic_prompt(
+    backend: NumpyBackend, rng: np.random.Generator
+) -> None:
+    # Tiles are filled with the queries of the next sequence, whose scores grow by far more from key to key than their own.
+    shape = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 128, "dtype": DTYPES["bfloat16"]}
+    batch = make_batch(rng, [2000, 2000], [100, 100], **shape)
+    q = batch.q.astype(np.float32)
+    q[90:100] *= 8
+    q[100:] *= 1000
+    batch.q = q.astype(batch.q.dtype)
+    whole, _ = results(backend, batch, deterministic=True)
+    alone, _ = results(backend, subset(batch, [0]), deterministic=True)
+    assert_same_bytes(alone, whole[:100])

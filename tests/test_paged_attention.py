@@ -524,3 +524,15 @@ def test_scores_use_the_whole_of_q_and_k(backend: NumpyBackend, rng: np.random.G
     weights = np.exp(q[0, 0].astype(np.float64))
     result = backend.host(pagedattn.paged_attention(*args, scale=0.1))
     assert_close(result, (weights / weights.sum())[None, None], np.float32)
+
+
+def test_infinite_keys_whose_scores_are_minus_infinity_get_no_weight_in_a_prompt(
+    backend: NumpyBackend, rng: np.random.Generator
+) -> None:
+    # The first rows see no other keys in the tiles before, and must find those behind.
+    shape = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 128, "dtype": DTYPES["bfloat16"]}
+    batch = make_batch(rng, [384], [129], **shape)
+    batch.q[..., 0] = np.abs(batch.q[..., 0].astype(np.float32)) + 0.5
+    blocks = batch.block_tables[0, 128 // 16 : 256 // 16]
+    batch.k_cache[blocks, :, :, 0] = -np.inf
+    check_batch(backend, batch)
