@@ -101,7 +101,7 @@ def test_deterministic_results_do_not_depend_on_the_number_of_threads(rng: np.ra
 def test_huge_queries_of_a_neighbour_do_not_change_the_bits_of_a_deterministic_prompt(
     backend: NumpyBackend, rng: np.random.Generator
 ) -> None:
-    # Tiles are filled with the queries of the next sequence, whose scores grow by far more from key to key than their own.
+    # Tiles are filled with the queries of the next sequence, whose scores grow by far more from key to key.
     shape = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 128, "dtype": DTYPES["bfloat16"]}
     batch = make_batch(rng, [2000, 2000], [100, 100], **shape)
     q = batch.q.astype(np.float32)
