@@ -8,7 +8,8 @@
 // A node also remembers its newest child: where a prompt goes on in the middle of a block, that is the one whose first
 // tokens it may share.
 //
-// Book-keeping is under 48 bytes a block: node 32, place 8, priority 1, index 6.7. The tokens come on top.
+// Book-keeping is under 48 bytes a block: node 32, place 4, priority 1, eviction list 4.9, index 5.9. Where blocks that
+// are in use again have left gaps in the eviction lists, these may take up to 9.1. The tokens come on top.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -239,31 +240,23 @@ class BlockPool {
     count_peak();
   }
 
-  // Two walkers go before the evictions along the list, and ask for the nodes, then for the entries, that these will
-  // need.
+  // What it has to read is asked for some blocks ahead: their nodes, and then the entries that these lead to.
   void evict(int64_t n, int32_t *out) {
-    constexpr int kDistance = 8;
+    constexpr int64_t kNodes = 16;
+    constexpr int64_t kEntries = 8;
     counters_.evicted += n;
-    int32_t far = places_.oldest();
-    int32_t near = far;
-    const auto walk = [&] {
-      if (far == kNone) return;
-      nodes_.prefetch(far);
-      far = places_.next_oldest(far);
-    };
-    for (int i = 0; i < kDistance; ++i) {
-      walk();
-      if (i % 2 == 0 && near != kNone) near = places_.next_oldest(near);
-    }
+    places_.take_oldest(n, out);
+    const auto prefetch_entry_of = [&](int32_t block) { index_.prefetch(nodes_[block].hash.lo); };
+    for (int64_t i = 0; i < std::min(n, kNodes); ++i) nodes_.prefetch(out[i]);
+    for (int64_t i = 0; i < std::min(n, kEntries); ++i) prefetch_entry_of(out[i]);
     for (int64_t i = 0; i < n; ++i) {
-      walk();
-      if (near != kNone) {
-        index_.prefetch(nodes_[near].hash.lo);
-        near = places_.next_oldest(near);
-      }
-      const int32_t block = out[i] = places_.take_oldest();
-      withdraw(block, EventKind::kEvicted);
+      if (i + kNodes < n) nodes_.prefetch(out[i + kNodes]);
+      if (i + kEntries < n) prefetch_entry_of(out[i + kEntries]);
+      withdraw(out[i], EventKind::kEvicted);
     }
+    // Sequences that decode evict a block each: what the next ones need is asked for now.
+    int ahead = 0;
+    places_.evictable().peek([&](int32_t block) { ++ahead < 3 ? prefetch_entry_of(block) : nodes_.prefetch(block); });
   }
 
   void count_peak() { counters_.peak_held = std::max(counters_.peak_held, num_held()); }

@@ -116,20 +116,16 @@ class Check {
       expect(pool.published(block) == published, "a free block is in the wrong list", block);
     };
     int64_t free = 0;
-    for (int32_t b = places.free_top_; b != kNone; b = places.links_[b].next, ++free) visit(b, false);
+    for (int32_t b = places.free_top_; b != kNone; b = places.states_[b] - 1, ++free) visit(b, false);
     expect(free == places.num_stacked_, "the free blocks are miscounted", free);
     int64_t evictable = 0;
-    for (int p = 0; p < BlockPlaces::kNumPriorities; ++p) {
-      int32_t previous = kNone;
-      for (int32_t b = places.lists_[p].head; b != kNone; previous = b, b = places.links_[b].next, ++evictable) {
-        visit(b, true);
-        expect(places.links_[b].back == previous + 1, "an eviction list is torn", b);
-        expect(BlockPlaces::index(places.priority(b)) == p, "a block waits under another priority", b);
-      }
-      expect(places.lists_[p].tail == previous, "an eviction list has lost its tail", previous);
-      expect((places.occupied_[p / 64] >> (p % 64) & 1) == (previous != kNone), "an eviction list is misfiled", p);
-    }
-    expect(evictable == places.num_evictable(), "the evictable blocks are miscounted", evictable);
+    const char *wrong = places.evictable_.for_each([&](int32_t block, int8_t priority, int32_t chunk) {
+      visit(block, true);
+      expect(places.states_[block] == chunk, "a block waits in another place than it knows of", block);
+      expect(places.priority(block) == priority, "a block waits under another priority", block);
+      ++evictable;
+    });
+    expect(wrong == nullptr, wrong == nullptr ? "" : wrong, evictable);
     int64_t held = 0;
     for (int32_t b = 0; b < pool.num_blocks(); ++b) {
       const int32_t expected = count[static_cast<size_t>(b)];

@@ -158,10 +158,8 @@ class SnapshotWriter {
 
   static void write_lists(const Manager &m, Snapshot &out) {
     const BlockPlaces &places = m.pool_.places_;
-    for (int32_t b = places.free_top_; b != kNone; b = places.links_[b].next) out.free_blocks.push_back(b);
-    for (const auto &list : places.lists_) {
-      for (int32_t b = list.head; b != kNone; b = places.links_[b].next) out.evictable_blocks.push_back(b);
-    }
+    for (int32_t b = places.free_top_; b != kNone; b = places.states_[b] - 1) out.free_blocks.push_back(b);
+    places.evictable().for_each([&](int32_t block, int8_t, int32_t) { out.evictable_blocks.push_back(block); });
     for (int32_t b = m.host_.free_top_; b != kNone; b = m.host_.free_link_[b]) out.free_host_blocks.push_back(b);
   }
 
@@ -317,6 +315,7 @@ class SnapshotReader {
       require_used(in.free_blocks[i]);
       places.put_free(in.free_blocks[i]);
     }
+    require(in.evictable_blocks.size() <= static_cast<size_t>(places.num_used()), "it has too many free blocks");
     for (const int32_t block : in.evictable_blocks) {
       require_used(block);
       places.put_evictable(block);
