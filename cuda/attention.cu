@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstdint>
 #include <limits>
+#include <numbers>
 #include <optional>
 #include <string>
 #include <vector>
@@ -211,6 +212,14 @@ TensorMaps encode_maps(const HopperKernel &hopper, const AttentionParams &params
   return maps;
 }
 
+HopperParams make_hopper_params(const AttentionParams &params) {
+  HopperParams p{};
+  static_cast<AttentionKernelParams &>(p) = make_params(params);
+  const bool plain = params.softcap == 0.0f && params.alibi_slopes == nullptr && params.scale > 0.0f;
+  p.plain_scale = plain ? params.scale * std::numbers::log2e_v<float> : 0.0f;
+  return p;
+}
+
 char *align_up(void *pointer) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   return reinterpret_cast<char *>((address + kAlignment - 1) / kAlignment * kAlignment);
@@ -258,8 +267,7 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
   record_kernel("paged_attention", selection.name);
   if (params.num_tokens == 0 || params.num_seqs == 0) return;
 
-  HopperParams kernel_params;
-  static_cast<AttentionKernelParams &>(kernel_params) = make_params(params);
+  HopperParams kernel_params = make_hopper_params(params);
   int shifts[2] = {};
   TensorMaps maps[2];
   for (int i = 0; i < selection.num_launches; ++i) {  // before anything is enqueued

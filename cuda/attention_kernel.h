@@ -14,7 +14,7 @@ constexpr int kFewRows = 16;
 constexpr int kHopperRows = 64;
 
 // A persistent kernel over AttentionKernelParams (HopperParams), launched with any grid of up to kMaxGrid blocks; those
-// for prefill, which have a counter for each warpgroup and one for all, with less than half of that.
+// for prefill, which have a counter for each warpgroup and one for all, with less than a third of that.
 struct AttentionKernel {
   const char *name;
   const void *function;

@@ -188,22 +188,24 @@ class PrefillGroup {
     wait_products<0>();
     pin(s_);
     release(shared_.k_empty[0]);
+    bool plain = next_is_plain();
     rows_.softmax(s_, token_);
     end_softmax(0);
-    rows_.pack_weights(s_);
+    wait_v();
+    rows_.template pack_weights<0, Rows::kEights>(s_);
     // The scores computed in a step are of the segment's next tile, or of the first of the next segment.
 #pragma unroll 1
     while (true) {
-      if (__any_sync(kFullWarp, left_ > 0)) {
-        step<false, false>();
 #pragma unroll 1
-        while (__any_sync(kFullWarp, left_ > 0 && rows_.is_plain(token_ - kTokens))) step<true, false>();
+      while (plain) plain = step<true, false>();
+      if (__any_sync(kFullWarp, left_ > 0)) {
+        plain = step<false, false>();
       } else {
         if (!__any_sync(kFullWarp, wait_segment<Traits>(shared_, number_ + 1).valid)) break;
-        step<false, true>();
+        plain = step<false, true>();
       }
     }
-    multiply_p_v<false>();
+    multiply_p_v();
     wait_products<0>();
     rows_.pin_output();
     rows_.finish(segment(number_), rows_.take_sums());
@@ -222,17 +224,18 @@ class PrefillGroup {
     wait(&shared_.q_full[stage], number / kQStages & 1);
     rows_.begin(segment(number).item, shared_.q[stage]);
   }
-  __device__ void wait_k(uint32_t tile) { wait(&shared_.k_full[tile % kStages], tile / kStages & 1); }
+  // `zero` is one, and says what is to be done before.
+  __device__ void wait_k(uint32_t tile, uint32_t zero = 0) {
+    wait(&shared_.k_full[tile % kStages], (tile / kStages & 1) | zero);
+  }
   __device__ void release(Barrier &empty) const {
     if (leads_warp_) arrive(&empty);
   }
 
-  template <bool kPlain>
   __device__ void multiply_p_v() {
-    wait(&shared_.v_full[tile_ % kStages], tile_ / kStages & 1);
     char *const v = shared_.v[tile_ % kStages];
-    if constexpr (!kPlain) rows_.clear_unseen(v, segment(number_).item.keys, token_);
-    rows_.multiply_p_v(v, !kPlain && first_);
+    if (first_ || left_ == 0) rows_.clear_unseen(v, segment(number_).item.keys, token_);
+    rows_.multiply_p_v(v, first_);
   }
 
   // Lets the queries go behind the segment's last scores, or waits for the next keys: here, where its loop keeps the
@@ -245,10 +248,42 @@ class PrefillGroup {
       wait_k(tile_ + 1);
     }
   }
+  __device__ void wait_v() { wait(&shared_.v_full[tile_ % kStages], tile_ / kStages & 1); }
+  __device__ void end_p_v() {
+    wait_products<0>();
+    rows_.pin_output();
+    release(shared_.v_empty[(tile_ - 1) % kStages]);
+    wait_v();
+  }
 
-  // Computes the scores of the segment's next tile, or of the first of the next segment, beside this tile's P V.
+  // Softmax of a plain tile.  P V is over before half of the weights are there: these are packed beside the others. The
+  // compiler would wait for P V at once, but for a wait for keys that seems to depend on the first half.
+  __device__ void guess_softmax() {
+    constexpr int kHalf = Rows::kEights / 4 * 2;
+    float sums[2][2] = {};
+    rows_.template guess_weights<0, kHalf>(s_, sums);
+    pin(s_);
+    const bool last = !__any_sync(kFullWarp, left_ > 0);
+    if (!last) wait_k(tile_ + 1, rows_.zero_behind(sums));
+    end_p_v();
+    rows_.template guess_weights<kHalf, Rows::kEights>(s_, sums);
+    rows_.template pack_weights<0, kHalf>(s_);
+    if (rows_.is_wrong(sums)) [[unlikely]] {
+      rows_.correct_guess(s_, sums, token_);
+      rows_.rescale();
+      rows_.template pack_weights<0, kHalf>(s_);
+    }
+    rows_.template pack_weights<kHalf, Rows::kEights>(s_);
+    if (last) release(shared_.q_empty[number_ % kQStages]);
+  }
+
+  // Asked early, since the answer takes long.
+  __device__ bool next_is_plain() const { return __any_sync(kFullWarp, left_ > 0 && rows_.is_plain(token_ - kTokens)); }
+
+  // Computes the scores of the segment's next tile, or of the first of the next segment, beside this tile's P V.  Is
+  // the tile after that plain?
   template <bool kPlain, bool kEnds>
-  __device__ void step() {
+  __device__ bool step() {
     typename Rows::Sums ended;
     if constexpr (kEnds) {
       ended = rows_.take_sums();
@@ -257,10 +292,10 @@ class PrefillGroup {
     }
     named_barrier<256>(turn_);
     rows_.multiply_q_k(s_, shared_.k[(tile_ + 1) % kStages]);
-    multiply_p_v<kPlain>();
+    multiply_p_v();
     named_barrier_arrive<256>(next_turn_);
     ++tile_;
-    if constexpr (!kPlain) first_ = kEnds;
+    first_ = kEnds;
     if constexpr (kEnds) {
       enter(number_ + 1);
     } else {
@@ -269,24 +304,24 @@ class PrefillGroup {
     }
     wait_products<1>();
     pin(s_);
-    if constexpr (kPlain && Traits::kGuesses) {
-      rows_.guess_softmax(s_, shared_.k[tile_ % kStages]);
+    release(shared_.k_empty[tile_ % kStages]);
+    const bool plain = next_is_plain();
+    if constexpr (kPlain) {
+      guess_softmax();
     } else {
       rows_.softmax(s_, token_);
+      end_softmax(kEnds ? number_ + 1 : number_);
+      end_p_v();
+      if constexpr (kEnds) {
+        rows_.finish(segment(number_), ended);
+        release_segment<Traits>(shared_, number_);
+        ++number_;
+      } else {
+        rows_.rescale();
+      }
+      rows_.template pack_weights<0, Rows::kEights>(s_);
     }
-    release(shared_.k_empty[tile_ % kStages]);
-    end_softmax(kEnds ? number_ + 1 : number_);
-    wait_products<0>();
-    rows_.pin_output();
-    release(shared_.v_empty[(tile_ - 1) % kStages]);
-    if constexpr (kEnds) {
-      rows_.finish(segment(number_), ended);
-      release_segment<Traits>(shared_, number_);
-      ++number_;
-    } else {
-      rows_.rescale();
-    }
-    rows_.pack_weights(s_);
+    return plain;
   }
 
   const HopperParams &params_;

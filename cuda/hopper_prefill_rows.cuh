@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention_epilogue.cuh"
+#include "hopper_params.cuh"
 #include "hopper_ptx.cuh"
 #include "hopper_wgmma.cuh"
 #include "prefill_schedule.cuh"
@@ -37,11 +38,13 @@ class WarpgroupRows {
   static constexpr int kRowFloats = place_row_floats(kHeadDim);
   // Log 2 of the weight that a key may have before sums are brought to a larger m: far from what a float16 holds.
   static constexpr float kLargestStep = 8.0f;
-  // And that a float32 holds, which the weights are until then.
-  static constexpr float kFarthestStep = 100.0f;
+  static constexpr float kLargestWeight = 256.0f;
+  // Weights beyond this, which float32 still holds, are computed anew.
+  static constexpr float kFarthestWeight = 1e30f;
 
  public:
-  using Scores = float[kTokens / 8][4];
+  static constexpr int kEights = kTokens / 8;  // of keys in a tile
+  using Scores = float[kEights][4];
 
   // Of the two rows of a thread: the largest score in units of log 2, and the sum of exp2(score - m) over the thread's
   // own keys.
@@ -50,7 +53,7 @@ class WarpgroupRows {
     float l[2];
   };
 
-  __device__ WarpgroupRows(const AttentionKernelParams &params, typename Traits::Shared &shared, int group, int barrier)
+  __device__ WarpgroupRows(const HopperParams &params, typename Traits::Shared &shared, int group, int barrier)
       : params_(params), shared_(shared), group_(group), barrier_(barrier) {
     const int thread = static_cast<int>(threadIdx.x) % 128;
     row_ = 64 * group + thread / 32 * 16 + thread % 32 / 4;
@@ -63,11 +66,9 @@ class WarpgroupRows {
     q_tile_ = q;
     q_ = operand(shared_address(q + Q::offset(64 * group_, 0)), Q::kColumnBytes, Q::kEightRows);
     visible_to_all_ = {keys_of(64 * group_ + 63).begin, keys_of(64 * group_).end};
-    const float scale = params_.k_scale.of_head(item.kv_head) * params_.scale;
-    pre_scale_ = params_.softcap > 0.0f ? scale / params_.softcap : scale * kLog2E;
-    // The largest score is that of the largest product only if their ratio is positive.
-    transform_ = params_.softcap > 0.0f || params_.alibi_slopes != nullptr || !(pre_scale_ > 0.0f);
-    post_scale_ = transform_ ? 1.0f : pre_scale_;
+    // Rows that no token has hold others' queries, or what was there before: they must not decide.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) most_[i] = exists(item, row_ + 8 * i) ? __float_as_uint(kLargestWeight) : ~0u;
   }
 
   // Starts s = Q K^T.
@@ -83,79 +84,103 @@ class WarpgroupRows {
 
   // Do all rows see all keys of the tile from `token` on, and are scores just products times a positive number?
   __device__ bool is_plain(int token) const {
-    return token >= visible_to_all_.begin && token + kTokens <= visible_to_all_.end && !transform_;
+    return token >= visible_to_all_.begin && token + kTokens <= visible_to_all_.end && params_.plain_scale > 0.0f;
   }
 
   // Scores of the keys from `token` on become exp2(score - m) for the new m.
   __device__ void softmax(Scores &s, int token) {
-    if (transform_) {
-      const float scale[2] = {pre_scale_, pre_scale_}, slope[2] = {slope_of(row_), slope_of(row_ + 8)};
+    float scale = params_.plain_scale;
+    if (!(scale > 0.0f)) {
+      scale = 1.0f;
+      const float factor = params_.softcap > 0.0f ? params_.scale / params_.softcap : params_.scale * kLog2E;
+      const float factors[2] = {factor, factor}, slope[2] = {slope_of(row_), slope_of(row_ + 8)};
       const int position[2] = {position_of(row_), position_of(row_ + 8)};
-      transform_scores(s, params_, scale, slope, position, token);
+      transform_scores(s, params_, factors, slope, position, token);
     }
     if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
       const Range keys[2] = {keys_of(row_), keys_of(row_ + 8)};
       mask_scores(s, keys, token);
     }
-    softmax_of_plain_scores(s);
+    softmax_of_unmasked(s, scale);
+    rescales_ = __any_sync(kFullWarp, factor_[0] != 1.0f || factor_[1] != 1.0f);
   }
 
-  // The same of a plain tile that is not a segment's first.  It guesses that m stays, since to know the largest score
-  // takes as long as all exponentials, and is right but for few tiles.
-  __device__ void guess_softmax(Scores &s, const char *k_tile) {
-    const float scaled[2] = {m_[0] * post_scale_, m_[1] * post_scale_};
-    float largest[2][2], sum[2][2] = {};
+  // The same of a plain tile that is not a segment's first, some eights of keys at a time.  It guesses that m stays,
+  // since to find the largest score takes long, and is right but for few tiles, where a row's weights sum up to too
+  // much.
+  template <int kFirst, int kEnd>
+  __device__ void guess_weights(Scores &s, float (&sums)[2][2]) const {
 #pragma unroll
-    for (int tile = 0; tile < kTokens / 8; ++tile) {
+    for (int tile = kFirst; tile < kEnd; ++tile) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        float &most = largest[j / 2][j % 2];
-        most = tile == 0 ? s[tile][j] : fmaxf(most, s[tile][j]);
-        s[tile][j] = exp2_fast(s[tile][j] * post_scale_ - scaled[j / 2]);
-        sum[j / 2][j % 2] += s[tile][j];
+        s[tile][j] = exp2_fast(s[tile][j] * params_.plain_scale - m_[j / 2]);
+        sums[j / 2][j % 2] += s[tile][j];
       }
     }
-    float most[2], excess[2];
-    bool is_wrong = false;
+  }
+
+  // A zero that the compiler believes to depend on these.
+  __device__ uint32_t zero_behind(const float (&sums)[2][2]) const {
+    return (__float_as_uint(sums[0][0]) | __float_as_uint(sums[0][1]) | __float_as_uint(sums[1][0]) |
+            __float_as_uint(sums[1][1])) &
+           params_.zero;
+  }
+
+  // Is the guess wrong for one of the warp's rows?  If not, the sums count.
+  __device__ bool is_wrong(float (&sums)[2][2]) {
+    bool wrong = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      most[i] = quad_max(fmaxf(largest[i][0], largest[i][1]));
-      excess[i] = most[i] * post_scale_ - scaled[i];
-      is_wrong |= excess[i] > kLargestStep || m_[i] == negative_infinity();  // no key before
-      factor_[i] = 1.0f;
+      sums[i][0] += sums[i][1];
+      wrong |= __float_as_uint(sums[i][0]) > most_[i];  // also NaN, where m is minus infinity
     }
-    if (__any_sync(kFullWarp, is_wrong)) [[unlikely]] {
-      // Rows that no token has hold others' queries, or what was there before: they must not decide.
-      const bool redo =
-          (is_far(excess[0], m_[0]) && exists(*item_, row_)) || (is_far(excess[1], m_[1]) && exists(*item_, row_ + 8));
-      if (__any_sync(kFullWarp, redo)) {
-        multiply_q_k_again(s, k_tile);
-        softmax_of_plain_scores(s);
-        return;
-      }
+    if (__any_sync(kFullWarp, wrong)) [[unlikely]]
+      return true;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (excess[i] > kLargestStep) {
-          factor_[i] = exp2_fast(-excess[i]);
-          m_[i] = most[i];
-        }
-        sum[i][0] *= factor_[i];
-        sum[i][1] *= factor_[i];
+    for (int i = 0; i < 2; ++i) l_[i] += sums[i][0];
+    return false;
+  }
+
+  // Then s has exp2(score - m) of the keys from `token` on, of which a row's are too large.
+  __device__ void correct_guess(Scores &s, const float (&sums)[2][2], int token) {
+    rescales_ = true;
+    bool redo = false;
 #pragma unroll
-        for (int tile = 0; tile < kTokens / 8; ++tile) {
-          s[tile][2 * i] *= factor_[i];
-          s[tile][2 * i + 1] *= factor_[i];
-        }
-      }
+    for (int i = 0; i < 2; ++i) {
+      const float sum = sums[i][0];
+      redo |= __float_as_uint(sum) > most_[i] && (!(sum <= kFarthestWeight) || m_[i] == negative_infinity());
+    }
+    if (__any_sync(kFullWarp, redo)) {
+      multiply_q_k_again(s, token);
+      softmax_of_unmasked(s, params_.plain_scale);
+      return;
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) l_[i] = l_[i] * factor_[i] + (sum[i][0] + sum[i][1]);
+    for (int i = 0; i < 2; ++i) {
+      float largest = s[0][2 * i];
+#pragma unroll
+      for (int tile = 0; tile < kTokens / 8; ++tile)
+        largest = fmaxf(largest, fmaxf(s[tile][2 * i], s[tile][2 * i + 1]));
+      largest = quad_max(largest);
+      // A row decides by its own weights alone, whatever others' have come to.
+      const float step = quad_max(sums[i][0]) > kLargestWeight ? ceilf(__log2f(largest)) : 0.0f;
+      factor_[i] = exp2_fast(-step);
+      m_[i] += step;
+      l_[i] = (l_[i] + sums[i][0]) * factor_[i];
+#pragma unroll
+      for (int tile = 0; tile < kTokens / 8; ++tile) {
+        s[tile][2 * i] *= factor_[i];
+        s[tile][2 * i + 1] *= factor_[i];
+      }
+    }
   }
 
   // What softmax has made of the scores becomes the left operand of P V.
+  template <int kFirst, int kEnd>
   __device__ void pack_weights(const Scores &s) {
 #pragma unroll
-    for (int t = 0; t < kTokens / 16; ++t) {
+    for (int t = kFirst / 2; t < kEnd / 2; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         p_[t][i] = pack<Math>(s[2 * t + i / 2][i % 2 * 2], s[2 * t + i / 2][i % 2 * 2 + 1]);
@@ -182,7 +207,7 @@ class WarpgroupRows {
   }
   // Brings O to the m of the latest scores, which are of the same item.
   __device__ void rescale() {
-    if (!__any_sync(kFullWarp, factor_[0] != 1.0f || factor_[1] != 1.0f)) return;
+    if (!rescales_) return;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
 #pragma unroll
@@ -195,7 +220,7 @@ class WarpgroupRows {
     Sums sums;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      sums.m[i] = m_[i] * post_scale_;
+      sums.m[i] = m_[i];
       sums.l[i] = l_[i];
       m_[i] = negative_infinity();
       l_[i] = 0.0f;
@@ -237,14 +262,13 @@ class WarpgroupRows {
   }
 
  private:
-  __device__ static bool is_far(float excess, float m) { return excess > kFarthestStep || m == negative_infinity(); }
-
   __device__ static float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
     return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
   }
 
-  __device__ void softmax_of_plain_scores(Scores &s) {
+  // `scale` turns what s holds into units of log 2.
+  __device__ void softmax_of_unmasked(Scores &s, float scale) {
     // Both rows at once, in several chains, since a warp has few others to hide its latencies.
     float largest[2][2];
 #pragma unroll
@@ -255,14 +279,14 @@ class WarpgroupRows {
         most = tile == 0 ? s[tile][j] : fmaxf(most, s[tile][j]);
       }
     }
-    float scaled[2];
+    float subtracted[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float most = quad_max(fmaxf(largest[i][0], largest[i][1]));
+      float most = quad_max(fmaxf(largest[i][0], largest[i][1])) * scale;
       // Small steps are not worth the rescaling.
-      if (most * post_scale_ - m_[i] * post_scale_ <= kLargestStep) most = m_[i];
-      scaled[i] = most == negative_infinity() ? 0.0f : most * post_scale_;
-      factor_[i] = exp2_fast(m_[i] * post_scale_ - scaled[i]);
+      if (most - m_[i] <= kLargestStep) most = m_[i];
+      subtracted[i] = most == negative_infinity() ? 0.0f : most;
+      factor_[i] = exp2_fast(m_[i] - subtracted[i]);
       m_[i] = most;
     }
     float sum[2][2] = {};
@@ -270,7 +294,7 @@ class WarpgroupRows {
     for (int tile = 0; tile < kTokens / 8; ++tile) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        s[tile][j] = exp2_fast(s[tile][j] * post_scale_ - scaled[j / 2]);
+        s[tile][j] = exp2_fast(s[tile][j] * scale - subtracted[j / 2]);
         sum[j / 2][j % 2] += s[tile][j];
       }
     }
@@ -278,8 +302,8 @@ class WarpgroupRows {
     for (int i = 0; i < 2; ++i) l_[i] = l_[i] * factor_[i] + (sum[i][0] + sum[i][1]);
   }
 
-  // By one warp alone, for its 16 rows.
-  __device__ void multiply_q_k_again(Scores &s, const char *k_tile) const {
+  // By one warp alone, for its 16 rows, with keys from where they come from: their tile is somebody else's by now.
+  __device__ void multiply_q_k_again(Scores &s, int token) const {
     const int lane = static_cast<int>(threadIdx.x) % 32, first_row = row_ - lane / 4;
 #pragma unroll
     for (int tile = 0; tile < kTokens / 8; ++tile) {
@@ -291,14 +315,21 @@ class WarpgroupRows {
       uint32_t q[4];
       load_matrices(q, shared_address(q_tile_ + Q::offset(first_row + lane % 16, 2 * step + lane / 16)));
 #pragma unroll
-      for (int t = 0; t < kTokens / 16; ++t) {
-        uint32_t k[4];
-        load_matrices(k,
-                      shared_address(k_tile + Kv::offset(16 * t + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2)));
-        multiply_add<Math>(s[2 * t], q, k[0], k[1]);
-        multiply_add<Math>(s[2 * t + 1], q, k[2], k[3]);
+      for (int tile = 0; tile < kTokens / 8; ++tile) {
+        const char *const k = key(token + tile * 8 + lane / 4) + step * 32 + lane % 4 * 4;
+        const bool first = step * 16 < params_.head_dim, second = step * 16 + 8 < params_.head_dim;
+        multiply_add<Math>(s[tile], q, first ? *reinterpret_cast<const uint32_t *>(k) : 0,
+                           second ? *reinterpret_cast<const uint32_t *>(k + 16) : 0);
       }
     }
+  }
+  __device__ const char *key(int token) const {
+    const int *const table = params_.block_tables + item_->seq.index * params_.block_table_stride;
+    const int block = params_.block_size.divide(token),
+              place = token - block * static_cast<int>(params_.block_size.divisor);
+    const CachePointer &cache = params_.k_cache;
+    return cache.data + clamp_to(table[block], 0, params_.last_block) * cache.block_stride +
+           place * cache.token_stride + item_->kv_head * cache.head_stride;
   }
 
   __device__ static int column() { return static_cast<int>(threadIdx.x) % 4 * 2; }  // in a tile of eight
@@ -429,7 +460,7 @@ class WarpgroupRows {
     }
   }
 
-  const AttentionKernelParams &params_;
+  const HopperParams &params_;
   typename Traits::Shared &shared_;
   int group_;
   int barrier_;
@@ -438,12 +469,11 @@ class WarpgroupRows {
   const char *q_tile_;
   Operand q_;
   Range visible_to_all_;  // of the group's rows
-  bool transform_;        // scores are not just products times a positive number
-  float pre_scale_;       // what `transform_scores` multiplies products by
-  float post_scale_;      // what turns its results, or else the products, into units of log 2
-  float m_[2];            // before post_scale
+  float m_[2];
   float l_[2];
-  float factor_[2];  // from the m before to this
+  bool rescales_;     // is a factor not 1?
+  uint32_t most_[2];  // the largest sum of a guess's weights, as a number
+  float factor_[2];   // from the m before to this
   uint32_t p_[kTokens / 16][4];
   float o_[kHeadDim / 8][4];
 };

@@ -38,17 +38,18 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   using Types = MmaTypes<CacheElement>;
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
 
-  static constexpr int kGroups = 2;  // warpgroups that compute, 64 query rows each
+  // Warpgroups that compute, 64 query rows each.  The third hides latencies, where registers are enough.
+  static constexpr int kGroups = kHeadDim <= 80 ? 3 : 2;
   static constexpr int kRows = 64 * kGroups;
-  static constexpr int kTokens = kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 96 : 64;
+  static constexpr int kTokens = kHeadDim <= 80 ? 96 : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 96 : 64;
   struct Shape : TileShape<kRows, kTokens, false> {};
   using Cut = WorkCut<Shape>;
 
   static constexpr int kThreads = 128 * (1 + kGroups);
   // Of a thread as the kernel starts, and then of the warpgroup that brings data, and of those that compute.
-  static constexpr int kRegisters = 168;
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kMathRegisters = 232;
+  static constexpr int kRegisters = kGroups == 3 ? 128 : 168;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kMathRegisters = kGroups == 3 ? 160 : 232;
   static_assert(kProducerRegisters + kGroups * kMathRegisters <= (1 + kGroups) * kRegisters);
 
   using QTile = ColumnTile<kRows, kHeadDim, false>;
@@ -58,9 +59,8 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
 
   using Schedule = PrefillSchedule<Shape, kThreads, 2 * 2 * kHeadDim>;
   using Source = PrefillSource<Shape, Schedule>;
-  static constexpr int kSegments = 4;                // in work, and ahead
-  static constexpr bool kGuesses = kHeadDim <= 128;  // the largest scores, where it has registers for it
-  static constexpr int kTilesAhead = 1;              // of a segment's last that the next is wanted
+  static constexpr int kSegments = 4;    // in work, and ahead
+  static constexpr int kTilesAhead = 1;  // of a segment's last that the next is wanted
 
   struct Shared {
     char q[kQStages][QTile::kBytes];

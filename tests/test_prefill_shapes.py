@@ -159,6 +159,24 @@ def test_the_largest_score_of_a_prompt_may_be_that_of_any_key(
     check_batch(cuda, batch)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("factor", [0.3, 0.6, 4.0, 9.0])
+def test_scores_may_rise_towards_the_first_keys(
+    cuda: CupyBackend, rng: np.random.Generator, factor: float, head_dim: int
+) -> None:
+    # Tiles come from the last to the first.  Weights beside the largest of before: many of moderate size, some above
+    # what is kept, far above, and above what float32 holds.  Groups of five leave rows of a tile without a token.
+    shape = {"num_q_heads": 10, "num_kv_heads": 2, "head_dim": head_dim, "dtype": DTYPES["bfloat16"]}
+    batch = make_batch(rng, [2000, 900], [100, 300], **shape)
+    common = rng.standard_normal(head_dim) * (128 / head_dim) ** 0.25
+    batch.q = (batch.q * 0.25 + common).astype(batch.q.dtype)
+    for sequence, end in ((0, 1100), (1, 333)):
+        tokens = np.arange(end)
+        place = batch.block_tables[sequence, tokens // 16], tokens % 16
+        batch.k_cache[place] = (batch.k_cache[place] + factor * common).astype(batch.k_cache.dtype)
+    check_batch(cuda, batch)
+
+
 def require_hopper(cuda: CupyBackend) -> None:
     if cuda.cupy.cuda.Device().compute_capability != "90" or os.environ.get("PAGEDATTN_CUDA_ARCH"):
         pytest.skip("this device or PAGEDATTN_CUDA_ARCH wants the generic kernels")
