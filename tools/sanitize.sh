@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Runs the block manager's tests with its C++ and Cython under AddressSanitizer and UndefinedBehaviorSanitizer.
+#
+# SPDX-License-Identifier: Apache-2.0
+#
+#   PYTHON=.venv/bin/python tools/sanitize.sh [PYTEST'S ARGUMENTS]
+#
+# PYTHON has this checkout installed, Cython and what the tests need; g++ brings the sanitizers. A copy of the installed
+# package gets the sanitized module, and the first wrong access or undefined operation ends the run.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+work=$(mktemp -d "${TMPDIR:-/tmp}/pagedattn-sanitize.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+IFS=: read -r package include suffix < <("$python" - <<'PY'
+import importlib.util
+import sysconfig
+
+package = importlib.util.find_spec("pagedattn").submodule_search_locations[0]
+print(package, sysconfig.get_path("include"), sysconfig.get_config_var("EXT_SUFFIX"), sep=":")
+PY
+)
+cp -r "$package" "$work/pagedattn"
+"$python" -m cython -3 --cplus python/pagedattn/_block_manager.pyx -o "$work/module.cpp"
+g++ -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
+  -D_GLIBCXX_ASSERTIONS -fPIC -shared -fvisibility=hidden -Isrc -I"$include" "$work/module.cpp" \
+  -o "$work/pagedattn/_block_manager$suffix"
+
+# How much memory the process has says nothing here. Python itself leaks at its end, and asks for more than there is.
+[[ $# -gt 0 ]] || set -- tests/test_block_manager*.py tests/test_bugs_of_others.py tests/test_manager_alone.py
+LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=$work \
+  "$python" -m pytest -q -p no:cacheprovider -m "not gpu" -k "not takes_48_bytes" "$@"
