@@ -28,8 +28,9 @@ g++ -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-
   -D_GLIBCXX_ASSERTIONS -fPIC -shared -fvisibility=hidden -Isrc -I"$include" "$work/module.cpp" \
   -o "$work/pagedattn/_block_manager$suffix"
 
-# How much memory the process has says nothing here. Python itself leaks at its end, and asks for more than there is.
+# What a sanitizer says goes past pytest, which would die with it. How much memory the process has means nothing here;
+# Python itself leaks at its end, and asks for more than there is.
 [[ $# -gt 0 ]] || set -- tests/test_block_manager*.py tests/test_bugs_of_others.py tests/test_manager_alone.py
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=$work \
-  "$python" -m pytest -q -p no:cacheprovider -m "not gpu" -k "not takes_48_bytes" "$@"
+  "$python" -m pytest -q --capture=sys -p no:cacheprovider -m "not gpu" -k "not takes_48_bytes" "$@"
