@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable
 
@@ -399,6 +400,33 @@ def test_the_garbage_collector_has_nothing_to_walk() -> None:
     m.step(seqs, 50)
     assert not gc.is_tracked(m)
     assert len(gc.get_objects()) - before < 50
+
+
+def test_a_long_step_lets_other_threads_run() -> None:
+    m, batch = BlockManager(400_000, 2), StepBatch(1, 400_000, 20_000)
+    seq = m.add(np.arange(800_000, dtype=np.int32))
+    go, ran = threading.Semaphore(0), threading.Event()
+
+    def wait() -> None:
+        go.acquire()
+        ran.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # nobody is made to give Python's lock away
+    try:
+        go.release()
+        assert not ran.is_set()
+        for _ in range(40):
+            m.step(seq, 20_000, batch)
+            if ran.is_set():
+                break
+        else:
+            pytest.fail("the other thread has not run")
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
 
 
 def test_threads_may_share_a_manager() -> None:
