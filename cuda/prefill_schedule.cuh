@@ -10,7 +10,8 @@
 //
 // Where that would leave blocks idle, the order's first items are cut evenly into a range for each block before
 // anything else (WorkCut): all items, if they are few, or those of an incomplete last round, if all are of about the
-// same length.  Then the rest are whole rounds, in which every block has one.
+// same length.  Then the rest are whole rounds, in which every block has one.  Where nearly all blocks can have equal
+// parts of equal items, they do, and so the tiles of a KV head go over the same keys side by side.
 #pragma once
 
 #include "attention_kernel.h"
@@ -94,7 +95,7 @@ class PrefillSchedule {
     if (total >= kMaxUnits) total = 0;
     shared_.items_before[thread] = static_cast<int>(before);
     __syncthreads();
-    if (warp == 0) cut_first_items(static_cast<int>(total), 4 * int64_t{shortest} >= 3 * int64_t{longest});
+    if (warp == 0) cut_first_items(static_cast<int>(total), shortest, longest);
   }
 
   // The rest is for the first warp.
@@ -142,15 +143,21 @@ class PrefillSchedule {
 
   __device__ int cost_of(const WorkItem &item) const { return cuda::cost_of(batch_, item.num_kv_tiles()); }
 
-  // By the first warp.
-  __device__ void cut_first_items(int num_items, bool alike) {
+  // By the first warp.  The last two are costs of items.
+  __device__ void cut_first_items(int num_items, int shortest, int longest) {
     const int lane = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
+    const bool alike = 4 * int64_t{shortest} >= 3 * int64_t{longest};
     const int wanted = num_items <= 2 * blocks ? num_items : alike ? num_items % blocks : 0;
     const int num_cut = smaller(wanted, kMostCut);
+    // Equal parts: so many of an item, so long.  Then items are further apart on the line than they are long.
+    const int parts = blocks / larger(num_cut, 1), part = ceil_divide(longest, larger(parts, 1));
+    const bool equal_parts =
+        alike && parts > 1 && 8 * parts * num_cut >= 7 * blocks && part >= units_of(batch_, Shape::kMinSegmentTiles);
     int total = 0;
 #pragma unroll 1
     for (int base = 0; base < num_cut; base += 32) {
-      const int cost = base + lane < num_cut ? cost_of(locate(base + lane)) : 0;
+      int cost = 0;
+      if (base + lane < num_cut) cost = equal_parts ? parts * part : cost_of(locate(base + lane));
       const int scanned = warp_inclusive_scan(cost, lane);
       if (base + lane < num_cut) shared_.starts[base + lane] = total + scanned - cost;
       total += __shfl_sync(kFullWarp, scanned, 31);
@@ -160,6 +167,7 @@ class PrefillSchedule {
       shared_.alike = alike;
       shared_.num_cut = num_cut;
       shared_.cut = WorkCut<Shape>::of(batch_, total, blocks);
+      if (equal_parts) shared_.cut.quantum = part;
       const int block = static_cast<int>(blockIdx.x), begin = block * shared_.cut.quantum;
       shared_.range = {block, begin, smaller(begin + shared_.cut.quantum, total)};
     }
