@@ -10,12 +10,12 @@
 //
 // Bound by memory where rows are many; the walk costs one coalesced pass over seq_lens a thread block, hidden by the
 // blocks beside it.  Bound by latency where they are few: three trips to memory (length, table entry, token), of which
-// a prefetch of the tables shortens the second, in thread blocks of as few rows as they copy at once.  A row is written
-// only if a token lands there and its table entry names a block.
+// a prefetch of the tables shortens the second.  Few rows of few sequences have a kernel of their own, in which the
+// lengths and the tables' beginnings come in one trip.  A row is written only if a token lands there and its table
+// entry names a block.
 #include "cache_rows.cuh"
 #include "cuda_backend.h"
 #include "fast_divisor.cuh"
-#include "index_divisor.cuh"
 #include "runtime.h"
 
 namespace pagedattn::cuda {
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int kRowsPerBlock = 16;  // or as many as are copied at once
 constexpr int kWarps = kThreadsPerBlock / 32;
-// Up to so many rows a call is bound by latency, and prefetching tables that hardly matter costs nothing.
+// Up to so many rows a call is bound by latency, and reading entries of tables that are not needed costs nothing.
 constexpr int64_t kFewRows = 1024;
 
 struct Args {
@@ -46,9 +46,11 @@ struct Args {
   int64_t num_blocks;
   int64_t max_seq_len;
   int num_seqs;
-  IndexDivisor block_size;
+  int max_blocks_per_seq;
+  FastDivisor block_size;
   FastDivisor accesses_per_head;
   int accesses_per_token;
+  int entries_shift;  // few rows: log2 of the table entries that lanes hold of each sequence
   int rows_per_block;
   bool prefetch_tables;
 };
@@ -126,11 +128,29 @@ __device__ void find_tokens(const Args &args, int64_t tile_start, RowToken *rows
   __syncthreads();
 }
 
+// One access of each head in turn, by threads `lane` of `lanes`.
+template <class Convert>
+__device__ void copy_token(const Args &args, int64_t block, int offset, int64_t row, int lane, int lanes) {
+  using From = typename Convert::From;
+  using To = typename Convert::To;
+  // A row of one pass is the rule, and code that is never run still has to be fetched.
+#pragma unroll 1
+  for (int i = lane; i < args.accesses_per_token; i += lanes) {
+    const int head = args.accesses_per_head.divide(i);
+    const int access = i - head * static_cast<int>(args.accesses_per_head.divisor);
+    const From key = reinterpret_cast<const From *>(args.k_cache.head(args.k_cache_data, block, offset, head))[access];
+    const From value =
+        reinterpret_cast<const From *>(args.v_cache.head(args.v_cache_data, block, offset, head))[access];
+    const float k_scale = Convert::kScaled ? scale_of(args.k_scale, head) : 1.0f;
+    const float v_scale = Convert::kScaled ? scale_of(args.v_scale, head) : 1.0f;
+    reinterpret_cast<To *>(args.k_out.head(args.k_out_data, row, head))[access] = Convert::apply(key, k_scale);
+    reinterpret_cast<To *>(args.v_out.head(args.v_out_data, row, head))[access] = Convert::apply(value, v_scale);
+  }
+}
+
 template <class Convert>
 __global__ void __launch_bounds__(kThreadsPerBlock)
     gather_kv_kernel(const __grid_constant__ Args args, const __grid_constant__ FastDivisor lanes_per_row) {
-  using From = typename Convert::From;
-  using To = typename Convert::To;
   __shared__ RowToken rows[kThreadsPerBlock];
   const int64_t tile_start = static_cast<int64_t>(blockIdx.x) * args.rows_per_block;
   find_tokens(args, tile_start, rows);
@@ -143,27 +163,53 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 #pragma unroll 1
   for (int r = first_row; r < args.rows_per_block; r += rows_at_once) {
     if (rows[r].seq < 0 || tile_start + r >= args.num_rows) continue;
-    int64_t offset = rows[r].token;
-    const int64_t index = args.block_size.split(&offset);
+    const int token = rows[r].token, index = args.block_size.divide(token);
     const int64_t block = args.block_tables[rows[r].seq * args.block_table_stride + index];
     if (block < 0 || block >= args.num_blocks) continue;
-    // A row of one pass is the rule, and code that is never run still has to be fetched.
-#pragma unroll 1
-    for (int i = lane; i < args.accesses_per_token; i += lanes) {
-      const int head = args.accesses_per_head.divide(i);
-      const int access = i - head * static_cast<int>(args.accesses_per_head.divisor);
-      const From key =
-          reinterpret_cast<const From *>(args.k_cache.head(args.k_cache_data, block, offset, head))[access];
-      const From value =
-          reinterpret_cast<const From *>(args.v_cache.head(args.v_cache_data, block, offset, head))[access];
-      const float k_scale = Convert::kScaled ? scale_of(args.k_scale, head) : 1.0f;
-      const float v_scale = Convert::kScaled ? scale_of(args.v_scale, head) : 1.0f;
-      reinterpret_cast<To *>(args.k_out.head(args.k_out_data, tile_start + r, head))[access] =
-          Convert::apply(key, k_scale);
-      reinterpret_cast<To *>(args.v_out.head(args.v_out_data, tile_start + r, head))[access] =
-          Convert::apply(value, v_scale);
-    }
+    copy_token<Convert>(args, block, token - index * static_cast<int>(args.block_size.divisor), tile_start + r, lane,
+                        lanes);
   }
+}
+
+// A thread block a row, of at most 32 sequences.  Each warp finds the row's token by itself: a lane takes a sequence's
+// length, and with it, so that this is no trip of its own, a table entry, which the others ask it for.
+template <class Convert>
+__global__ void __launch_bounds__(kThreadsPerBlock) gather_few_rows_kernel(const __grid_constant__ Args args) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const auto row = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x % 32);
+  const int held = 1 << args.entries_shift;  // entries of each sequence
+  const int seq_of_entry = lane >> args.entries_shift, index_of_entry = lane & (held - 1);
+  int entry = -1;
+  if (seq_of_entry < args.num_seqs && index_of_entry < args.max_blocks_per_seq) {
+    entry = args.block_tables[seq_of_entry * args.block_table_stride + index_of_entry];
+  }
+  TokenRange tokens = {0, 0};
+  int first_row = 0;
+  if (lane < args.num_seqs) {
+    if (args.out_start_loc != nullptr) first_row = args.out_start_loc[lane];
+    tokens = tokens_to_gather(args, lane);
+  }
+  if (args.out_start_loc == nullptr) {
+    const int count = min(tokens.count, static_cast<int>(args.num_rows));  // the sum is an int then
+    int inclusive = count;
+#pragma unroll 1
+    for (int distance = 1; distance < args.num_seqs; distance *= 2) {
+      const int before = __shfl_up_sync(kAll, inclusive, distance);
+      if (lane >= distance) inclusive += before;
+    }
+    first_row = inclusive - count;
+  }
+  const auto within = static_cast<uint32_t>(row) - static_cast<uint32_t>(first_row);
+  const unsigned owners = __ballot_sync(kAll, within < static_cast<uint32_t>(tokens.count));
+  if (owners == 0) return;
+  const int seq = __ffs(static_cast<int>(owners)) - 1;
+  const int token = static_cast<int>(__shfl_sync(kAll, static_cast<uint32_t>(tokens.first) + within, seq));
+  const int index = args.block_size.divide(token);
+  int block = __shfl_sync(kAll, entry, (seq << args.entries_shift) + (index & (held - 1)));
+  if (index >= held) block = args.block_tables[seq * args.block_table_stride + index];
+  if (block < 0 || block >= args.num_blocks) return;
+  copy_token<Convert>(args, block, token - index * static_cast<int>(args.block_size.divisor), row,
+                      static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
 }
 
 template <class Convert>
@@ -172,6 +218,12 @@ void launch(Args args, int64_t head_bytes, int64_t num_heads, cudaStream_t strea
   args.accesses_per_head = FastDivisor::of(checked_int(accesses_per_head, "elements a head"));
   args.accesses_per_token = checked_int(accesses_per_head * num_heads, "elements a token");
   const dim3 threads = threads_over_rows(args.accesses_per_token);
+  if (args.num_rows <= kFewRows && args.num_seqs <= 32) {
+    while (args.num_seqs << (args.entries_shift + 1) <= 32) ++args.entries_shift;
+    gather_few_rows_kernel<Convert>
+        <<<static_cast<unsigned>(args.num_rows), std::max(threads.x, 32u), 0, stream>>>(args);
+    return check_launch(name);
+  }
   // Rows that a thread takes one after the other amortise the walk, and there must be enough for all multiprocessors.
   const auto rows_at_once = static_cast<int64_t>(threads.y);
   const int64_t share = ceil_div(args.num_rows, 8 * int64_t{device_facts().num_multiprocessors});
@@ -204,7 +256,8 @@ Args launch_arguments(const GatherKvParams &p) {
   args.num_blocks = p.num_blocks;
   args.max_seq_len = int64_t{p.max_blocks_per_seq} * p.block_size;
   args.num_seqs = p.num_seqs;
-  args.block_size = IndexDivisor::of(p.block_size);
+  args.max_blocks_per_seq = p.max_blocks_per_seq;
+  args.block_size = FastDivisor::of(p.block_size);
   args.prefetch_tables = p.num_rows <= kFewRows && p.max_blocks_per_seq > 0;
   return args;
 }

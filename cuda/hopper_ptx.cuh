@@ -82,6 +82,27 @@ __device__ inline void copy_box(SharedAddress destination, const CUtensorMap *ma
       : "memory");
 }
 
+// ---- the same engine without a tensor: multiples of 16 bytes, at addresses that are
+// ----------------------------------
+
+__device__ inline void copy_bulk_to_shared(SharedAddress destination, const void *source, int bytes, Barrier *barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// As a group of its own.
+__device__ inline void copy_bulk_from_shared(void *destination, SharedAddress source, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until the thread's copies from shared memory have read it, and until they have been written.
+__device__ inline void wait_bulk_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ inline void wait_bulk_copies() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // ---- registers, which a warpgroup hands to another ------------------------------------------------------------
 
 template <int kRegisters>

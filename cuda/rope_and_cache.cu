@@ -3,15 +3,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The heads of a token's query, key and value stand in one row, and a thread block takes a few rows.  A thread takes
-// two packs of N elements, of which each pair (x, y) of a rotary dimension becomes (x cos - y sin, y cos + x sin): with
-// half the rotary dimensions between the packs where pairs are split by halves, side by side where they interleave.
-// What is behind the rotary dimensions, and all of a value, passes through the same way unrotated.  N is 16 bytes'
-// worth where addresses, strides and dimensions allow, else 1.
+// two packs of N elements at a time, of which each pair (x, y) of a rotary dimension becomes (x cos - y sin, y cos +
+// x sin): with half the rotary dimensions between the packs where pairs are split by halves, side by side where they
+// interleave.  What is behind the rotary dimensions, and all of a value, passes through the same way unrotated.  N is
+// 16 bytes' worth where addresses, strides and dimensions allow, else 1.
 //
-// Bound by memory where tokens are many and by the latency of one trip to memory where they are few, like
-// reshape_and_cache: the position's cosines and sines are the second trip, and all heads of a token share them.
-// Arithmetic is in float32, and a float8 cache is rounded to from there.  Tokens whose position is not in the table are
-// left alone.
+// Bound by memory where tokens are many and by the latency of two trips to memory where they are few.  The second,
+// behind the position, fetches its cosines and sines, which all heads of a token share: they go to shared memory once,
+// while the elements are on their way.  Arithmetic is in float32, and a float8 cache is rounded to from there.  Tokens
+// whose position is not in the table are left alone.
 #include "cache_rows.cuh"
 #include "cuda_backend.h"
 #include "fast_divisor.cuh"
@@ -57,23 +57,15 @@ __device__ Place place_of(const Args &args, int unit) {
   return args.interleaved ? Place{2 * pair, 2 * pair + N, pair} : Place{pair, args.half_rotary + pair, pair};
 }
 
-template <int N>
-__device__ void load_floats(const void *data, DType dtype, int64_t at, float (&values)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (dtype == DType::kFloat32) {
-      values[i] = static_cast<const float *>(data)[at + i];
-    } else if (dtype == DType::kFloat16) {
-      values[i] = to_float(static_cast<const float16 *>(data)[at + i]);
-    } else {
-      values[i] = to_float(static_cast<const bfloat16 *>(data)[at + i]);
-    }
-  }
+__device__ float load_float(const void *data, DType dtype, int64_t at) {
+  if (dtype == DType::kFloat32) return static_cast<const float *>(data)[at];
+  if (dtype == DType::kFloat16) return to_float(static_cast<const float16 *>(data)[at]);
+  return to_float(static_cast<const bfloat16 *>(data)[at]);
 }
 
 // x holds the first pack and behind it the second.
 template <int N>
-__device__ void rotate(float (&x)[2 * N], const float (&cosine)[N], const float (&sine)[N], bool interleaved) {
+__device__ void rotate(float (&x)[2 * N], const float *cosine, const float *sine, bool interleaved) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float a = interleaved ? x[2 * i] : x[i];
@@ -90,75 +82,112 @@ __device__ void rotate(float (&x)[2 * N], const float (&cosine)[N], const float 
   }
 }
 
+template <class T, int N>
+struct TwoPacks {
+  Pack<T, N> first, second;
+};
+
 template <class Source, int N>
-__device__ void load_packs(const char *head, const Place &place, float (&x)[2 * N]) {
+__device__ TwoPacks<Source, N> load_packs(const char *head, const Place &place) {
   const auto *elements = reinterpret_cast<const Source *>(head);
-  const auto a = *reinterpret_cast<const Pack<Source, N> *>(elements + place.first);
-  const auto b = *reinterpret_cast<const Pack<Source, N> *>(elements + place.second);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    x[i] = to_float(a.element[i]);
-    x[N + i] = to_float(b.element[i]);
-  }
+  return {*reinterpret_cast<const Pack<Source, N> *>(elements + place.first),
+          *reinterpret_cast<const Pack<Source, N> *>(elements + place.second)};
 }
 
 template <class Target, int N>
-__device__ void store_packs(char *head, const Place &place, const float (&x)[2 * N], float scale) {
-  constexpr bool kScaled = sizeof(Target) == 1;
-  Pack<Target, N> a, b;
+__device__ void store_packs(char *head, const Place &place, float (&x)[2 * N], float scale) {
+  float first[N], second[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    a.element[i] = from_float<Target>(kScaled ? x[i] / scale : x[i]);
-    b.element[i] = from_float<Target>(kScaled ? x[N + i] / scale : x[N + i]);
+    first[i] = x[i];
+    second[i] = x[N + i];
   }
   auto *elements = reinterpret_cast<Target *>(head);
-  *reinterpret_cast<Pack<Target, N> *>(elements + place.first) = a;
-  *reinterpret_cast<Pack<Target, N> *>(elements + place.second) = b;
+  if constexpr (sizeof(Target) == 1) {
+    *reinterpret_cast<Pack<Target, N> *>(elements + place.first) = divide_and_round<Target>(first, scale);
+    *reinterpret_cast<Pack<Target, N> *>(elements + place.second) = divide_and_round<Target>(second, scale);
+  } else {
+    *reinterpret_cast<Pack<Target, N> *>(elements + place.first) = from_floats<Target>(first);
+    *reinterpret_cast<Pack<Target, N> *>(elements + place.second) = from_floats<Target>(second);
+  }
+}
+
+// What thread i of a token's row takes.
+enum class Kind { kQuery, kKey, kValue };
+
+struct Unit {
+  Kind kind;
+  int head;
+  Place place;
+};
+
+template <int N>
+__device__ Unit unit_of(const Args &args, int i) {
+  int head = args.threads_per_head.divide(i);
+  const Place place = place_of<N>(args, i - head * static_cast<int>(args.threads_per_head.divisor));
+  if (head < args.num_q_heads) return {Kind::kQuery, head, place};
+  head -= args.num_q_heads;
+  if (head < args.num_kv_heads) return {Kind::kKey, head, place};
+  return {Kind::kValue, head - args.num_kv_heads, place};
+}
+
+template <class Source, int N>
+__device__ TwoPacks<Source, N> load_unit(const Args &args, int64_t token, const Unit &unit) {
+  const char *const source = unit.kind == Kind::kQuery ? args.query.head(args.query_data, token, unit.head)
+                             : unit.kind == Kind::kKey ? args.key.head(args.key_data, token, unit.head)
+                                                       : args.value.head(args.value_data, token, unit.head);
+  return load_packs<Source, N>(source, unit.place);
 }
 
 template <class Source, class Target, int N>
-__global__ void __launch_bounds__(kThreadsPerBlock) rope_and_cache_kernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kThreadsPerBlock, 4) rope_and_cache_kernel(const __grid_constant__ Args args) {
+  extern __shared__ __align__(16) float turns[];  // a token's cosines and then its sines
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (token >= args.num_tokens) return;
-  const int64_t position = args.long_positions ? static_cast<const int64_t *>(args.positions)[token]
-                                               : int64_t{static_cast<const int32_t *>(args.positions)[token]};
-  const int64_t slot = args.slot_mapping[token];
+  const bool exists = token < args.num_tokens;
+  const auto lane = static_cast<int>(threadIdx.x), lanes = static_cast<int>(blockDim.x);
+  const int units = (args.num_q_heads + 2 * args.num_kv_heads) * static_cast<int>(args.threads_per_head.divisor);
+  int64_t position = -1, slot = -1;
+  TwoPacks<Source, N> held;
+  if (exists) {
+    position = args.long_positions ? static_cast<const int64_t *>(args.positions)[token]
+                                   : int64_t{static_cast<const int32_t *>(args.positions)[token]};
+    slot = args.slot_mapping[token];
+    if (lane < units) held = load_unit<Source, N>(args, token, unit_of<N>(args, lane));
+  }
+  const bool has_position = position >= 0 && position < args.max_position;
+  float *const cosines = turns + static_cast<int>(threadIdx.y) * 2 * args.half_rotary;
+  if (has_position) {
+    for (int i = lane; i < 2 * args.half_rotary; i += lanes) {
+      cosines[i] = load_float(args.cos_sin, args.cos_sin_dtype, position * args.cos_sin_stride + i);
+    }
+  }
+  __syncthreads();
+  if (!has_position) return;
   const bool has_slot = slot >= 0 && slot < args.num_slots;
-  int64_t offset = slot;
-  const int64_t block = args.block_size.split(&offset);
-  const int units = static_cast<int>(args.threads_per_head.divisor);
-  const int total = (args.num_q_heads + 2 * args.num_kv_heads) * units;
+  const int64_t block = args.block_size.split(&slot);  // which leaves the offset
 
-  for (int i = static_cast<int>(threadIdx.x); i < total; i += static_cast<int>(blockDim.x)) {
-    int head = args.threads_per_head.divide(i);
-    const Place place = place_of<N>(args, i - head * units);
-    const bool is_query = head < args.num_q_heads;
-    if (!is_query) head -= args.num_q_heads;
-    const bool is_value = !is_query && head >= args.num_kv_heads;
-    if (is_value) head -= args.num_kv_heads;
-
+  for (int i = lane; i < units; i += lanes) {
+    const Unit unit = unit_of<N>(args, i);
     float x[2 * N];
-    const char *source = is_query   ? args.query.head(args.query_data, token, head)
-                         : is_value ? args.value.head(args.value_data, token, head)
-                                    : args.key.head(args.key_data, token, head);
-    load_packs<Source, N>(source, place, x);
-    if (position < 0 || position >= args.max_position) return;
-    if (!is_value && place.pair >= 0) {
-      float cosine[N], sine[N];
-      const int64_t row = position * args.cos_sin_stride + place.pair;
-      load_floats<N>(args.cos_sin, args.cos_sin_dtype, row, cosine);
-      load_floats<N>(args.cos_sin, args.cos_sin_dtype, row + args.half_rotary, sine);
-      rotate<N>(x, cosine, sine, args.interleaved);
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      x[e] = to_float(held.first.element[e]);
+      x[N + e] = to_float(held.second.element[e]);
     }
-    if (is_query) {
-      store_packs<Source, N>(args.query_out.head(args.query_out_data, token, head), place, x, 1.0f);
-    } else if (has_slot && is_value) {
-      store_packs<Target, N>(args.v_cache.head(args.v_cache_data, block, offset, head), place, x,
-                             scale_of(args.v_scale, head));
+    if (unit.kind != Kind::kValue && unit.place.pair >= 0) {
+      const float *const cosine = cosines + unit.place.pair;
+      rotate<N>(x, cosine, cosine + args.half_rotary, args.interleaved);
+    }
+    if (unit.kind == Kind::kQuery) {
+      store_packs<Source, N>(args.query_out.head(args.query_out_data, token, unit.head), unit.place, x, 1.0f);
+    } else if (has_slot && unit.kind == Kind::kValue) {
+      store_packs<Target, N>(args.v_cache.head(args.v_cache_data, block, slot, unit.head), unit.place, x,
+                             scale_of(args.v_scale, unit.head));
     } else if (has_slot) {
-      store_packs<Target, N>(args.k_cache.head(args.k_cache_data, block, offset, head), place, x,
-                             scale_of(args.k_scale, head));
+      store_packs<Target, N>(args.k_cache.head(args.k_cache_data, block, slot, unit.head), unit.place, x,
+                             scale_of(args.k_scale, unit.head));
     }
+    if (i + lanes < units) held = load_unit<Source, N>(args, token, unit_of<N>(args, i + lanes));
   }
 }
 
@@ -169,7 +198,8 @@ void launch(const RopeAndCacheParams &p, Args args, cudaStream_t stream, const c
   const int total = checked_int((p.num_q_heads + int64_t{2} * p.write.num_kv_heads) * units, "elements a token");
   const dim3 threads = threads_over_rows(total);
   const unsigned blocks = blocks_over_rows(p.write.num_tokens, threads.y);
-  rope_and_cache_kernel<Source, Target, N><<<blocks, threads, 0, stream>>>(args);
+  const size_t shared_bytes = threads.y * 2 * static_cast<size_t>(args.half_rotary) * sizeof(float);
+  rope_and_cache_kernel<Source, Target, N><<<blocks, threads, shared_bytes, stream>>>(args);
   check_launch(name);
 }
 

@@ -5,13 +5,14 @@
 // The pairs are known on the host.  Where a few large copies do, the copy engines get them, and no multiprocessor has
 // to do with it: pairs that step by one block in source and destination alike make one copy, plain where their blocks
 // touch, two-dimensional where a gap follows each block.  Scattered blocks would take a copy each, a microsecond or two
-// of the host's time and of the engine's; those go to a kernel that reads and writes page-locked memory by itself
-// (swap_kernel.cu).  Staging them in contiguous memory would leave it to the host to scatter them there, block by
-// block. What the kernel cannot reach, pageable memory, takes a copy a run, through the driver's own buffers, and so
-// does a swap that is being captured, because a graph keeps the addresses of its copies but not a buffer of pairs.
+// of the host's time and of the engine's; those go to a kernel that reads and writes page-locked memory by itself, by
+// bulk copies (swap_bulk.cu) or plain accesses (swap_kernel.cu).  Staging them in contiguous memory would leave it to
+// the host to scatter them there, block by block.  What a kernel cannot reach, pageable memory, takes a copy a run,
+// through the driver's own buffers, and so does a swap that is being captured, because a graph keeps the addresses of
+// its copies but not a buffer of pairs.
 //
-// PAGEDATTN_SWAP = kernel, kernel:N (warps), memcpy or batch (cudaMemcpyBatchAsync) takes the choice away where
-// the memory is page-locked, to compare them.
+// PAGEDATTN_SWAP = bulk, kernel, memcpy or batch (cudaMemcpyBatchAsync) takes the choice away where the memory is
+// page-locked, to compare them; bulk:N and kernel:N have N warps.  What bulk copies cannot serve goes to the kernel.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -19,12 +20,15 @@
 #include <string>
 #include <vector>
 
+#include "access.cuh"
 #include "block_runs.h"
 #include "cuda_backend.h"
 #include "host_memory.h"
+#include "index_checks.h"
 #include "runtime.h"
 #include "status.h"
 #include "swap_kernel.h"
+#include "swap_pairs.h"
 
 namespace pagedattn::cuda {
 namespace {
@@ -32,16 +36,19 @@ namespace {
 constexpr int64_t kMaxPitch = 0x7fffffff;  // cudaDevAttrMaxPitch of every device so far
 // So many copies are enqueued in less time than preparing the kernel takes.
 constexpr int64_t kFewCopies = 8;
-// Warps of the kernel.  Within the device nothing is to be left to others.  To and from the host, more would be little
-// faster alone, and decode beside them slower: on an H100 it keeps 89 to 92 % of its speed beside 66 warps that read
-// from the host, 89 beside 132.  Writes to the host are not waited for, so that too many fill queues which all others
-// stand in too: 91 to 98 % beside 24 warps, 90 to 93 beside 33, 76 beside 66, 23 beside 132.
+// Warps of the kernel that copies by plain accesses.  Within the device nothing is to be left to others.  To and from
+// the host, more would be little faster alone, and decode beside them slower: on an H100 it keeps 89 to 92 % of its
+// speed beside 66 warps that read from the host, 89 beside 132.  Writes to the host are not waited for, so that too
+// many fill queues which all others stand in too: 91 to 98 % beside 24 warps, 90 to 93 beside 33, 76 beside 66, 23
+// beside 132.
 int64_t kernel_warps(const CopyBlocksParams &p) {
   const int64_t multiprocessors = device_facts().num_multiprocessors;
   if (p.src_on_host) return std::max<int64_t>(multiprocessors / 2, 1);
   if (p.dst_on_host) return std::max<int64_t>(multiprocessors * 3 / 16, 1);
   return 24 * multiprocessors;
 }
+// And of the one that copies in bulk, which paces itself: as many as the bus needs for both directions at once.
+int64_t bulk_warps() { return std::max<int64_t>(device_facts().num_multiprocessors / 4, 1); }
 
 // ---- by copies ------------------------------------------------------------------------------------------------------
 
@@ -244,29 +251,38 @@ class UseOnStream {
 
 // ---- the choice -----------------------------------------------------------------------------------------------------
 
-enum class Way { kKernel, kMemcpy, kBatch };
+enum class Way { kBulk, kKernel, kMemcpy, kBatch };
 
 struct Choice {
   Way way;
   int64_t num_warps;
 };
 
+// Of the way's kernel, as many warps as `value` asks for behind `name`: "name" or "name:N".  0 if it is another's.
+int64_t warps_of(const std::string &value, const std::string &name, int64_t otherwise) {
+  if (value == name) return otherwise;
+  if (!value.starts_with(name + ":")) return 0;
+  char *end = nullptr;
+  const long count = std::strtol(value.c_str() + name.size() + 1, &end, 10);
+  return *end == '\0' && count >= 1 && count <= 0xffff ? count : 0;
+}
+
 Choice choose(const CopyBlocksParams &p, const BlockRuns &runs) {
   const char *const value = std::getenv("PAGEDATTN_SWAP");
   const std::string forced = value == nullptr ? "" : value;
-  if (forced.empty()) return {takes_few_copies(p, runs) ? Way::kMemcpy : Way::kKernel, kernel_warps(p)};
-  if (forced == "kernel") return {Way::kKernel, kernel_warps(p)};
-  if (forced == "memcpy") return {Way::kMemcpy, 0};
+  if (forced == "memcpy" || (forced.empty() && takes_few_copies(p, runs))) return {Way::kMemcpy, 0};
   if (forced == "batch") return {Way::kBatch, 0};
-  if (forced.starts_with("kernel:")) {
-    char *end = nullptr;
-    const long count = std::strtol(forced.c_str() + 7, &end, 10);
-    if (*end == '\0' && count >= 1 && count <= 0xffff) return {Way::kKernel, count};
+  checked_int(std::max(p.num_src_blocks, p.num_dst_blocks), "blocks");  // as the kernels' pairs have them
+  if (const int64_t count = warps_of(forced, "kernel", kernel_warps(p))) return {Way::kKernel, count};
+  if (const int64_t count = forced.empty() ? bulk_warps() : warps_of(forced, "bulk", bulk_warps())) {
+    return bulk_kernel_serves(p, runs) ? Choice{Way::kBulk, count} : Choice{Way::kKernel, kernel_warps(p)};
   }
-  throw_invalid("PAGEDATTN_SWAP: must be kernel, kernel:N with 1 <= N <= 65535, memcpy or batch; got `" + forced + "`");
+  throw_invalid(
+      "PAGEDATTN_SWAP: must be bulk, kernel, memcpy or batch, or bulk:N or kernel:N with 1 <= N <= 65535; got `" +
+      forced + "`");
 }
 
-const char *swap(const CopyBlocksParams &p, const BlockRuns &runs, bool reachable, bool capturing,
+const char *swap(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs *pairs, bool reachable, bool capturing,
                  cudaStream_t stream) {
   if (!reachable) {
     swap_by_memcpy(p, runs, stream);
@@ -274,8 +290,11 @@ const char *swap(const CopyBlocksParams &p, const BlockRuns &runs, bool reachabl
   }
   const Choice choice = capturing ? Choice{Way::kMemcpy, 0} : choose(p, runs);
   switch (choice.way) {
+    case Way::kBulk:
+      swap_by_bulk_kernel(p, runs, pairs, choice.num_warps, stream);
+      return "cuda::swap_blocks_bulk";
     case Way::kKernel:
-      swap_by_kernel(p, runs, choice.num_warps, stream);
+      swap_by_kernel(p, runs, pairs, choice.num_warps, stream);
       return "cuda::swap_blocks_kernel";
     case Way::kBatch:
       swap_by_batch(p, runs, stream);
@@ -294,19 +313,25 @@ void swap_blocks(const CopyBlocksParams &params, void *stream_pointer) {
   auto *stream = static_cast<cudaStream_t>(stream_pointer);
   CopyBlocksParams p = params;
   const char *name = "cuda::swap_blocks_memcpy";
-  if (p.num_pairs > 0 && runs.run_bytes > 0) {
-    std::vector<HostSide> sides;
-    if (p.src_on_host) {
-      sides.emplace_back(p, p.src, p.block.src_strides, p.src_block_stride, p.num_src_blocks);
-      p.src = sides.back().mapped();
-    } else if (p.dst_on_host) {
-      sides.emplace_back(p, p.dst, p.block.dst_strides, p.dst_block_stride, p.num_dst_blocks);
-      p.dst = sides.back().mapped();
+  if (p.num_pairs > 0) {
+    SwapPairs pairs(p.num_pairs, stream);
+    if (const std::string fault = swap_blocks_index_error(p, pairs.host()); !fault.empty()) {
+      throw_invalid("swap_blocks: " + fault);
     }
-    const bool reachable = sides.empty() || sides.back().reachable();
-    const bool capturing = is_capturing(stream);
-    const UseOnStream use(sides, stream, capturing);
-    name = swap(reachable ? p : params, runs, reachable, capturing, stream);
+    if (runs.run_bytes > 0) {
+      std::vector<HostSide> sides;
+      if (p.src_on_host) {
+        sides.emplace_back(p, p.src, p.block.src_strides, p.src_block_stride, p.num_src_blocks);
+        p.src = sides.back().mapped();
+      } else if (p.dst_on_host) {
+        sides.emplace_back(p, p.dst, p.block.dst_strides, p.dst_block_stride, p.num_dst_blocks);
+        p.dst = sides.back().mapped();
+      }
+      const bool reachable = sides.empty() || sides.back().reachable();
+      const bool capturing = is_capturing(stream);
+      const UseOnStream use(sides, stream, capturing);
+      name = swap(reachable ? p : params, runs, &pairs, reachable, capturing, stream);
+    }
   }
   if (p.event != nullptr) check_cuda(cudaEventRecord(static_cast<cudaEvent_t>(p.event), stream), "cudaEventRecord");
   record_kernel("swap_blocks", name);

@@ -1,26 +1,21 @@
-// The kernel that swaps scattered blocks: device memory on one side, mapped host memory or the device's on the other.
+// The kernel that swaps scattered blocks by plain accesses: device memory on one side, mapped host memory or the
+// device's on the other.  With the host it serves what swap_bulk.cu's cannot: strided blocks, odd addresses, older
+// GPUs.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
 // Blocks are cut into pieces of 2 KB, and a few warps, each a thread block of its own, take these in turn: the loads of
-// a piece are under way together, then its stores.  The pairs are copied to device memory first, in a buffer that is
-// kept from call to call, since each piece of each layer looks at them and the bus is what is short.
+// a piece are under way together, then its stores.  Each piece of each layer looks at the pairs, which lie in device
+// memory.
 //
 // Bound by the bus.  Reading host memory takes some 2 us under load, so 55 GB/s need 110 KB in flight: 55 warps' worth.
 // What is written to the host leaves as fast with less than half as many.
 //
-// A decode kernel has a block on every multiprocessor, and one that leaves no room for it would keep it waiting for all
-// of the swap, which is long.  Hopper's decode leaves 1024 registers of each quarter of a multiprocessor, and a warp of
-// 32 registers a thread, without shared memory, fits into that.
+// 32 registers a thread, so that a warp fits beside a decode kernel (swap_bulk.cu).
 #include <algorithm>
-#include <list>
-#include <memory>
-#include <mutex>
 
 #include "block_accesses.cuh"
-#include "cuda_backend.h"
 #include "fast_divisor.cuh"
-#include "host_memory.h"
 #include "runtime.h"
 #include "swap_kernel.h"
 
@@ -86,84 +81,6 @@ __global__ void __maxnreg__(kStrided ? 64 : kRegisters) swap_blocks_kernel(const
   }
 }
 
-// Memory on both sides through which a call's pairs reach its kernel, in use until `passed`.
-struct PairBuffer {
-  explicit PairBuffer(size_t bytes) : bytes(bytes) {
-    const RelaxedCapture relaxed;
-    check_cuda(cudaHostAlloc(&host, bytes, cudaHostAllocPortable), "cudaHostAlloc");
-    const cudaError_t error = cudaMalloc(&memory, bytes);
-    if (error == cudaSuccess) return;
-    cudaFreeHost(host);
-    throw_cuda_error(error, "cudaMalloc");
-  }
-
-  size_t bytes;
-  void *host = nullptr;
-  void *memory = nullptr;
-  Event used;
-};
-
-// The pairs of one call on the device.  Buffers whose kernel has ended serve the next call; none is freed, since there
-// are only as many as calls have ever been under way together.
-class DevicePairs {
- public:
-  DevicePairs(const CopyBlocksParams &p, cudaStream_t stream) : stream_(stream) {
-    checked_int(std::max(p.num_src_blocks, p.num_dst_blocks), "blocks");
-    const size_t bytes = static_cast<size_t>(p.num_pairs) * sizeof(int2);
-    buffer_ = take(bytes);
-    std::transform(p.mapping, p.mapping + 2 * p.num_pairs, static_cast<int32_t *>(buffer_->host),
-                   [](int64_t block) { return static_cast<int32_t>(block); });
-    check_cuda(cudaMemcpyAsync(buffer_->memory, buffer_->host, bytes, cudaMemcpyHostToDevice, stream),
-               "cudaMemcpyAsync");
-  }
-  ~DevicePairs() {
-    try {
-      buffer_->used.record(stream_);
-      give_back(std::move(buffer_));
-    } catch (const std::exception &) {
-      // A buffer whose use nobody can tell the end of serves no other call.
-    }
-  }
-  DevicePairs(const DevicePairs &) = delete;
-  DevicePairs &operator=(const DevicePairs &) = delete;
-
-  const int2 *data() const { return static_cast<const int2 *>(buffer_->memory); }
-
- private:
-  struct Pool {
-    std::mutex mutex;
-    std::list<std::unique_ptr<PairBuffer>> buffers;
-  };
-  static Pool &pool() {
-    static auto *const all = new Pool;  // never destroyed: CUDA may be gone by then
-    return *all;
-  }
-
-  static std::unique_ptr<PairBuffer> take(size_t bytes) {
-    Pool &all = pool();
-    {
-      const std::lock_guard lock(all.mutex);
-      for (auto at = all.buffers.begin(); at != all.buffers.end(); ++at) {
-        if (!(*at)->used.of_current_device() || (*at)->bytes < bytes || !(*at)->used.passed()) continue;
-        std::unique_ptr<PairBuffer> found = std::move(*at);
-        all.buffers.erase(at);
-        return found;
-      }
-    }
-    constexpr size_t kLeastBytes = 64 * 1024;
-    return std::make_unique<PairBuffer>(std::max(kLeastBytes, std::bit_ceil(bytes)));
-  }
-
-  static void give_back(std::unique_ptr<PairBuffer> buffer) {
-    Pool &all = pool();
-    const std::lock_guard lock(all.mutex);
-    all.buffers.push_back(std::move(buffer));
-  }
-
-  cudaStream_t stream_;
-  std::unique_ptr<PairBuffer> buffer_;
-};
-
 template <class Access>
 void launch(const Args &args, unsigned blocks, cudaStream_t stream) {
   const auto kernel = args.block.num_dims == 0 ? swap_blocks_kernel<Access, false> : swap_blocks_kernel<Access, true>;
@@ -177,11 +94,11 @@ void launch(const Args &args, unsigned blocks, cudaStream_t stream) {
 
 }  // namespace
 
-void swap_by_kernel(const CopyBlocksParams &p, const BlockRuns &runs, int64_t num_warps, cudaStream_t stream) {
-  const DevicePairs pairs(p, stream);
+void swap_by_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs *pairs, int64_t num_warps,
+                    cudaStream_t stream) {
   const int64_t access_bytes = widest_access(p, runs);
   Args args = {};
-  args.mapping = pairs.data();
+  args.mapping = pairs->on_device();
   args.block = block_accesses(p, runs, access_bytes);
   args.num_pairs = FastDivisor::of(checked_int(p.num_pairs, "block pairs"));
   const int64_t pieces_per_block = ceil_div(args.block.accesses_per_block, kPiece);

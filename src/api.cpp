@@ -247,10 +247,10 @@ pa_status pa_swap_blocks(const pa_swap_blocks_args *given, pa_error *error) {
     const auto args = complete("swap_blocks", given, pa_swap_blocks_args_init);
     ValidatedCopy copy;
     const Placement placement = validate_swap_blocks(args, &copy);
-    throw_if_bad("swap_blocks", swap_blocks_index_error(copy.params));
     dispatch(
         placement,
         [&] {
+          throw_if_bad("swap_blocks", swap_blocks_index_error(copy.params));
           cpu::copy_blocks(copy.params);
           record_kernel("swap_blocks", "cpu_copy_blocks");
         },

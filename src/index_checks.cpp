@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/isa.h"
+
 namespace pagedattn {
 namespace {
 
@@ -132,43 +134,36 @@ std::string block_clash(const CopyBlocksParams &p, int64_t pair, int64_t other, 
          entry("block_mapping", other) + " " + verb;
 }
 
-// In one loop without an exit, which vectorises: a number outside of 0 ... n - 1 makes it or n - 1 less it negative.
-bool blocks_exist(const CopyBlocksParams &p) {
-  const int64_t last_src = p.num_src_blocks - 1, last_dst = p.num_dst_blocks - 1;
-  int64_t signs = 0;
-  for (int64_t pair = 0; pair < p.num_pairs; ++pair) {
-    const int64_t src = p.mapping[2 * pair], dst = p.mapping[2 * pair + 1];
-    signs |= src | (last_src - (src & INT64_MAX)) | dst | (last_dst - (dst & INT64_MAX));
-  }
-  return signs >= 0;
-}
-
-// Whether no destination stands twice nor, in the same caches, is a source too: a byte a block of a large mapping's
-// cache is less memory than a set of its entries, and faster.  False where it is not known.
-bool known_to_be_apart(const CopyBlocksParams &p, bool same_caches) {
+// Whether no destination of `pairs` stands twice nor, in the same caches, is a source too: a byte a block of a large
+// mapping's cache is less memory than a set of its entries, and faster.  False where it is not known.
+bool known_to_be_apart(const CopyBlocksParams &p, const int32_t *pairs, bool same_caches) {
   constexpr int64_t kBytesPerEntry = 32;
   if (p.num_dst_blocks > kBytesPerEntry * p.num_pairs) return false;
   std::vector<uint8_t> marks(static_cast<size_t>(p.num_dst_blocks));
   uint8_t *const mark = marks.data();
-  const int64_t *const mapping = p.mapping, *const end = mapping + 2 * p.num_pairs;
+  const int32_t *const end = pairs + 2 * p.num_pairs;
   if (same_caches) {
-    for (const int64_t *pair = mapping; pair < end; pair += 2) mark[pair[0]] = 1;
+    for (const int32_t *pair = pairs; pair < end; pair += 2) mark[pair[0]] = 1;
   }
   uint8_t marked = 0;
-  for (const int64_t *pair = mapping; pair < end; pair += 2) {
+  for (const int32_t *pair = pairs; pair < end; pair += 2) {
     marked |= mark[pair[1]];
     mark[pair[1]] = 1;
   }
   return marked == 0;
 }
 
-std::string block_mapping_error(const CopyBlocksParams &p, bool same_caches) {
-  if (!blocks_exist(p)) {
+// `narrow` has room for all pairs, and is filled if blocks have numbers of 32 bits.
+std::string block_mapping_error(const CopyBlocksParams &p, bool same_caches, int32_t *narrow) {
+  const bool fits = std::max(p.num_src_blocks, p.num_dst_blocks) <= INT32_MAX;
+  const bool exist =
+      fits && cpu::kernels().narrow_pairs(p.mapping, p.num_pairs, p.num_src_blocks, p.num_dst_blocks, narrow);
+  if (!exist) {
     for (int64_t pair = 0; pair < p.num_pairs; ++pair) {
       if (std::string error = block_pair_error(p, pair); !error.empty()) return error;
     }
   }
-  if (known_to_be_apart(p, same_caches)) return "";
+  if (fits && known_to_be_apart(p, narrow, same_caches)) return "";
   IndexSet read(same_caches ? p.num_pairs : 0);
   if (same_caches) {
     for (int64_t pair = 0; pair < p.num_pairs; ++pair) read.insert(source(p, pair));
@@ -256,9 +251,15 @@ std::string rope_and_cache_index_error(const RopeAndCacheParams &p) {
   return reshape_and_cache_index_error(p.write);
 }
 
-std::string copy_blocks_index_error(const CopyBlocksParams &p) { return block_mapping_error(p, true); }
+std::string copy_blocks_index_error(const CopyBlocksParams &p) {
+  std::vector<int32_t> narrow(static_cast<size_t>(2 * p.num_pairs));
+  return block_mapping_error(p, true, narrow.data());
+}
 
-std::string swap_blocks_index_error(const CopyBlocksParams &p) { return block_mapping_error(p, false); }
+std::string swap_blocks_index_error(const CopyBlocksParams &p, int32_t *narrow) {
+  std::vector<int32_t> own(narrow == nullptr ? static_cast<size_t>(2 * p.num_pairs) : 0);
+  return block_mapping_error(p, false, narrow == nullptr ? own.data() : narrow);
+}
 
 std::string gather_kv_index_error(const GatherKvParams &p) {
   const BlockTables tables = {p.block_tables, p.block_table_stride, p.max_blocks_per_seq, p.block_size, p.num_blocks};

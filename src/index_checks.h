@@ -25,7 +25,8 @@ std::string rope_and_cache_index_error(const RopeAndCacheParams &params);
 // Source and destination are the same caches, so a block that is written must not be read either.
 std::string copy_blocks_index_error(const CopyBlocksParams &params);
 
-std::string swap_blocks_index_error(const CopyBlocksParams &params);
+// `narrow`, unless null, has room for all pairs: it gets them as numbers of 32 bits, if the blocks have such.
+std::string swap_blocks_index_error(const CopyBlocksParams &params, int32_t *narrow = nullptr);
 
 std::string gather_kv_index_error(const GatherKvParams &params);
 

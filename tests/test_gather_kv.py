@@ -131,6 +131,33 @@ def test_gathering_no_tokens_gives_empty_results(backend: NumpyBackend, rng: np.
     assert k.shape == v.shape == (0, 2, 64)
 
 
+@pytest.mark.parametrize("num_seqs", [1, 2, 3, 16, 17, 32, 33, 300])
+@pytest.mark.parametrize("total", [64, 1024, 1500])
+@pytest.mark.parametrize("placed", [False, True])
+def test_any_number_of_sequences_shares_few_rows_or_many(
+    backend: NumpyBackend, rng: np.random.Generator, num_seqs: int, total: int, placed: bool
+) -> None:
+    # Lengths that add up to the rows, some of them 0, behind starts of their own: entries all along the tables.
+    kept = np.diff(np.concatenate([[0], np.sort(rng.integers(0, total + 1, num_seqs - 1)), [total]]))
+    starts = (rng.integers(0, 400, num_seqs) * (rng.random(num_seqs) < 0.5)).astype(np.int32)
+    batch = make_batch(
+        rng, (kept + starts).tolist(), [int(n > 0) for n in kept + starts], dtype=np.float16, block_size=8
+    )
+    places = {"seq_starts": starts}
+    rows = total
+    if placed:
+        gaps = rng.integers(0, 3, num_seqs + 1)
+        places["out_start_loc"] = (np.concatenate([[0], np.cumsum(kept)]) + np.cumsum(gaps)).astype(np.int32)
+        rows = int(places["out_start_loc"][-1])
+    expected = expected_rows(batch, rows, np.float16, **places)
+    args, options = on(backend, batch)
+    outs = tuple(backend.array(output((rows, 2, 64), np.float16).view) for _ in range(2))
+    moved = {name: backend.array(array) for name, array in places.items()}
+    pagedattn.gather_kv(*args, out=outs, **moved, **options)
+    for actual, wanted in zip(outs, expected, strict=True):
+        assert_same_bytes(backend.host(actual), wanted)
+
+
 def test_many_tokens_come_back(backend: NumpyBackend, rng: np.random.Generator) -> None:
     batch = make_batch(rng, [3000, 1, 2500], [1, 1, 1], dtype=np.float16, head_dim=128)
     args, options = on(backend, batch)

@@ -142,7 +142,8 @@ def test_memory_may_be_freed_while_another_stream_is_captured(cuda: CupyBackend)
     pagedattn.swap_blocks(device, host.caches, np.stack([np.arange(100), np.arange(100)[::-1]], axis=1))
     stream = cuda.cupy.cuda.Stream(non_blocking=True)
     with stream:
-        stream.begin_capture()
+        # In this mode any thread's call that a capture cannot have beside it fails, and spoils the capture.
+        stream.begin_capture(mode=cuda.cupy.cuda.runtime.streamCaptureModeGlobal)
         try:
             pagedattn.copy_blocks(device, mapping, stream=stream)
             del host

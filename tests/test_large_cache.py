@@ -124,13 +124,20 @@ def test_blocks_are_copied_far_away(large: LargeCache, rng: np.random.Generator,
     assert_same_bytes(large.now(), large.small)
 
 
-def test_blocks_are_swapped_out_and_in_from_far_away(large: LargeCache, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("page_locked", [False, True])
+def test_blocks_are_swapped_out_and_in_from_far_away(
+    large: LargeCache, rng: np.random.Generator, page_locked: bool
+) -> None:
     large.fill(rng)
-    host = np.zeros((len(large.used), *large.both.shape[1:]), large.both.dtype)
-    places = np.arange(len(large.used))
+    count = len(large.used)
+    if page_locked:
+        (host,) = pagedattn.HostCache(large.both, count).caches
+    else:
+        host = np.zeros((count, *large.both.shape[1:]), large.both.dtype)
+    places = np.arange(count)[::-1]  # against the order of the cache: no two blocks make one copy
     pagedattn.swap_blocks(large.both, host, np.stack([np.array(large.used), places], axis=1))
     large.backend.synchronize()
-    assert_same_bytes(host.view(large.small.dtype), large.small)
+    assert_same_bytes(host[places].view(large.small.dtype), large.small)
     pagedattn.swap_blocks(host, large.both, np.stack([places, np.array(large.used)[::-1]], axis=1))
     large.backend.synchronize()
     assert_same_bytes(large.now(), large.small[::-1])

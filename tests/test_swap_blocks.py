@@ -84,13 +84,34 @@ def test_an_empty_mapping_swaps_nothing(sides: tuple[NumpyBackend, NumpyBackend]
     assert_same_bytes(sides[1].host(moved_dst), dst)
 
 
-@pytest.fixture(params=["the library's choice", "kernel", "kernel:3", "memcpy", "batch"])
+@pytest.mark.parametrize("num_pairs", [1, 3, 4, 5, 9, 40])
+def test_a_number_out_of_range_is_found_wherever_it_stands(num_pairs: int) -> None:
+    src, dst = np.zeros((50, 8), np.uint8), np.full((60, 8), 7, np.uint8)
+    good = np.stack([np.arange(num_pairs), np.arange(num_pairs)[::-1]], axis=1)
+    for pair in range(num_pairs):
+        for side, values in ((0, (-1, 50, 2**32, 2**63 - 1, -(2**63))), (1, (-1, 60, 2**32 + 1, 2**63 - 1, -(2**63)))):
+            for value in values:
+                mapping = good.copy()
+                mapping[pair, side] = value
+                name = f"`block_mapping`\\[{pair}\\] names {('source', 'destination')[side]} block {value}; there are"
+                with pytest.raises(pagedattn.InvalidArgumentError, match=f"^swap_blocks: {name}"):
+                    pagedattn.swap_blocks(src, dst, mapping)
+    assert (dst == 7).all()
+    pagedattn.swap_blocks(src, dst, good)
+    assert (dst[:num_pairs] == 0).all()
+
+
+@pytest.fixture(params=["the library's choice", "bulk", "bulk:3", "kernel", "kernel:3", "memcpy", "batch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One way to swap page-locked blocks, and the kernel that must have served the call; "" where it is open."""
     if " " in request.param:
         return ""
     monkeypatch.setenv("PAGEDATTN_SWAP", request.param)
     return f"cuda::swap_blocks_{request.param.partition(':')[0]}"
+
+
+def has_bulk_copies(cuda: CupyBackend) -> bool:
+    return int(cuda.cupy.cuda.Device().compute_capability) >= 90
 
 
 @pytest.mark.gpu
@@ -114,6 +135,11 @@ def test_page_locked_blocks_are_swapped_every_way_and_no_other_byte_changes(
     mapping = random_mapping(rng, len(sources[0]), len(targets[0]), 31)
     given = mapping.copy()
     pagedattn.swap_blocks(sources, targets, given, event=event, stream=stream)
+    if way == "cuda::swap_blocks_bulk":
+        # Blocks that lie in one piece, at multiples of 16 bytes.
+        whole = all(c[0].flags.c_contiguous and c.strides[0] % 16 == 0 and c.ctypes.data % 16 == 0 for c in device)
+        if not (whole and device[0][0].nbytes % 16 == 0 and has_bulk_copies(cuda)):
+            way = "cuda::swap_blocks_kernel"
     assert pagedattn.last_kernel() == way or not way
     given[...] = -1  # it has been read
     event.synchronize()
@@ -128,6 +154,80 @@ def test_page_locked_blocks_are_swapped_every_way_and_no_other_byte_changes(
         assert_same_bytes(cuda.allocation(actual)[: root.size], root)
     for cache, old in zip(host.caches, before, strict=True):
         assert_same_bytes(cache, old)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direction", ["out", "in"])
+@pytest.mark.parametrize(
+    "block_bytes", [16, 48, 256, 272, 512, 528, 1024, 2032, 2048, 2064, 4080, 4096, 4112, 9216, 12304, 131072]
+)
+def test_bulk_copies_cut_blocks_of_any_size_into_pieces(
+    cuda: CupyBackend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, block_bytes: int, direction: str
+) -> None:
+    # From a round that is not full to many rounds a warp, whose order nobody knows.
+    for warps, num_pairs in ((1, 1), (1, 77), (2, 333), (33, 5)):
+        monkeypatch.setenv("PAGEDATTN_SWAP", f"bulk:{warps}")
+        blocks = [np.empty((num_pairs + 3, block_bytes), np.uint8) for _ in range(3)]
+        random_bytes(rng, *blocks)
+        device = cuda.arrays(*blocks)
+        host = pagedattn.HostCache(list(device), num_pairs + 9)
+        random_bytes(rng, *host.caches)
+        before = [cache.copy() for cache in host.caches]
+        sources, targets = (list(device), host.caches) if direction == "out" else (host.caches, list(device))
+        mapping = random_mapping(rng, len(sources[0]), len(targets[0]), num_pairs)
+        pagedattn.swap_blocks(sources, targets, mapping)
+        if has_bulk_copies(cuda):
+            assert pagedattn.last_kernel() == "cuda::swap_blocks_bulk"
+        cuda.synchronize()
+        for one, other in zip(blocks, before, strict=True):
+            reference.copy_blocks(*((one, other) if direction == "out" else (other, one)), mapping)
+        for actual, expected in zip(device, blocks, strict=True):
+            assert_same_bytes(cuda.host(actual), expected)
+        for actual, expected in zip(host.caches, before, strict=True):
+            assert_same_bytes(actual, expected)
+
+
+@pytest.mark.gpu
+def test_swaps_on_many_streams_at_once_keep_apart(cuda: CupyBackend, rng: np.random.Generator) -> None:
+    # Each has pairs and claims of its own, from buffers that earlier ones have left.
+    num_streams, count = 6, 700
+    blocks = [np.empty((count, 4096), np.uint8) for _ in range(num_streams)]
+    random_bytes(rng, *blocks)
+    device, returned = cuda.arrays(*blocks), cuda.arrays(*(np.zeros_like(b) for b in blocks))
+    hosts = [pagedattn.HostCache(one, count) for one in device]
+    streams = [cuda.cupy.cuda.Stream(non_blocking=True) for _ in range(num_streams)]
+    cuda.synchronize()
+    for _ in range(4):
+        for one, back, host, stream in zip(device, returned, hosts, streams, strict=True):
+            out = random_mapping(rng, count, count, count)
+            out[:, 0] = rng.permutation(count)
+            pagedattn.swap_blocks(one, host.caches, out, stream=stream)
+            pagedattn.swap_blocks(host.caches, back, out[:, ::-1].copy(), stream=stream)
+    cuda.synchronize()
+    for actual, expected in zip(returned, blocks, strict=True):
+        assert_same_bytes(cuda.host(actual), expected)
+
+
+@pytest.mark.gpu
+def test_swaps_that_were_refused_move_nothing_and_leave_their_buffers_to_others(
+    cuda: CupyBackend, rng: np.random.Generator
+) -> None:
+    blocks = np.empty((50, 4096), np.uint8)
+    random_bytes(rng, blocks)
+    device = cuda.array(blocks)
+    host = pagedattn.HostCache(device, 60)
+    host.caches[0][...] = 0x5A
+    good = random_mapping(rng, 50, 60, 40)
+    for place, bad in ((0, [50, 3]), (39, [-1, 3]), (17, [2, 60]), (20, [2, -(2**62)]), (39, [0, int(good[3, 1])])):
+        mapping = good.copy()
+        mapping[place] = bad
+        with pytest.raises(pagedattn.InvalidArgumentError, match=rf"^swap_blocks: `block_mapping`\[{place}\]"):
+            pagedattn.swap_blocks(device, host.caches, mapping)
+    cuda.synchronize()
+    assert (host.caches[0] == 0x5A).all()
+    pagedattn.swap_blocks(device, host.caches, good)
+    cuda.synchronize()
+    assert_same_bytes(host.caches[0][good[:, 1]], blocks[good[:, 0]])
 
 
 @pytest.mark.gpu
@@ -156,7 +256,7 @@ def test_an_unknown_way_to_swap_is_refused_by_name(cuda: CupyBackend, monkeypatc
     device = cuda.array(np.zeros((4, 8), np.float32))
     host = pagedattn.HostCache(device, 4)
     host.caches[0][...] = 7
-    for value in ("magic", "kernel:", "kernel:0", "kernel:65536", "kernel:x", "kernel:5x"):
+    for value in ("magic", "kernel:", "kernel:0", "kernel:65536", "kernel:x", "bulk:5x", "bulk:0", "bulky"):
         monkeypatch.setenv("PAGEDATTN_SWAP", value)
         with pytest.raises(pagedattn.InvalidArgumentError, match=f"PAGEDATTN_SWAP.*{value}"):
             pagedattn.swap_blocks(device, host.caches, np.array([[0, 1]]))

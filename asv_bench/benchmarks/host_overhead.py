@@ -7,6 +7,7 @@ The arrays are as small as can be.  On CUDA nothing waits for the device, and no
 from __future__ import annotations
 
 from functools import cache
+from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,8 @@ import pagedattn
 from pagedattn._device import ELEMENT, Device, cuda_missing
 from pagedattn_bench.cases import Case
 from pagedattn_bench.inputs import Inputs
+
+from .cuda_run import timed
 
 BACKENDS = ["cpu", "cuda"]
 TINY = Case("tiny", (1,), (1,), heads=1, kv_heads=1, head_dim=8, dtype="float16", kv_dtype="float16")
@@ -70,3 +73,42 @@ class ReshapeAndCache:
         arguments = self.arguments
         for _ in range(100):
             pagedattn.reshape_and_cache(*arguments)
+
+
+class SwapBlocks:
+    """A call for 10 000 scattered blocks of 4 KB, while the device has nothing to do."""
+
+    params: ClassVar = [[1, 2, 64]]
+    param_names: ClassVar = ["caches"]
+    num_pairs = 10_000
+
+    def setup(self, num_caches: int) -> None:
+        if reason := cuda_missing():
+            raise NotImplementedError(reason)
+        self.device = Device("cuda")
+        self.caches = [self.device.xp.zeros((2 * self.num_pairs, 4096), np.uint8) for _ in range(num_caches)]
+        self.caches[-1][...] = 7
+        self.host = pagedattn.HostCache(self.caches, 2 * self.num_pairs)
+        mapping = self.swap()
+        self.device.synchronize()
+        assert (self.host.caches[-1][mapping[:, 1]] == 7).all()
+
+    def swap(self) -> np.ndarray:
+        rng = np.random.default_rng()
+        mapping = np.stack([rng.permutation(2 * self.num_pairs)[: self.num_pairs] for _ in range(2)], axis=1)
+        self.device.synchronize()
+        begin = perf_counter()
+        pagedattn.swap_blocks(self.caches, self.host.caches, mapping)
+        self.seconds = perf_counter() - begin
+        return mapping
+
+    def track_seconds(self, num_caches: int) -> dict[str, Any]:
+        samples = []
+        for _ in range(31):
+            self.swap()
+            samples.append(self.seconds)
+        self.device.synchronize()
+        return timed(samples)
+
+    track_seconds.type = "time"  # type: ignore[attr-defined]
+    track_seconds.unit = "seconds"  # type: ignore[attr-defined]

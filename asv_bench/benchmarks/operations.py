@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pagedattn
 from pagedattn._device import ELEMENT, ITEM_SIZE, STORAGE, Device
-from pagedattn_bench.cases import prefill
+from pagedattn_bench.cases import decode, prefill
 from pagedattn_bench.inputs import Inputs
 from pagedattn_bench.peers.base import Prepared
 
@@ -220,6 +220,58 @@ def swap_blocks(device: Device, num_tokens: int, *, back: bool = False, piece: i
     num_bytes = 2 * half * piece  # a bus is crossed once
     plain = None if device.backend == "cpu" else _plain_swap(device, num_bytes, back)
     return Operation(call, num_bytes, plain, capturable=False)
+
+
+def swap_both_ways(device: Device, num_tokens: int, piece: int) -> Operation:
+    """Blocks of `piece` bytes, from the device and to it at once, on streams of their own."""
+    ways = [swap_blocks(device, num_tokens, back=back, piece=piece) for back in (False, True)]
+    plain = [way.plain for way in ways]
+    return Operation(
+        _at_once([way.call for way in ways]),
+        sum(way.num_bytes for way in ways),
+        _at_once([call for call in plain if call is not None]),
+        capturable=False,
+    )
+
+
+def _at_once(calls: list[Callable[[], None]]) -> Callable[[], None]:
+    """The calls on a stream each, all between what comes before on CuPy's current stream and what comes behind."""
+    import cupy
+
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in calls]
+
+    def together() -> None:
+        current = cupy.cuda.get_current_stream()
+        begin = current.record()
+        for stream, call in zip(streams, calls, strict=True):
+            stream.wait_event(begin)
+            with stream:
+                call()
+            current.wait_event(stream.record())
+
+    return together
+
+
+def decode_beside_swap(device: Device, num_tokens: int, *, back: bool) -> Operation:
+    """Three steps of decoding while a swap of blocks of 4 KB takes somewhat longer; `plain` is without the swap."""
+    import cupy
+
+    swap = swap_blocks(device, num_tokens, back=back, piece=4096)
+    inputs = Inputs(decode("beside", "32x4096"), device)
+    attend = inputs.attend()
+    stream = cupy.cuda.Stream(non_blocking=True)
+
+    def alone() -> None:
+        for _ in range(3):
+            attend()
+
+    def beside() -> None:
+        stream.wait_event(cupy.cuda.get_current_stream().record())
+        with stream:
+            swap.call()
+        alone()
+
+    return Operation(beside, 3 * inputs.case.bytes, alone, capturable=False)
 
 
 def _host_blocks(device: Device, caches: list[Any]) -> list[np.ndarray]:

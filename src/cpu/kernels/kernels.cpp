@@ -11,6 +11,7 @@
 #include "kernels/attention_finish.h"
 #include "kernels/attention_packed.h"
 #include "kernels/attention_tiles.h"
+#include "kernels/pairs.h"
 #include "kernels/rows.h"
 #include "kernels/stream.h"
 
@@ -103,6 +104,7 @@ extern const Kernels kKernels = {
     dequantize_row,
     stream_run,
     finish_streaming,
+    narrow_pairs,
 };
 
 }  // namespace pagedattn::cpu::PAGEDATTN_ISA

@@ -66,6 +66,10 @@ struct Kernels {
   // of the run behind it, meanwhile.  To be ended by finish_streaming, once for many runs.
   void (*stream_run)(void *dst, const void *src, const void *next, int64_t bytes);
   void (*finish_streaming)();
+
+  // Writes the numbers of [num_pairs, 2] to `narrow`, and returns whether all firsts are in 0 ... num_first - 1 and all
+  // seconds in 0 ... num_second - 1.
+  bool (*narrow_pairs)(const int64_t *pairs, int64_t num_pairs, int64_t num_first, int64_t num_second, int32_t *narrow);
 };
 
 namespace generic {

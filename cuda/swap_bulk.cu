@@ -1,0 +1,192 @@
+// The kernel that swaps scattered blocks with the host on GPUs with a bulk copy engine: at the bus's rate, and no
+// faster.
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// A few warps, each a thread block of its own, copy pieces of up to 4 KB through shared memory: the engine fetches
+// three steps' worth while it writes the one before, so that the bus has enough to do however slow memory answers.  A
+// step is a piece, or up to eight that are small, each with a lane, a slot of shared memory and a barrier of its own.
+//
+// Once the bus is full, what waits for it fills queues that all memory accesses stand in, and a decode kernel beside
+// would keep half of its speed or less.  How fast the bus is depends on the machine, on what else uses it and on
+// whether it is used both ways.  So each warp keeps to a timetable that finds out.  Which warp was slowed is chance, so
+// they claim their work as they go.  Only what is read while another swap writes is not paced: reads wait behind
+// writes, so that they would give way until hardly any were left.
+//
+// A decode kernel has a block on every multiprocessor, and one that leaves no room for it would keep it waiting for all
+// of the swap, which is long.  Hopper's decode leaves 1024 registers of each quarter of a multiprocessor and 18 KB of
+// shared memory, and a warp of 32 registers a thread and 16 KB fits into that.
+#include <algorithm>
+
+#include "block_accesses.cuh"
+#include "fast_divisor.cuh"
+#include "hopper_ptx.cuh"
+#include "runtime.h"
+#include "swap_kernel.h"
+#include "timetable.cuh"
+
+namespace pagedattn::cuda {
+namespace {
+
+constexpr int kCachesPerLaunch = 192;  // 2 x 8 bytes each: with the rest, under the 4 KB that every driver passes
+constexpr int kSteps = 4;              // whose pieces shared memory holds
+constexpr int kStepBytes = 4096;       // at most
+constexpr int kMostLanes = 32 / kSteps;
+
+constexpr int kFirstRate = 32;  // bytes a cycle, of all warps: more than any bus takes
+
+// Warps that write to the host at the moment.  (Builds for older GPUs leave the kernel empty.)
+[[maybe_unused]] __device__ unsigned writing_warps;
+
+struct Args {
+  const char *src[kCachesPerLaunch];
+  char *dst[kCachesPerLaunch];
+  const int2 *pairs;
+  uint32_t *claims;          // of rounds, and warps that have ended: zeros before and after
+  int64_t src_block_stride;  // bytes
+  int64_t dst_block_stride;  // bytes
+  int64_t block_bytes;
+  FastDivisor num_pairs;
+  FastDivisor pieces_per_block;
+  int num_pieces;  // of all caches
+  int piece_bytes;
+  int lanes;                // of a step
+  uint32_t first_interval;  // of steps, in cycles
+  bool to_host;
+};
+static_assert(sizeof(Args) <= 4000);
+
+__global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ Args args) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) char slots[];
+  __shared__ Barrier arrived[32];
+  const auto lane = static_cast<int>(threadIdx.x);
+  const int my_step = lane / args.lanes;  // of a round; others' lanes have no slot
+  char *const slot = slots + lane * args.piece_bytes;
+  init_barrier(&arrived[lane], 1);
+  publish_barriers();
+  __syncwarp();
+
+  // Rounds of four steps.  A warp takes two and then claims what is left, far enough ahead not to wait for the answer.
+  const int pieces_a_round = kSteps * args.lanes;
+  const auto rounds = static_cast<uint32_t>((args.num_pieces - 1) / pieces_a_round + 1);
+  uint32_t round = blockIdx.x, next_round = gridDim.x + blockIdx.x, claimed = 0;
+  unsigned writing = 0;  // others
+  const auto claim = [&] {
+    if (lane > 0) return;
+    claimed = 2 * gridDim.x + atomicAdd(args.claims, 1);
+    if (!args.to_host) writing = *static_cast<volatile unsigned *>(&writing_warps);
+  };
+  claim();
+  if (args.to_host && lane == 0) atomicAdd(&writing_warps, 1);
+
+  int piece = static_cast<int>(round) * pieces_a_round + lane;  // this lane's next, if it is one
+  const auto exists = [&] { return my_step < kSteps && piece < args.num_pieces; };
+  const auto fetch_pair = [&] {
+    const int row = args.pieces_per_block.divide(piece);
+    return args.pairs[row - args.num_pairs.divide(row) * static_cast<int>(args.num_pairs.divisor)];
+  };
+  int2 blocks = {};
+  if (exists()) blocks = fetch_pair();
+  uint32_t phase = 0;
+  char *target = nullptr;
+  int bytes = 0;  // in the slot
+  Timetable timetable(args.first_interval);
+
+#pragma unroll 1
+  for (int step = 0; round < rounds || step % kSteps != kSteps - 1; ++step) {
+    const bool my_turn = my_step == step % kSteps;
+    if (my_turn && round < rounds && exists()) {
+      const int row = args.pieces_per_block.divide(piece), cache = args.num_pairs.divide(row);
+      const int64_t offset =
+          int64_t{args.piece_bytes} * (piece - row * static_cast<int>(args.pieces_per_block.divisor));
+      const char *const source = args.src[cache] + blocks.x * args.src_block_stride + offset;
+      target = args.dst[cache] + blocks.y * args.dst_block_stride + offset;
+      bytes = static_cast<int>(min(int64_t{args.piece_bytes}, args.block_bytes - offset));
+      wait_bulk_reads();
+      arrive_and_expect(&arrived[lane], bytes);
+      copy_bulk_to_shared(shared_address(slot), source, bytes, &arrived[lane]);
+    }
+    if (my_turn && next_round < rounds) {
+      piece = static_cast<int>(next_round) * pieces_a_round + lane;
+      if (exists()) blocks = fetch_pair();
+    }
+    if (step % kSteps == kSteps - 1) {
+      round = next_round;
+      next_round = __shfl_sync(0xffffffffu, claimed, 0);
+      if (next_round < rounds) claim();
+    }
+    if (step < kSteps - 1) continue;
+    const bool filled = my_step == (step + 1) % kSteps && bytes > 0;
+    if (filled) wait(&arrived[lane], phase);
+    __syncwarp();
+    if (__shfl_sync(0xffffffffu, writing, 0) == 0) {
+      timetable.wait();
+    } else {
+      timetable.begin_again();
+    }
+    if (filled) {
+      copy_bulk_from_shared(target, shared_address(slot), bytes);
+      phase ^= 1;
+      bytes = 0;
+    }
+  }
+  wait_bulk_copies();
+  if (args.to_host && lane == 0) atomicSub(&writing_warps, 1);
+  if (lane == 0 && atomicAdd(args.claims + 1, 1) == gridDim.x - 1) args.claims[0] = args.claims[1] = 0;
+#else
+  __trap();  // chosen only where it has been built for sm_90 or later
+#endif
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+}  // namespace
+
+bool bulk_kernel_serves(const CopyBlocksParams &p, const BlockRuns &runs) {
+  if (p.src_on_host == p.dst_on_host || runs.num_dims > 0 || widest_access(p, runs) < 16) return false;
+  if (device_facts().compute_capability < 90) return false;
+  static const int built_for = [] {
+    cudaFuncAttributes attributes = {};
+    check_cuda(cudaFuncGetAttributes(&attributes, swap_blocks_bulk_kernel), "cudaFuncGetAttributes");
+    return attributes.ptxVersion;
+  }();
+  return built_for >= 90;
+}
+
+void swap_by_bulk_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs *pairs, int64_t num_warps,
+                         cudaStream_t stream) {
+  Args args = {};
+  args.pairs = pairs->on_device();
+  args.claims = pairs->zeros();
+  args.src_block_stride = p.src_block_stride * p.block.element_size;
+  args.dst_block_stride = p.dst_block_stride * p.block.element_size;
+  args.block_bytes = runs.run_bytes;
+  args.to_host = p.dst_on_host;
+  args.num_pairs = FastDivisor::of(checked_int(p.num_pairs, "block pairs"));
+  const int64_t pieces_per_block = ceil_div(runs.run_bytes, kStepBytes);
+  args.pieces_per_block = FastDivisor::of(checked_int(pieces_per_block, "pieces a block"));
+  args.piece_bytes = static_cast<int>(round_up(ceil_div(runs.run_bytes, pieces_per_block), 16));
+  args.lanes = std::clamp(kStepBytes / args.piece_bytes, 1, kMostLanes);
+  const int pieces_of_a_warp = kSteps * args.lanes;
+  const auto shared_bytes = static_cast<unsigned>(pieces_of_a_warp * args.piece_bytes);
+  check_cuda(cudaFuncSetAttribute(swap_blocks_bulk_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared),
+             "cudaFuncSetAttribute");
+  for (int64_t first = 0; first < p.num_caches; first += kCachesPerLaunch) {
+    const int64_t count = std::min<int64_t>(kCachesPerLaunch, p.num_caches - first);
+    for (int64_t i = 0; i < count; ++i) {
+      args.src[i] = static_cast<const char *>(p.src[first + i]);
+      args.dst[i] = static_cast<char *>(p.dst[first + i]);
+    }
+    const int64_t num_pieces = count * p.num_pairs * pieces_per_block;
+    checked_int(num_pieces + pieces_of_a_warp, "pieces of 4 KB");
+    args.num_pieces = static_cast<int>(num_pieces);
+    const auto blocks = static_cast<unsigned>(std::min(ceil_div(num_pieces, pieces_of_a_warp), num_warps));
+    args.first_interval = blocks * static_cast<unsigned>(args.lanes * args.piece_bytes / kFirstRate);
+    swap_blocks_bulk_kernel<<<blocks, 32, shared_bytes, stream>>>(args);
+    check_launch("swap_blocks_bulk_kernel");
+  }
+}
+
+}  // namespace pagedattn::cuda

@@ -1,0 +1,113 @@
+// Memory through which the pairs of a swap reach its kernels.
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// A call returns before its kernel has read the pairs, so each call has a buffer of its own, from a pool: those whose
+// kernel has ended serve the next call.  None is freed, since there are only as many as calls have ever been under way
+// together.  Kernels find the pairs in device memory: a read of the host's stands behind all that a swap reads there.
+#include <algorithm>
+#include <bit>
+#include <list>
+#include <mutex>
+
+#include "host_memory.h"
+#include "runtime.h"
+#include "swap_pairs.h"
+
+namespace pagedattn::cuda {
+
+constexpr size_t kZeroBytes = 256;  // before the pairs in device memory, so that these stay aligned
+
+// In use until `used` has passed.  The device's half comes with the first call that needs it.
+struct PairBuffer {
+  explicit PairBuffer(size_t bytes) : bytes(bytes) {
+    const RelaxedCapture relaxed;
+    check_cuda(cudaHostAlloc(&host, bytes, cudaHostAllocPortable), "cudaHostAlloc");
+  }
+
+  size_t bytes;
+  void *host = nullptr;
+  char *memory = nullptr;
+  Event used;
+};
+
+namespace {
+
+struct Pool {
+  std::mutex mutex;
+  std::list<std::unique_ptr<PairBuffer>> buffers;
+};
+
+Pool &pool() {
+  static auto *const all = new Pool;  // never destroyed: CUDA may be gone by then
+  return *all;
+}
+
+std::unique_ptr<PairBuffer> take(size_t bytes) {
+  Pool &all = pool();
+  {
+    const std::lock_guard lock(all.mutex);
+    for (auto at = all.buffers.begin(); at != all.buffers.end(); ++at) {
+      if (!(*at)->used.of_current_device() || (*at)->bytes < bytes || !(*at)->used.passed()) continue;
+      std::unique_ptr<PairBuffer> found = std::move(*at);
+      all.buffers.erase(at);
+      return found;
+    }
+  }
+  constexpr size_t kLeastBytes = 64 * 1024;
+  return std::make_unique<PairBuffer>(std::max(kLeastBytes, std::bit_ceil(bytes)));
+}
+
+void give_back(std::unique_ptr<PairBuffer> buffer) {
+  Pool &all = pool();
+  const std::lock_guard lock(all.mutex);
+  all.buffers.push_front(std::move(buffer));  // the next call's, for caches know it
+}
+
+}  // namespace
+
+SwapPairs::SwapPairs(int64_t num_pairs, cudaStream_t stream)
+    : num_pairs_(num_pairs), stream_(stream), buffer_(take(static_cast<size_t>(num_pairs) * sizeof(int2))) {}
+
+SwapPairs::~SwapPairs() {
+  try {
+    if (used_) buffer_->used.record(stream_);
+    give_back(std::move(buffer_));
+  } catch (const std::exception &) {
+    // A buffer whose use nobody can tell the end of serves no other call.
+  }
+}
+
+int32_t *SwapPairs::host() const { return static_cast<int32_t *>(buffer_->host); }
+
+// The device's half, from now on used by the stream.
+void SwapPairs::need_memory() {
+  used_ = true;
+  if (buffer_->memory != nullptr) return;
+  const RelaxedCapture relaxed;
+  void *memory = nullptr;
+  check_cuda(cudaMalloc(&memory, kZeroBytes + buffer_->bytes), "cudaMalloc");
+  const cudaError_t error = cudaMemsetAsync(memory, 0, kZeroBytes, stream_);
+  if (error == cudaSuccess) {
+    buffer_->memory = static_cast<char *>(memory);
+    return;
+  }
+  cudaFree(memory);
+  throw_cuda_error(error, "cudaMemsetAsync");
+}
+
+const int2 *SwapPairs::on_device() {
+  need_memory();
+  char *const pairs = buffer_->memory + kZeroBytes;
+  check_cuda(cudaMemcpyAsync(pairs, buffer_->host, static_cast<size_t>(num_pairs_) * sizeof(int2),
+                             cudaMemcpyHostToDevice, stream_),
+             "cudaMemcpyAsync");
+  return reinterpret_cast<const int2 *>(pairs);
+}
+
+uint32_t *SwapPairs::zeros() {
+  need_memory();
+  return reinterpret_cast<uint32_t *>(buffer_->memory);
+}
+
+}  // namespace pagedattn::cuda
