@@ -120,11 +120,11 @@ int unit_shift(const AttentionKernel &kernel, const AttentionParams &params, int
       params.num_kv_heads;
   const int64_t tiles = max_length / kernel.tokens + 2;
   for (int shift = 0; shift < 24; ++shift) {
-    if (items * ((tiles >> shift) + 2) < kMaxUnits) return shift;
+    if (items * ((tiles >> shift) + 1 + kMostItemOverhead) < kMaxUnits) return shift;
   }
   throw Error(PA_ERROR_UNSUPPORTED, "paged_attention: the CUDA kernels take fewer than " +
-                                        std::to_string(kMaxUnits / 3) + " tiles of query rows; got " +
-                                        std::to_string(items));
+                                        std::to_string(kMaxUnits / (2 + kMostItemOverhead)) +
+                                        " tiles of query rows; got " + std::to_string(items));
 }
 
 Batch make_batch(const AttentionParams &params) {

@@ -47,6 +47,22 @@ __device__ inline float end_row(const AttentionKernelParams &params, int64_t tok
   return sum == 0.0f ? 0.0f : factor * params.v_scale.of_head(kv_head) / sum;
 }
 
+// Publishes a partial result of threads that meet by `meet`; true in those that do so last of the item's.  The barriers
+// order their stores before one thread's arrival, and what the arrival acquires before their loads.
+template <class Meet>
+__device__ bool arrive_last(const SegmentPlan &plan, uint32_t *counter, bool &last_to_arrive, bool leads, Meet &&meet) {
+  meet();
+  // Segments that nobody shares come here one after the other, by the caller's doing.
+  if (!plan.is_shared) return plan.segment == plan.num_segments - 1;
+  if (leads) {
+    const bool last = arrive_and_count(counter) == static_cast<uint32_t>(plan.num_segments);
+    if (last) *counter = 0;  // nobody else will come; ready for the next launch
+    last_to_arrive = last;
+  }
+  meet();
+  return last_to_arrive;
+}
+
 // How output elements are stored; float8 kernels learn it at run time.
 enum class OutputType { kFloat32, kFloat16, kBFloat16, kFromParams };
 
@@ -126,7 +142,7 @@ class Epilogue {
         }
       });
     }
-    if (plan.num_segments > 1 && arrive_last(plan)) join_segments(item, plan, rows);
+    if (plan.num_segments > 1 && arrives_last(plan)) join_segments(item, plan, rows);
     meet();  // the states and shared_ may be overwritten
   }
 
@@ -222,19 +238,9 @@ class Epilogue {
                               {o.x * factor, o.y * factor, o.z * factor, o.w * factor});
   }
 
-  // Publishes the block's partial result; true in the block that does so last.  The barriers order the block's stores
-  // before one thread's arrival, and what the arrival acquires before the block's loads.
-  __device__ bool arrive_last(const SegmentPlan &plan) const {
-    meet();
-    // Segments that nobody shares come here one after the other, by the caller's doing.
-    if (!plan.is_shared) return plan.segment == plan.num_segments - 1;
-    if (thread_ == 0) {
-      uint32_t *const counter = params_.arrivals + plan.first_owner;
-      shared_.last_to_arrive = arrive_and_count(counter) == static_cast<uint32_t>(plan.num_segments);
-      if (shared_.last_to_arrive) *counter = 0;  // nobody else will come; ready for the next launch
-    }
-    meet();
-    return shared_.last_to_arrive;
+  __device__ bool arrives_last(const SegmentPlan &plan) const {
+    return arrive_last(plan, params_.arrivals + plan.first_owner, shared_.last_to_arrive, thread_ == 0,
+                       [&] { meet(); });
   }
 
   // A thread has kJoinedAtOnce partial results of four columns of a row on their way at once, since loads from L2 one

@@ -8,8 +8,9 @@
 //  - Few rows (decode, at most 16 a KV head): all four warps hold the same 16 rows and take different tokens, each with
 //    a ring of tiles and a state of its own, so nothing waits for a barrier; the states are joined at the end.
 //    Bound: bytes of the cache.  The ring holds 32 to 64 KB a block, two or three blocks fit a multiprocessor.
-//  - Many rows (prefill, append): each warp has 16 of 64 rows, all share a double-buffered tile of tokens, with one
-//    barrier a tile.  Bound: the tensor cores, as far as mma.sync reaches them.
+//  - Many rows (prefill, append): each warp has 32 of 128 rows, or 16 of 64 where D > 128, and all share a
+//    double-buffered tile of tokens, with one barrier a tile.  Bound: the tensor cores, as far as mma.sync reaches
+//    them, and shared memory: what a warp loads of K or V serves 16 rows at a time.
 // Float8 caches go through shared memory as they are and are widened to float16 in registers (float8_fragments.cuh);
 // K's scale is folded into the scores' and V's into the normalisation.  bfloat16 queries over float8 are scaled by a
 // power of two a row into float16's range, which loses nothing that counts beside the row's largest element.
@@ -110,32 +111,42 @@ __device__ void attend_many_rows(const AttentionKernelParams &params, typename T
   loader.look_up(copied_token(tiles.begin));
   copy(tiles.begin, 0);
 
+  // Where the tile is at most half full, all warps have a share of its rows nevertheless.
+  const int rows_left = num_rows(params.batch, item.seq) - item.query_tile * Traits::kRows;
+  const int bands = Traits::kWarpBands == 2 && rows_left <= Traits::kRows / 2 ? 1 : Traits::kWarpBands;
   const int thread = static_cast<int>(threadIdx.x);
-  load_queries<Traits>(params, item, Traits::kRows, shared.tiles.q, shared.rows, thread);
+  load_queries<Traits, 8>(params, item, 16 * Traits::kWarps * bands, shared.tiles.q, shared.rows, thread);
   fill_row_table<typename Traits::Shape, Traits::kThreads>(params, item, shared.rows, thread);
   __syncthreads();
   WarpRows<Traits> rows(params);
-  rows.begin(item, warp * 16, shared.rows, shared.tiles.q);
+  rows.begin(item, warp * 16 * bands, shared.rows, shared.tiles.q, bands);
 
   int stage = 0;
-  for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-    wait_copies<0>();
-    __syncthreads();  // this tile has landed, and nobody reads the other stage any more
-    copy(tile + 1, stage ^ 1);
-    const int token = tile * Traits::kTokens;
-    if (rows.sees(token)) {
-      typename WarpRows<Traits>::Scores s;
-      rows.multiply_q_k(s, k_tile(stage));
-      rows.softmax(s, token);
-      rows.multiply_p_v(s, v_tile(stage), token);
+  const auto attend = [&](auto active) {
+    constexpr int kActive = decltype(active)::value;
+#pragma unroll 1
+    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+      wait_copies<0>();
+      __syncthreads();  // this tile has landed, and nobody reads the other stage any more
+      copy(tile + 1, stage ^ 1);
+      const int token = tile * Traits::kTokens;
+      if (rows.sees(token)) {
+        typename WarpRows<Traits>::Scores s;
+        rows.template multiply_q_k<kActive>(s, k_tile(stage));
+        rows.template softmax<kActive>(s, token);
+        rows.template multiply_p_v<kActive>(s, v_tile(stage), token);
+      }
+      stage ^= 1;
     }
-    stage ^= 1;
+  };
+  if (bands == 1) {
+    attend(std::integral_constant<int, 1>{});
+  } else {
+    attend(std::integral_constant<int, Traits::kWarpBands>{});
   }
   wait_copies<0>();
-  __syncthreads();  // the states overlay the tiles
-  const typename Traits::BlockEpilogue epilogue(params, shared.epilogue, shared.states, static_cast<int>(threadIdx.x));
-  epilogue.finish(item, cursor.plan(segment), 1, Traits::kRows,
-                  [&](int column) { rows.store_state(epilogue, warp * 16, column); });
+  __syncthreads();  // nobody reads queries and tiles any more
+  rows.finish(item, cursor.plan(segment), shared.last_to_arrive, bands);
 }
 
 template <class Traits>

@@ -8,25 +8,10 @@
 #include "hopper_ptx.cuh"
 #include "hopper_wgmma.cuh"
 #include "prefill_schedule.cuh"
+#include "row_results.cuh"
 #include "scores.cuh"
 
 namespace pagedattn::cuda {
-
-// Lane c of four has words (j, c) of a row, j = 0 ... 3; it gets words (c, j).
-__device__ inline uint4 transpose_quad(const uint32_t (&words)[4]) {
-  const int c = static_cast<int>(threadIdx.x) % 4;
-  const bool odd = c % 2 != 0, high = c / 2 != 0;
-  uint32_t pairs[2][2];  // words of two neighbours: (c % 2, ...) and (2 + c % 2, ...)
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t other = __shfl_xor_sync(kFullWarp, odd ? words[2 * i] : words[2 * i + 1], 1);
-    pairs[i][0] = odd ? other : words[2 * i];
-    pairs[i][1] = odd ? words[2 * i + 1] : other;
-  }
-  const uint32_t first = __shfl_xor_sync(kFullWarp, high ? pairs[0][0] : pairs[1][0], 2);
-  const uint32_t second = __shfl_xor_sync(kFullWarp, high ? pairs[0][1] : pairs[1][1], 2);
-  return high ? uint4{first, second, pairs[1][0], pairs[1][1]} : uint4{pairs[0][0], pairs[0][1], first, second};
-}
 
 template <class Traits>
 class WarpgroupRows {
@@ -255,7 +240,7 @@ class WarpgroupRows {
     const SegmentPlan &plan = segment.plan;
     if (plan.num_segments > 1) {
       store_partial(segment, sums);
-      if (!arrive_last(plan)) return;
+      if (!arrives_last(plan)) return;
       join(segment, sums);
     }
     write(segment.item, sums);
@@ -332,8 +317,6 @@ class WarpgroupRows {
            place * cache.token_stride + item_->kv_head * cache.head_stride;
   }
 
-  __device__ static int column() { return static_cast<int>(threadIdx.x) % 4 * 2; }  // in a tile of eight
-
   // Of a row of the current item's tile: its query token, of those of the sequence, and the query head.  Rows that no
   // token has are given the last one's.
   __device__ int query_of(int row) const {
@@ -370,36 +353,11 @@ class WarpgroupRows {
         factor = end_row(params_, token, head, item.kv_head, sums.m[i], sums.l[i], lane == 0);
         offset = token * params_.out.token_stride + head * params_.out.head_stride;
       }
-#pragma unroll
-      for (int first = 0; first < kHeadDim / 8; first += 4) {
-        uint32_t words[4] = {};
-#pragma unroll
-        for (int j = 0; j < 4 && first + j < kHeadDim / 8; ++j) {
-          words[j] = pack<Math>(o_[first + j][2 * i] * factor, o_[first + j][2 * i + 1] * factor);
-        }
-        const uint4 eight = transpose_quad(words);
-        const int column = (first + lane) * 8;
-        if (offset >= 0 && column < params_.head_dim) {
-          store_eight(static_cast<uint16_t *>(params_.out.data) + offset + column, eight);
-        }
-      }
+      write_row<Math>(params_, o_, i, offset, factor);
     }
   }
 
-  __device__ void store_eight(uint16_t *out, const uint4 &eight) const {
-    if (params_.out_bytes >= 16) {
-      *reinterpret_cast<uint4 *>(out) = eight;
-      return;
-    }
-    const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      out[2 * i] = static_cast<uint16_t>(words[i]);
-      out[2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
-    }
-  }
-
-  // The thread's part of a row of a partial result.
+  // A row of a partial result.
   __device__ float *partial_row(int place, int i) const {
     return params_.partials + static_cast<uint32_t>(place * params_.place_floats) + (row_ + 8 * i) * kRowFloats;
   }
@@ -408,29 +366,14 @@ class WarpgroupRows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!exists(segment.item, row_ + 8 * i)) continue;
-      float *const row = partial_row(segment.plan.first_place + segment.plan.segment, i);
-#pragma unroll
-      for (int tile = 0; tile < kHeadDim / 8; ++tile) {
-        *reinterpret_cast<float2 *>(row + tile * 8 + column()) = {o_[tile][2 * i], o_[tile][2 * i + 1]};
-      }
-      if (column() == 0) *reinterpret_cast<float2 *>(row + kHeadDim) = {sums.m[i], sums.l[i]};
+      store_partial_row(partial_row(segment.plan.first_place + segment.plan.segment, i), o_, i, sums.m[i], sums.l[i]);
     }
   }
 
-  // The barriers order the group's stores before one thread's arrival, and what that acquires before its loads.  Each
-  // group counts for itself.
-  __device__ bool arrive_last(const SegmentPlan &plan) const {
-    named_barrier<128>(barrier_);
-    // Segments that nobody shares come here one after the other.
-    if (!plan.is_shared) return plan.segment == plan.num_segments - 1;
-    if (threadIdx.x % 128 == 0) {
-      uint32_t *const counter = params_.arrivals + plan.first_owner * Traits::kGroups + group_;
-      const bool last = arrive_and_count(counter) == static_cast<uint32_t>(plan.num_segments);
-      if (last) *counter = 0;  // nobody else will come; ready for the next launch
-      shared_.last_to_arrive[group_] = last;
-    }
-    named_barrier<128>(barrier_);
-    return shared_.last_to_arrive[group_];
+  // Each group counts for itself.
+  __device__ bool arrives_last(const SegmentPlan &plan) const {
+    return arrive_last(plan, params_.arrivals + plan.first_owner * Traits::kGroups + group_,
+                       shared_.last_to_arrive[group_], threadIdx.x % 128 == 0, [&] { named_barrier<128>(barrier_); });
   }
 
   // Always in the order of the segments, so that the bits do not depend on who does it.
@@ -444,18 +387,7 @@ class WarpgroupRows {
       if (!exists(segment.item, row_ + 8 * i)) continue;
 #pragma unroll 1
       for (int number = 0; number < segment.plan.num_segments; ++number) {
-        const float *const row = partial_row(segment.plan.first_place + number, i);
-        const float2 other = load_from_l2(reinterpret_cast<const float2 *>(row + kHeadDim));
-        const float largest = fmaxf(sums.m[i], other.x);
-        const float factor = rescale_factor(sums.m[i], largest), weight = rescale_factor(other.x, largest);
-        sums.m[i] = largest;
-        sums.l[i] = sums.l[i] * factor + other.y * weight;
-#pragma unroll
-        for (int tile = 0; tile < kHeadDim / 8; ++tile) {
-          const float2 o = load_from_l2(reinterpret_cast<const float2 *>(row + tile * 8 + column()));
-          o_[tile][2 * i] = o_[tile][2 * i] * factor + o.x * weight;
-          o_[tile][2 * i + 1] = o_[tile][2 * i + 1] * factor + o.y * weight;
-        }
+        add_partial_row(partial_row(segment.plan.first_place + number, i), o_, i, sums.m[i], sums.l[i]);
       }
     }
   }

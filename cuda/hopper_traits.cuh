@@ -53,7 +53,9 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
   static constexpr int kElementBytes = sizeof(typename Types::Storage);
 
-  static constexpr int kRows = 64;  // query rows of an item, in up to four tiles of 16
+  static constexpr int kRows = 64;             // query rows of an item, in up to four tiles of 16
+  static constexpr int kWarpBands = 1;         // of 16 rows
+  static constexpr float kLargestStep = 0.0f;  // sums are brought to every larger score
   static constexpr int kTileHeads = kTileHeads_;
   static constexpr int kHeadBytes = kHeadDim * kElementBytes;
   static constexpr int kTokens = kTileHeads == 1 && kHeadBytes <= 256 ? 32 : 16;

@@ -3,8 +3,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Each lane looks up one token's row (lanes below 16 in K, the others in V); for the copies, which want neighbouring
-// lanes on neighbouring bytes, the row's address comes from its lane by a shuffle.  The block-table entries of the next
-// tile are loaded one tile ahead, so that their latency hides behind the arithmetic.
+// lanes on neighbouring bytes, the row's address comes from its lane by a shuffle, or where all rows are of one block
+// from that of the first row.  The block-table entries of the next tile are loaded one tile ahead, so that their
+// latency hides behind the arithmetic.
 //
 // Tokens outside the visible range are not read and become zeros: zero rows of V keep 0 * NaN out of the output, and
 // what zero rows of K score is masked.  Dimensions past D are zeros too.
@@ -64,6 +65,7 @@ class KvLoader {
   // Starts to load the block numbers of the next rows to copy, those of tokens from `token` on.
   __device__ void look_up(int token) {
     token_ = token + lane_ % kRows;
+    whole_ = token >= item_->keys.begin && token + kRows <= item_->keys.end;
     visible_ = token_ >= item_->keys.begin && token_ < item_->keys.end;
     if (visible_) block_ = table_[params_.block_size.divide(token_)];
   }
@@ -72,10 +74,12 @@ class KvLoader {
   __device__ void locate() {
     const CachePointer &cache = lane_ < 16 ? params_.k_cache : params_.v_cache;
     row_ = nullptr;
+    is_run_ = false;
     if (!visible_) return;
     const int slot = token_ - params_.block_size.divide(token_) * static_cast<int>(params_.block_size.divisor);
     const int block = clamp_to(block_, 0, params_.last_block);
     row_ = head_ + block * cache.block_stride + slot * cache.token_stride;
+    is_run_ = whole_ && params_.kv_copy_bytes == 16 && params_.block_size.divisor % kRows == 0;
   }
 
   __device__ void copy_k(char *tile) const { copy(tile, 0); }
@@ -87,12 +91,33 @@ class KvLoader {
   }
 
   __device__ void copy(char *tile, int first_lane) const {
+    if constexpr (kChunks <= 32) {
+      if (__any_sync(kFullWarp, is_run_)) {
+        copy_run(shared_address(tile), first_lane);
+        return;
+      }
+    }
     if (params_.kv_copy_bytes == 16) {
       copy_chunks(shared_address(tile), first_lane);
     } else if (params_.kv_copy_bytes == 8) {
       copy_half_chunks(shared_address(tile), first_lane);
     } else {
       copy_elements(tile, first_lane);
+    }
+  }
+
+  // Where look_up's rows follow each other at one stride, and all are visible.
+  __device__ void copy_run(SharedAddress tile, int first_lane) const {
+    constexpr int kRowsAtOnce = 32 / kChunks;
+    const int row = lane_ / kChunks, chunk = lane_ % kChunks;
+    const SharedAddress destination = tile + Layout::offset(row, chunk);
+    const int64_t stride = first_lane == 0 ? params_.k_cache.token_stride : params_.v_cache.token_stride;
+    const int bytes = chunk * 16 < row_bytes_ ? 16 : 0;
+    const char *source = row_of_lane(first_lane) + row * stride + (bytes == 0 ? 0 : chunk * 16);
+#pragma unroll
+    for (int i = 0; i < kRows; i += kRowsAtOnce) {
+      copy_async<16>(Layout::down(destination, i), source, bytes);
+      source += kRowsAtOnce * stride;
     }
   }
 
@@ -154,6 +179,8 @@ class KvLoader {
   const WorkItem *item_ = nullptr;
   int token_ = 0;
   bool visible_ = false;
+  bool whole_ = false;   // the rows of all lanes are visible
+  bool is_run_ = false;  // and at one stride
   int block_ = 0;
   const char *row_ = nullptr;  // of the lane's token, null where it is not visible
 };

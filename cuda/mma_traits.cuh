@@ -45,9 +45,17 @@ struct MmaTraits : MmaTypes<CacheElement_> {
   static constexpr bool kHasUnseenRows = false;  // the loader makes zeros of rows of V that no query sees
   static constexpr int kElementBytes = sizeof(typename Types::Storage);
 
-  static constexpr int kRows = kManyRows ? 64 : kFewRows;
+  // Bands of 16 rows of a warp: what it loads of K and V serves all of them.  Two of 256 columns have no room in
+  // registers.
+  static constexpr int kWarpBands = kManyRows && kHeadDim <= 128 ? 2 : 1;
+  // Log 2 of the weight that a key may have before sums are brought to a larger m: far from what a float16 holds.
+  static constexpr float kLargestStep = kManyRows ? 8.0f : 0.0f;
+
+  static constexpr int kRows = kManyRows ? kWarps * kWarpBands * 16 : kFewRows;
   static constexpr int kTokens = kManyRows && kHeadDim > 128 ? 32 : 64;
-  using Shape = TileShape<kRows, kTokens, !kManyRows>;
+  struct Shape : TileShape<kRows, kTokens, !kManyRows> {
+    static constexpr int kItemOverhead = !kManyRows ? 1 : kWarpBands > 1 ? 4 : 2;
+  };
   // What one warp multiplies with, and what one warp copies.
   static constexpr int kWarpTokens = kManyRows ? kTokens : kTokens / kWarps;
   static constexpr int kCopyTokens = kTokens / kWarps;
@@ -62,25 +70,31 @@ struct MmaTraits : MmaTypes<CacheElement_> {
                                  : 2 * kTileBytes >= 64 * 1024     ? 1
                                  : 2 * kTileBytes * 4 <= 64 * 1024 ? 4
                                                                    : 2;
-  static constexpr bool kQInRegisters = kHeadDim <= 128;
+  static constexpr bool kQInRegisters = kHeadDim <= 128 && kWarpBands == 1;
   // Blocks a multiprocessor that registers are rationed for: three where that spills none.
   static constexpr int kBlocks = !kManyRows && kHeadDim <= (Types::kFloat8 ? 64 : 128) ? 3 : 2;
 
   using TileLoader = KvLoader<kCopyTokens, KvTile, typename Types::Storage>;
   using Cut = WorkCut<Shape>;
   using Cursor = BlockCursor<Shape, kThreads>;
-  static constexpr int kParts = kManyRows ? 1 : kWarps;  // of each row
-  using BlockEpilogue = Epilogue<Shape, kThreads, kHeadDim, kParts, kParts * kRows, Types::kOutput>;
+  using BlockEpilogue = Epilogue<Shape, kThreads, kHeadDim, kWarps, kWarps * kRows, Types::kOutput>;  // of few rows
 
-  struct Shared {
+  struct Tiles {
+    char kv[kStages * 2 * kTileBytes];
+    char q[kQBytes];
+  };
+  struct SharedOfFewRows {
     union {
-      struct {
-        char kv[kStages * 2 * kTileBytes];
-        char q[kQBytes];
-      } tiles;
+      Tiles tiles;
       float states[BlockEpilogue::kStateFloats];
     };
     typename BlockEpilogue::Shared epilogue;
+  };
+  struct SharedOfManyRows {
+    Tiles tiles;
+    bool last_to_arrive;
+  };
+  struct Shared : std::conditional_t<kManyRows, SharedOfManyRows, SharedOfFewRows> {
     typename Cursor::Shared cursor;
     RowTable<kRows> rows;
   };

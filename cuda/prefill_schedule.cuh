@@ -141,7 +141,7 @@ class PrefillSchedule {
     return {seq, kv_head, 0, tile, keys, kv_tiles<Shape>(keys), 0};
   }
 
-  __device__ int cost_of(const WorkItem &item) const { return cuda::cost_of(batch_, item.num_kv_tiles()); }
+  __device__ int cost_of(const WorkItem &item) const { return cuda::cost_of<Shape>(batch_, item.num_kv_tiles()); }
 
   // By the first warp.  The last two are costs of items.
   __device__ void cut_first_items(int num_items, int shortest, int longest) {

@@ -5,9 +5,9 @@
 // A work item is one tile of packed query rows (row r is query token r / group, head r % group) of one KV head of one
 // sequence.  Items are laid end to end, tiles within heads within sequences, on a line of cost units: one unit for each
 // KV tile that the item's rows see (or for two, four ... tiles, where the line would outgrow 31 bits), and
-// kItemOverhead for loading queries and writing results.  The line is cut into equal ranges, one a block ("stream-K"),
-// wherever the cuts fall: a long sequence is spread over the whole GPU, a skewed batch is balanced, and a block holds
-// at most two unfinished results, of its first item and of its last.
+// TileShape::kItemOverhead for loading queries and writing results.  The line is cut into equal ranges, one a block
+// ("stream-K"), wherever the cuts fall: a long sequence is spread over the whole GPU, a skewed batch is balanced, and a
+// block holds at most two unfinished results, of its first item and of its last.
 //
 // With deterministic results, which bits an item gets must not depend on where its neighbours put the cuts.  Then items
 // are made of pieces of a length that the item alone decides, a block does the pieces that begin in its range, and each
@@ -29,6 +29,9 @@
 
 namespace pagedattn::cuda {
 
+// What TileShape::kItemOverhead is at most.
+constexpr int kMostItemOverhead = 4;
+
 // The tile of one kernel, and what may be changed in it by a struct of its own.
 template <int kRows_, int kTokens_, bool kOneTile_>
 struct TileShape {
@@ -40,6 +43,8 @@ struct TileShape {
   // Pieces of an item in deterministic mode.  Tall tiles are many, and their partial results large.
   static constexpr int kMaxPieces = kRows <= 16 ? 8 : 4;
   static constexpr int kMinPieceTiles = 8;
+  // Of an item, in units, for loading queries and writing results.
+  static constexpr int kItemOverhead = 1;
   // Log 2 of an item's KV heads, which are more than the least if few blocks share it and it has at most so many KV
   // tiles; 0 unless kOneTile.
   static constexpr int kMaxHeadShift = 0;
@@ -47,8 +52,6 @@ struct TileShape {
   static constexpr int kMaxTilesOfMany = 0;
 };
 
-// Of an item, in units, for loading queries and writing results.
-constexpr int kItemOverhead = 1;
 // Blocks that an item of several KV heads may be shared by, about.
 constexpr int kMostSharers = 4;
 // The line is shorter than this, so that a sum of two positions has 31 bits.
@@ -124,14 +127,16 @@ __host__ __device__ inline int units_of(const Batch &batch, int tiles) {
 }
 
 // Of each head of an item of so many KV tiles.
-__host__ __device__ inline int cost_of(const Batch &batch, int kv_tiles) {
-  return units_of(batch, kv_tiles) + kItemOverhead;
+template <class Shape>
+__host__ __device__ int cost_of(const Batch &batch, int kv_tiles) {
+  static_assert(Shape::kItemOverhead <= kMostItemOverhead);
+  return units_of(batch, kv_tiles) + Shape::kItemOverhead;
 }
 
 template <class Shape>
 __host__ __device__ int tile_cost(const Batch &batch, const Sequence &seq, int tile) {
   const Range tiles = kv_tiles<Shape>(tile_keys<Shape>(batch, seq, tile));
-  return cost_of(batch, tiles.end - tiles.begin);
+  return cost_of<Shape>(batch, tiles.end - tiles.begin);
 }
 
 struct WorkItem {
@@ -225,7 +230,7 @@ struct WorkCut {
 template <class Shape>
 __host__ __device__ int head_shift(const Batch &batch, const WorkCut<Shape> &cut, const Sequence &seq, int kv_tiles) {
   if constexpr (Shape::kMaxHeadShift == Shape::kLeastHeadShift) return Shape::kMaxHeadShift;
-  const int rows_shift = head_rows_shift(num_rows(batch, seq)), cost = cost_of(batch, kv_tiles);
+  const int rows_shift = head_rows_shift(num_rows(batch, seq)), cost = cost_of<Shape>(batch, kv_tiles);
   if (kv_tiles > Shape::kMaxTilesOfMany) return 0;
   const auto fits = [&](int shift) {
     return shift <= batch.max_head_shift && Shape::kRows >> shift >> rows_shift != 0 &&
@@ -347,7 +352,7 @@ class WorkCursor {
     const Sequence seq = batch_.num_seqs > 32 ? find_sequence(target, start) : shared_.few[last];
     if constexpr (kOneTile) {
       item = make_item(batch_, shared_.cut, seq, 0);
-      const int cost = cost_of(batch_, item.num_kv_tiles()), head = head_at(target - start, cost);
+      const int cost = cost_of<Shape>(batch_, item.num_kv_tiles()), head = head_at(target - start, cost);
       item.kv_head = head >> item.head_shift << item.head_shift;
       item.start = start + item.kv_head * cost;
     } else {
@@ -361,7 +366,7 @@ class WorkCursor {
   }
 
   __device__ int end_of(const WorkItem &item) const {
-    return item.start + (cost_of(batch_, item.num_kv_tiles()) << item.head_shift);
+    return item.start + (cost_of<Shape>(batch_, item.num_kv_tiles()) << item.head_shift);
   }
 
   // The next item of the range; false if there is none.

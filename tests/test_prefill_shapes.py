@@ -19,6 +19,7 @@ from backends import DTYPES, CupyBackend
 from batches import SIXTEEN_BIT_KINDS, make_batch, naming_poisoned_blocks, scale_for
 from cuda_graphs import CapturedAttention
 from pairwise import case_id, pairwise
+from test_decode_kernels import PREAMBLE, run
 
 pytestmark = pytest.mark.gpu
 
@@ -62,6 +63,18 @@ def test_prompts_behind_a_cache_match_the_reference(
 def test_prefill_of_any_group_matches_the_reference(cuda: CupyBackend, rng: np.random.Generator, group: int) -> None:
     heads = {"num_q_heads": group, "num_kv_heads": 1, "head_dim": 128, "dtype": DTYPES["bfloat16"]}
     check_batch(cuda, make_batch(rng, *lens([(300, 77), (90, 90), (9, 2), (64, 64)]), **heads))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", [("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3"), ("float16", "float8_e5m2")])
+def test_tiles_of_any_number_of_rows_behind_a_cache_match_the_reference(
+    cuda: CupyBackend, rng: np.random.Generator, kind: tuple[str, str], head_dim: int, deterministic: bool
+) -> None:
+    # On both sides of what a warp, and a tile, has of rows; tiles are shared by several blocks.
+    sequences = [(900 + rows, rows) for rows in (17, 32, 33, 63, 64, 65, 127, 128, 129, 193)]
+    shape = {"num_q_heads": 2, "num_kv_heads": 2, "head_dim": head_dim, **types(rng, kind, 2)}
+    check_batch(cuda, make_batch(rng, *lens(sequences), **shape), deterministic=deterministic)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -116,8 +129,8 @@ def test_twenty_runs_of_a_mixed_batch_give_the_same_bits(cuda: CupyBackend, rng:
     shape = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": DTYPES["bfloat16"]}
     args, options = make_batch(rng, *lens([(3000, 500), (700, 700), (900, 1), (9000, 80)]), **shape).on(cuda)
     runs = [cuda.host(pagedattn.paged_attention(*args, **options)) for _ in range(20)]
-    for run in runs[1:]:
-        assert_same_bytes(run, runs[0])
+    for other in runs[1:]:
+        assert_same_bytes(other, runs[0])
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (10, 2)])
@@ -219,3 +232,34 @@ def test_queries_that_lie_where_the_copy_engine_cannot_read_are_served_by_the_ge
     batch.q = wide[..., 4:]
     check_batch(cuda, batch)
     assert pagedattn.last_kernel().split("+")[1] == "mma_float16_d64_many_rows"
+
+
+CONTRACT = (
+    PREAMBLE
+    + """
+import test_prefill_shapes as prefill
+
+for case in prefill.PAIRWISE[::4]:
+    prefill.test_every_pair_of_options_of_prefill_matches_the_reference(cuda, rng, case)
+for head_dim in (64, 80, 128, 192, 256):
+    for block_size in (8, 16, 64):
+        prefill.test_prompts_behind_a_cache_match_the_reference(
+            cuda, rng, block_size, head_dim, ("bfloat16", "bfloat16"))
+for group in (1, 7, 48, 71, 192):
+    prefill.test_prefill_of_any_group_matches_the_reference(cuda, rng, group)
+for deterministic in (False, True):
+    prefill.test_tiles_of_any_number_of_rows_behind_a_cache_match_the_reference(
+        cuda, rng, ("bfloat16", "bfloat16"), 128, deterministic)
+prefill.test_a_prompts_bits_do_not_depend_on_the_batch_if_results_are_deterministic(cuda, rng, 128)
+prefill.test_twenty_runs_of_a_mixed_batch_give_the_same_bits(cuda, rng)
+prefill.test_prefill_may_name_anything_outside_its_window(cuda, rng, 16, 100)
+for place in (0, 127, 1000, 1899):
+    prefill.test_the_largest_score_of_a_prompt_may_be_that_of_any_key(cuda, rng, place)
+assert pagedattn.last_kernel() == "mma_float16_d128_few_rows+mma_float16_d128_many_rows"
+"""
+)
+
+
+def test_generic_kernels_serve_prefill_where_they_are_asked_for(cuda: CupyBackend) -> None:
+    result = run(CONTRACT, "sm_80")
+    assert result.returncode == 0, result.stdout + result.stderr

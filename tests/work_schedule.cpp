@@ -68,6 +68,10 @@ struct FourHeadsShape : HopperShape<16, 2, kMaxUnits> {
   static constexpr int kLeastHeadShift = 2;
 };
 
+struct TallShape : TileShape<128, 64, false> {
+  static constexpr int kItemOverhead = 4;
+};
+
 int shared_items_of_many_heads = 0;  // that the batches had
 
 template <class Shape>
@@ -132,7 +136,7 @@ void check(int seed, int min_rows, int max_rows, int heads = 1) {
   const std::vector<WorkItem> items = items_of(batch, cut);
   if (!items.empty()) {
     const WorkItem &last = items.back();
-    REQUIRE(last.start + (cost_of(batch, last.num_kv_tiles()) << last.head_shift) == total);
+    REQUIRE(last.start + (cost_of<Shape>(batch, last.num_kv_tiles()) << last.head_shift) == total);
   }
   const int places_per_block = cut.places_per_block(batch.deterministic);
   std::set<int> places, counters;  // of items that several blocks share
@@ -188,7 +192,8 @@ int main() {
     check<HopperShape<16, 0, 0>>(seed, 1, 64);
     check<FourHeadsShape>(seed, 1, 16, 4);
     check<TileShape<16, 64, true>>(seed, 1, 16);
-    check<TileShape<64, 64, false>>(seed, 17, 1 << 30);
+    check<TileShape<64, 32, false>>(seed, 17, 1 << 30);
+    check<TallShape>(seed, 17, 1 << 30);
   }
   require(shared_items_of_many_heads > 100, "many items have several heads and owners", -1);
   std::puts("all hold");
