@@ -33,12 +33,12 @@ class TileProducer {
 
  public:
   __device__ TileProducer(const HopperParams &params, typename Traits::Shared &shared)
-      : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32), policy_(read_once_policy()) {
+      : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x % 32)), policy_(read_once_policy()) {
     // A lane's box of every tile: K or V, columns, some of the tokens.
-    const int pieces = 2 * Kv::kColumns / params.maps.box_columns;
-    const int column = lane_ % pieces / 2 * params.maps.box_columns;
+    const bool whole = params.maps.box_columns == Kv::kColumns;
+    const int column = whole ? 0 : lane_ % (2 * Kv::kColumns) / 2;
     is_v_ = lane_ % 2 != 0;
-    first_token_ = lane_ / pieces * params.maps.box_tokens;
+    first_token_ = (whole ? lane_ / 2 : lane_ / (2 * Kv::kColumns)) * params.maps.box_tokens;
     active_ = first_token_ < Traits::kTokens;
     element_ = column * (128 / Traits::kElementBytes);
     offset_ = (is_v_ ? Kv::kBytes : 0) + first_token_ / 8 * Kv::kEightRows + column * 1024;
@@ -159,16 +159,16 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
   const auto attend = [&](const typename Traits::Segment &segment, uint32_t number) {
     const WorkItem &item = segment.item;
     // Warps hold 16 rows each, which are of one head; those with the same rows take turns at the tiles.
-    const int head_rows = 1 << head_rows_shift(num_rows(params.batch, item.seq)), heads = 1 << item.head_shift;
-    const int row_tiles = heads * head_rows / 16, parties = Traits::kGroupWarps / row_tiles;
-    const int row_tile = warp % row_tiles, party = warp / row_tiles, head = row_tile * 16 / head_rows;
+    const int head_shift = head_rows_shift(num_rows(params.batch, item.seq)) - 4;  // log 2 of a head's tiles of 16 rows
+    const int shift = item.head_shift + head_shift, row_tiles = 1 << shift, parties = Traits::kGroupWarps >> shift;
+    const int row_tile = warp & (row_tiles - 1), party = warp >> shift, head = row_tile >> head_shift;
 
-    load_queries<Traits, 4>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
+    load_queries<Traits, 2>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
     fill_row_table<typename Traits::Shape, Traits::kGroupThreads>(params, item, group.rows, thread);
-    if (thread == 0) group.plan = plan_of(item, shared.cursor.cut, shared.cursor.range, segment.granule);
     named_barrier<Traits::kGroupThreads>(barrier);
     WarpRows<Traits> rows(params);
     rows.begin(item, 16 * row_tile, group.rows, group.queries());
+    if (thread == 0) group.plan = plan_of(item, shared.cursor.cut, shared.cursor.range, segment.granule);
 
     // The ring's barriers know a tile only from the one before it in the same slot: none may be waited for before those
     // of the segment before have all been taken.
@@ -177,7 +177,7 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
 #pragma unroll 1
     for (int tile = party; tile < num_tiles; tile += parties) {
       const uint32_t count =
-          segment.first_slot + static_cast<uint32_t>(Traits::kTileHeads > 1 ? tile : tile * heads + head);
+          segment.first_slot + static_cast<uint32_t>(Traits::kTileHeads > 1 ? tile : (tile << item.head_shift) + head);
       const uint32_t slot = count % Traits::kSlots;
       const int token = (segment.tiles.begin + tile) * Traits::kTokens;
       wait(&shared.tile_full[slot], count / Traits::kSlots & 1);
@@ -188,7 +188,7 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
         rows.multiply_p_v(s, shared.ring[slot][1], token);
       }
       __syncwarp();
-      if (lane == 0) arrive(&shared.tile_empty[slot], Traits::kGroupWarps * 16 / head_rows / Traits::kTileHeads);
+      if (lane == 0) arrive(&shared.tile_empty[slot], Traits::kGroupWarps / Traits::kTileHeads >> head_shift);
     }
     __syncwarp();
     if (lane == 0) arrive(&shared.turn[(group_index + 1) % Traits::kGroups]);
@@ -211,25 +211,24 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
   }
 }
 
-// The second warp does so, while the first looks for work.
+// The third warp does so, while the first two look for work.
 template <class Traits>
 __device__ void init_barriers(const HopperParams &params, typename Traits::Shared &shared) {
-  static_assert(Traits::kSlots <= 32 && Traits::kSegments <= 32 && Traits::kGroups <= 32);
-  if (threadIdx.x / 32 != 1) return;
-  const int i = static_cast<int>(threadIdx.x) % 32;
-  if (i == 0) {
-    prefetch_tensor_map(&params.maps.k);
-    prefetch_tensor_map(&params.maps.v);
-  }
-  if (i < Traits::kSlots) {
+  if (threadIdx.x != 64) return;
+  prefetch_tensor_map(&params.maps.k);
+  prefetch_tensor_map(&params.maps.v);
+#pragma unroll
+  for (int i = 0; i < Traits::kSlots; ++i) {
     init_barrier(&shared.tile_full[i], 1);
     init_barrier(&shared.tile_empty[i], Traits::kGroupWarps);
   }
-  if (i < Traits::kGroups) {
+#pragma unroll
+  for (int i = 0; i < Traits::kGroups; ++i) {
     init_barrier(&shared.turn[i], Traits::kGroupWarps);
     init_barrier(&shared.finished[i], 1);
   }
-  if (i < Traits::kSegments) {
+#pragma unroll
+  for (int i = 0; i < Traits::kSegments; ++i) {
     init_barrier(&shared.segment_full[i], 1);
     // All threads that look at it: the producers but for the first, and a group.
     init_barrier(&shared.segment_empty[i], 32 * (Traits::kProducers - 1) + Traits::kGroupThreads);

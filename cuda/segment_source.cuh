@@ -40,7 +40,7 @@ class SegmentSource {
     do {
       if (!more_items_) return false;
       if (found_ < 2) {
-        cursor_.find(found_ == 0, item_);
+        item_ = cursor_.item_at(found_ == 0);
       } else if (!cursor_.next(item_) || item_.start >= stop_) {
         return false;
       }

@@ -62,7 +62,7 @@ __host__ __device__ inline int ceil_divide(int a, int b) {
   return static_cast<int>((static_cast<uint32_t>(a) + static_cast<uint32_t>(b) - 1) / static_cast<uint32_t>(b));
 }
 __host__ __device__ inline int clamp_to(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
-__host__ __device__ inline int larger(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ inline int smaller(int a, int b) { return a < b ? a : b; }
 
 struct Range {
@@ -309,34 +309,75 @@ __device__ T warp_inclusive_scan(T x, int lane) {
   return x;
 }
 
-// Walks the items of a block's ranges.
+// Walks the items of a block's range.
 template <class Shape, int kThreads>
 class WorkCursor {
   static constexpr int kWarps = kThreads / 32;
   static constexpr bool kOneTile = Shape::kOneTile;
+  static_assert(kWarps > 1, "one for each end of the range");
   // Query starts that make no sense may give the same tokens to many sequences, and these a line that outgrows 31 bits.
   using Sum = std::conditional_t<kOneTile, int, int64_t>;
 
  public:
   struct Shared {
     WorkCut<Shape> cut;
-    LineRange range;  // the block's
-    Sequence few[2];  // if sequences are few, those that the range begins and ends in, and where they start
-    int few_starts[2];
-    int sequence;  // if they are many, one that starts where or before the range does
-    int sequence_start;
+    LineRange range;   // the block's
+    WorkItem ends[2];  // the items that the range, if it is not empty, begins and ends in
     int warp_totals[kWarps];
   };
 
   __device__ WorkCursor(const Batch &batch, Shared &shared) : batch_(batch), shared_(shared) {}
 
-  // Measures the line and finds the block's range.  Called by the whole block, which may look at these behind its next
-  // barrier; the first warp may at once.
+  // Measures the line, and finds the block's range and the items at its ends.  Called by the whole block, which may
+  // look at these behind its next barrier.
+  //
+  // It all takes as long as a warp's way through these instructions, mostly for the first time, while memory is idle.
+  // So a lane whose sequence an end lies in knows it already, and finds the item.  Few sequences are measured by two
+  // warps, which need not wait for each other, and look for an end each.
   __device__ void begin() {
-    if (batch_.num_seqs > 32) {
-      measure_many();
-    } else if (threadIdx.x < 32) {
-      measure_few();
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const bool many = batch_.num_seqs > 32;
+    if (!many && warp > 1) return;
+    const int chunk = many ? ceil_divide(batch_.num_seqs, 32 * kWarps) * 32 : 32;  // sequences a warp
+    const int first = many ? warp * chunk : 0;
+    Lanes lanes;
+    Sum length = 0, before = 0;
+#pragma unroll 1
+    for (int k = 0; k < chunk; k += 32) {
+      lanes = measure(first + k);
+      length += lanes.total();
+    }
+    if (many) {
+      if (lane == 0) shared_.warp_totals[warp] = static_cast<int>(length < kMaxUnits ? length : kMaxUnits);
+      __syncthreads();
+      length = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        if (w == warp) before = length;
+        length += shared_.warp_totals[w];
+      }
+    }
+    const int total = length < kMaxUnits ? static_cast<int>(length) : 0;  // nothing, rather than anything
+    const auto cut = WorkCut<Shape>::of(batch_, total, static_cast<int>(gridDim.x));
+    const int block = static_cast<int>(blockIdx.x), start = block * cut.quantum;  // less than 2^31, as the line is
+    const LineRange range{block, start, smaller(start + cut.quantum, total)};
+    if (threadIdx.x == 0) {
+      shared_.cut = cut;
+      shared_.range = range;
+    }
+    if (range.begin >= range.end) return;
+#pragma unroll 1
+    for (int end = many ? 0 : warp; end < (many ? 2 : warp + 1); ++end) {
+      const int target = end == 0 ? range.begin : range.end - 1;
+      int offset = target - static_cast<int>(before);
+      if (many && (offset < 0 || offset >= shared_.warp_totals[warp])) continue;
+#pragma unroll 1
+      for (int k = 0; chunk > 32; k += 32) {
+        lanes = measure(first + k);
+        if (offset < lanes.total()) break;
+        offset -= static_cast<int>(lanes.total());
+      }
+      find_item(lanes, offset, target, cut, shared_.ends[end]);
     }
   }
 
@@ -346,24 +387,7 @@ class WorkCursor {
   // The rest is for the first warp.  Its lanes are given and get the same values.
 
   // The item that the range, if it is not empty, begins or ends in.
-  __device__ void find(bool last, WorkItem &item) const {
-    const int target = last ? shared_.range.end - 1 : shared_.range.begin;
-    int start = batch_.num_seqs > 32 ? shared_.sequence_start : shared_.few_starts[last];
-    const Sequence seq = batch_.num_seqs > 32 ? find_sequence(target, start) : shared_.few[last];
-    if constexpr (kOneTile) {
-      item = make_item(batch_, shared_.cut, seq, 0);
-      const int cost = cost_of<Shape>(batch_, item.num_kv_tiles()), head = head_at(target - start, cost);
-      item.kv_head = head >> item.head_shift << item.head_shift;
-      item.start = start + item.kv_head * cost;
-    } else {
-      const int cost = warp_head_cost(seq), kv_head = head_at(target - start, cost);
-      start += kv_head * cost;
-      const int tile = find_tile(target, seq, start);
-      item = make_item(batch_, shared_.cut, seq, tile);
-      item.kv_head = kv_head;
-      item.start = start;
-    }
-  }
+  __device__ const WorkItem &item_at(bool end) const { return shared_.ends[end]; }
 
   __device__ int end_of(const WorkItem &item) const {
     return item.start + (cost_of<Shape>(batch_, item.num_kv_tiles()) << item.head_shift);
@@ -390,60 +414,48 @@ class WorkCursor {
   }
 
  private:
-  __device__ void set_few(int which, const Sequence &seq, int start) const {
-    shared_.few[which] = seq;
-    shared_.few_starts[which] = start;
-  }
+  // Sequences that follow each other, one a lane.
+  struct Lanes {
+    Sequence seq;
+    Sum cost;  // of all heads
+    Sum end;   // of the costs up to this lane's
 
+    __device__ Sum total() const { return __shfl_sync(kFullWarp, end, 31); }
+  };
+  __device__ Lanes measure(int first) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    Lanes lanes{load_or_none(first + lane), 0, 0};
+    lanes.cost = static_cast<Sum>(head_cost(lanes.seq)) * batch_.num_kv_heads;
+    lanes.end = warp_inclusive_scan(lanes.cost, lane);
+    return lanes;
+  }
   __device__ Sequence load_or_none(int index) const {
     return index < batch_.num_seqs ? load_sequence(batch_, index) : Sequence{0, 0, 0, 0};
   }
 
-  // Where a line of this length is cut, and the block's range of it.
-  __device__ void cut_line(Sum length) {
-    const int total = length < kMaxUnits ? static_cast<int>(length) : 0;  // nothing, rather than anything
-    shared_.cut = WorkCut<Shape>::of(batch_, total, static_cast<int>(gridDim.x));
-    const int block = static_cast<int>(blockIdx.x), quantum = shared_.cut.quantum;
-    const int begin = block * quantum;  // less than 2^31: the line is, by a range at least
-    shared_.range = {block, begin, smaller(begin + quantum, total)};
-  }
-
-  __device__ void measure_many() {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int chunk = ceil_divide(batch_.num_seqs, 32 * kWarps) * 32;  // sequences a warp
-    Sum cost = 0;
-#pragma unroll 1
-    for (int k = 0; k < chunk; k += 32) cost += head_cost(load_or_none(warp * chunk + k + lane));
-    cost = warp_sum(cost) * batch_.num_kv_heads;
-    if (lane == 0) shared_.warp_totals[warp] = static_cast<int>(cost < kMaxUnits ? cost : kMaxUnits);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      Sum sum = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += shared_.warp_totals[w];
-      cut_line(sum);
-      int start = 0, w = 0;
-#pragma unroll 1
-      while (w < kWarps - 1 && start + shared_.warp_totals[w] <= shared_.range.begin) start += shared_.warp_totals[w++];
-      shared_.sequence = w * chunk;
-      shared_.sequence_start = start;
+  // The item at `offset` units from the start of the first of these sequences, `target` from the line's.
+  __device__ void find_item(const Lanes &lanes, int offset, int target, const WorkCut<Shape> &cut,
+                            WorkItem &found) const {
+    const int begin = static_cast<int>(lanes.end - lanes.cost);
+    const bool mine = begin <= offset && offset < lanes.end;
+    if constexpr (kOneTile) {
+      if (!mine) return;
+      WorkItem item = make_item(batch_, cut, lanes.seq, 0);
+      const int cost = cost_of<Shape>(batch_, item.num_kv_tiles()), head = head_at(offset - begin, cost);
+      item.kv_head = head >> item.head_shift << item.head_shift;
+      item.start = target - offset + begin + item.kv_head * cost;
+      found = item;
+    } else {
+      const int source = __ffs(static_cast<int>(__ballot_sync(kFullWarp, mine))) - 1;
+      const Sequence seq = of_lane(lanes.seq, source);
+      const int seq_start = target - offset + __shfl_sync(kFullWarp, begin, source);
+      const int cost = warp_head_cost(seq), kv_head = head_at(target - seq_start, cost);
+      int start = seq_start + kv_head * cost;
+      WorkItem item = make_item(batch_, cut, seq, find_tile(target, seq, start));
+      item.kv_head = kv_head;
+      item.start = start;
+      if (threadIdx.x % 32 == 0) found = item;
     }
-    __syncthreads();
-  }
-
-  // A sequence a lane: no length has to be looked at twice.
-  __device__ void measure_few() {
-    const int lane = static_cast<int>(threadIdx.x);
-    const Sequence seq = load_or_none(lane);
-    const Sum cost = static_cast<Sum>(head_cost(seq)) * batch_.num_kv_heads;
-    const Sum end = warp_inclusive_scan(cost, lane), length = __shfl_sync(kFullWarp, end, 31);
-    if (lane == 0) cut_line(length);
-    __syncwarp();
-    const int start = static_cast<int>(end - cost);
-    const int first = shared_.range.begin, last = shared_.range.end - 1;
-    if (start <= first && first < end) set_few(0, seq, start);
-    if (start <= last && last < end) set_few(1, seq, start);
-    __syncwarp();
   }
 
   // Cost of one KV head of each lane's sequence.  Lanes work alone while tiles are few; a sequence of many is summed by
@@ -475,25 +487,6 @@ class WorkCursor {
     return warp_sum(cost);
   }
 
-  // The sequence that a position lies in, and where it starts, given where shared_.sequence does.
-  __device__ Sequence find_sequence(int target, int &start) const {
-    const int lane = static_cast<int>(threadIdx.x);
-#pragma unroll 1
-    for (int base = shared_.sequence; base < batch_.num_seqs; base += 32) {
-      const Sequence candidate = load_or_none(base + lane);
-      const int cost = head_cost(candidate) * batch_.num_kv_heads;
-      const int scanned = warp_inclusive_scan(cost, lane);
-      const uint32_t beyond = __ballot_sync(kFullWarp, start + scanned > target);
-      if (beyond != 0) {
-        const int source = __ffs(static_cast<int>(beyond)) - 1;
-        start += __shfl_sync(kFullWarp, scanned - cost, source);
-        return of_lane(candidate, source);
-      }
-      start += __shfl_sync(kFullWarp, scanned, 31);
-    }
-    return {0, 0, 0, 0};
-  }
-
   // The KV head at so many units from its sequence's start.
   __device__ static int head_at(int offset, int cost) {
     return static_cast<int>(static_cast<uint32_t>(offset) / static_cast<uint32_t>(cost));
@@ -501,7 +494,7 @@ class WorkCursor {
 
   // The tile of a head that the position lies in, and where it starts, given where the head does.
   __device__ int find_tile(int target, const Sequence &seq, int &start) const {
-    const int tiles = num_query_tiles<Shape>(batch_, seq), lane = static_cast<int>(threadIdx.x);
+    const int tiles = num_query_tiles<Shape>(batch_, seq), lane = static_cast<int>(threadIdx.x) % 32;
     for (int base = 0; base < tiles; base += 32) {
       const int mine = base + lane < tiles ? tile_cost<Shape>(batch_, seq, base + lane) : 0;
       const int scanned = warp_inclusive_scan(mine, lane);
@@ -553,6 +546,7 @@ class BlockCursor {
   template <class Function>
   __device__ void for_each_segment(Function &&function) {
     cursor_.begin();
+    __syncthreads();
     for (bool first = true;; first = false) {
       if (threadIdx.x < 32) go_on(first);
       __syncthreads();
@@ -579,7 +573,7 @@ class BlockCursor {
     WorkItem item = shared_.item;
     const LineRange &range = cursor_.range();
     const bool valid = first ? range.begin < range.end : cursor_.next(item);
-    if (first && valid) cursor_.find(false, item);
+    if (first && valid) item = cursor_.item_at(false);
     __syncwarp();  // every lane has read the item
     if (threadIdx.x == 0) {
       shared_.valid = valid;

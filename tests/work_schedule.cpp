@@ -1,111 +1,11 @@
 // How the CUDA kernels divide a batch: for random batches, every tile is done once, and partial results never collide.
 //
 // SPDX-License-Identifier: Apache-2.0
-#include <bit>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <map>
-#include <random>
-#include <set>
-#include <vector>
-
-#define __host__  // the header, as a host compiler reads it
-#define __device__
-#include "work_schedule.cuh"
+#include "random_batches.h"
 
 namespace {
 
-using namespace pagedattn::cuda;
-
-void require(bool holds, const char *what, int seed) {
-  if (holds) return;
-  std::fprintf(stderr, "does not hold: %s (seed %d)\n", what, seed);
-  std::exit(1);
-}
-#define REQUIRE(condition) require((condition), #condition, seed)
-
-struct RandomBatch {
-  std::vector<int32_t> lens, starts{0};
-  Batch batch{};
-  int num_blocks;
-
-  explicit RandomBatch(int seed) {
-    std::mt19937 random(static_cast<unsigned>(seed));
-    const auto up_to = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n + 1)); };
-    const int num_seqs = up_to(seed % 7 == 0 ? 300 : 12), longest = 1 << (4 + up_to(11));
-    for (int i = 0; i < num_seqs; ++i) {
-      lens.push_back(up_to(3) == 0 ? 0 : up_to(up_to(3) == 0 ? longest : 700));
-      starts.push_back(starts.back() + (up_to(3) > 0 ? up_to(5) : up_to(150)));
-    }
-    num_blocks = 1 + up_to(up_to(1) == 0 ? 5 : 150);
-    batch.seq_lens = lens.data();
-    batch.query_start_loc = starts.data();
-    batch.num_seqs = num_seqs;
-    batch.num_tokens = starts.back();
-    batch.max_length = 1 << 15;
-    const int kv_heads[] = {1, 2, 3, 4, 5, 6, 8};
-    batch.num_kv_heads = kv_heads[up_to(6)];
-    batch.group = FastDivisor::of(1 + up_to(20));
-    batch.window = up_to(1) == 0 ? 0 : 1 + up_to(2000);
-    batch.unit_shift = up_to(1) == 0 ? 0 : up_to(6);
-    batch.causal = up_to(3) > 0;
-    batch.deterministic = up_to(1) == 0;
-    batch.max_head_shift =
-        batch.deterministic ? 0 : smaller(2, std::countr_zero(static_cast<unsigned>(batch.num_kv_heads)));
-  }
-};
-
-template <int kTokens, int kHeadShift, int kTiles>
-struct HopperShape : TileShape<64, kTokens, true> {
-  static constexpr int kMinSegmentTiles = 128 / kTokens;
-  static constexpr int kMaxPieces = 8;
-  static constexpr int kMinPieceTiles = 512 / kTokens;
-  static constexpr int kMaxHeadShift = kHeadShift;
-  static constexpr int kMaxTilesOfMany = kTiles;
-};
-struct FourHeadsShape : HopperShape<16, 2, kMaxUnits> {
-  static constexpr int kLeastHeadShift = 2;
-};
-
-struct TallShape : TileShape<128, 64, false> {
-  static constexpr int kItemOverhead = 4;
-};
-
 int shared_items_of_many_heads = 0;  // that the batches had
-
-template <class Shape>
-int line_length(const Batch &batch) {
-  int length = 0;
-  for (int i = 0; i < batch.num_seqs; ++i) {
-    const Sequence seq = load_sequence(batch, i);
-    for (int tile = 0; tile < num_query_tiles<Shape>(batch, seq); ++tile) {
-      length += tile_cost<Shape>(batch, seq, tile) * batch.num_kv_heads;
-    }
-  }
-  return length;
-}
-
-template <class Shape>
-std::vector<WorkItem> items_of(const Batch &batch, const WorkCut<Shape> &cut) {
-  std::vector<WorkItem> items;
-  int start = 0;
-  for (int i = 0; i < batch.num_seqs; ++i) {
-    const Sequence seq = load_sequence(batch, i);
-    const int tiles = num_query_tiles<Shape>(batch, seq);
-    if (tiles == 0) continue;
-    const int heads = 1 << make_item(batch, cut, seq, 0).head_shift;
-    for (int head = 0; head < batch.num_kv_heads; head += heads) {
-      for (int tile = 0; tile < tiles; ++tile) {
-        items.push_back(make_item(batch, cut, seq, tile));
-        items.back().kv_head = head;
-        items.back().start = start;
-        start += tile_cost<Shape>(batch, seq, tile) * heads;
-      }
-    }
-  }
-  return items;
-}
 
 // Every row that an item's heads have has a place of its own in the item's tile.
 template <class Shape>

@@ -1,0 +1,120 @@
+// What blocks find of a batch on the device, with the kernels' own header in an emulated block: for random batches, the
+// items at the ends of each range, those between, and the segments of the kernels that take these.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include "warp_emulation.h"
+// Behind what makes a device of the host.
+#include "random_batches.h"
+#include "segment_source.cuh"
+
+namespace {
+
+bool same(const WorkItem &a, const WorkItem &b) {
+  return a.seq.index == b.seq.index && a.seq.first_token == b.seq.first_token &&
+         a.seq.num_queries == b.seq.num_queries && a.seq.length == b.seq.length && a.kv_head == b.kv_head &&
+         a.head_shift == b.head_shift && a.query_tile == b.query_tile && a.keys.begin == b.keys.begin &&
+         a.keys.end == b.keys.end && a.kv_tiles.begin == b.kv_tiles.begin && a.kv_tiles.end == b.kv_tiles.end &&
+         a.start == b.start;
+}
+
+using Found = std::set<std::pair<int, int>>;  // of segments, where their items start and their first tiles
+
+template <class Shape>
+Found segments_of(const std::vector<WorkItem> &items, const WorkCut<Shape> &cut, const LineRange &range) {
+  Found segments;
+  for (const WorkItem &item : items) {
+    const Range granules = granules_of(item, cut, range);
+    const int step = cut.deterministic ? 1 : granules.end - granules.begin;
+    for (int granule = granules.begin; granule < granules.end; granule += step) {
+      segments.emplace(item.start, tiles_of(item, cut, {granule, granule + step}).begin);
+    }
+  }
+  return segments;
+}
+
+template <class Shape, int kThreads>
+void check_block(const Batch &batch, const std::vector<WorkItem> &items, const WorkCut<Shape> &cut,
+                 const LineRange &range, int seed) {
+  using Cursor = WorkCursor<Shape, kThreads>;
+  typename Cursor::Shared shared{};
+  std::vector<WorkItem> walked;
+  std::vector<Segment> segments;
+  blockIdx.x = static_cast<unsigned>(range.block);
+  emulation::run(kThreads, [&] {
+    Cursor cursor(batch, shared);
+    cursor.begin();
+    __syncthreads();
+    if (threadIdx.x >= 32 || cursor.range().begin >= cursor.range().end) return;
+    WorkItem item = cursor.item_at(false);
+    do {
+      if (threadIdx.x == 0) walked.push_back(item);
+    } while (cursor.next(item));
+    if constexpr (Shape::kOneTile) {
+      SegmentSource<Cursor> source(cursor);
+      for (Segment segment = source.next(); segment.valid; segment = source.next()) {
+        if (threadIdx.x == 0) segments.push_back(segment);
+      }
+    }
+  });
+  REQUIRE(shared.cut.quantum == cut.quantum && shared.range.begin == range.begin && shared.range.end == range.end);
+  if (range.begin >= range.end) return;
+  std::vector<WorkItem> expected;  // what starts in the range, and the item that it begins in
+  for (const WorkItem &item : items) {
+    if (item.start <= range.begin) expected.clear();
+    if (item.start < range.end) expected.push_back(item);
+  }
+  REQUIRE(same(shared.ends[0], expected.front()) && same(shared.ends[1], expected.back()));
+  REQUIRE(walked.size() == expected.size());
+  for (size_t i = 0; i < walked.size(); ++i) REQUIRE(same(walked[i], expected[i]));
+  if constexpr (Shape::kOneTile) {
+    Found found;
+    for (const Segment &segment : segments) found.emplace(segment.item.start, segment.tiles.begin);
+    REQUIRE(found.size() == segments.size() && found == segments_of(items, cut, range));
+  }
+}
+
+template <class Shape, int kThreads>
+void check(int seed, int min_rows, int max_rows, int most_seqs, int heads = 1) {
+  RandomBatch random(seed, most_seqs);
+  Batch &batch = random.batch;
+  if (heads > 1) {
+    batch.num_kv_heads = heads * (1 + seed % 3);
+    batch.max_head_shift = std::countr_zero(static_cast<unsigned>(heads));
+    batch.deterministic = false;
+  }
+  batch.min_rows = min_rows;
+  batch.max_rows = max_rows;
+  const int total = line_length<Shape>(batch);
+  const auto cut = WorkCut<Shape>::of(batch, total, random.num_blocks);
+  const std::vector<WorkItem> items = items_of(batch, cut);
+  gridDim.x = static_cast<unsigned>(random.num_blocks);
+  for (int block = 0; block < random.num_blocks; block += 1 + random.num_blocks / 4) {
+    const int begin = block * cut.quantum;
+    check_block<Shape, kThreads>(batch, items, cut, {block, begin, smaller(begin + cut.quantum, total)}, seed);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int seed = 0; seed < 60; ++seed) {
+    const int most_seqs = seed % 3 == 0 ? 8 : seed % 3 == 1 ? 200 : 1500;
+    switch (seed / 3 % 5) {
+      case 0:
+        check<HopperShape<32, 2, 8>, 384>(seed, 1, 64, most_seqs);
+        break;
+      case 1:
+        check<FourHeadsShape, 384>(seed, 1, 16, most_seqs, 4);
+        break;
+      case 2:
+        check<TileShape<16, 64, true>, 128>(seed, 1, 16, most_seqs);
+        break;
+      case 3:
+        check<TileShape<16, 64, false>, 128>(seed, 1, 40, most_seqs);
+        break;
+      default:
+        check<TileShape<64, 64, false>, 128>(seed, 17, 1 << 30, most_seqs);
+    }
+  }
+  std::puts("all hold");
+}
