@@ -81,8 +81,8 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   // each quarter of the multiprocessor left for a small block beside (swap_kernel.cu), unless they need them.
   static constexpr bool kLeavesRoom = kHeadDim < 256 || kElementBytes == 2;
   static constexpr int kRegisters = kLeavesRoom ? 160 : 168;
-  static constexpr int kProducerRegisters = kLeavesRoom ? 64 : 56;
-  static constexpr int kMathRegisters = kLeavesRoom ? 208 : 224;
+  static constexpr int kProducerRegisters = kLeavesRoom ? 64 : 72;
+  static constexpr int kMathRegisters = kLeavesRoom ? 208 : 216;
   static_assert(32 * kProducers * kProducerRegisters + kGroups * kGroupThreads * kMathRegisters <=
                 kThreads * kRegisters);
 

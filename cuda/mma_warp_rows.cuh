@@ -37,8 +37,6 @@ class WarpRows {
     const bool any = item.query_tile * Traits::kRows + place.row < num_rows(params_.batch, item.seq);
     visible_to_any_ = any ? Range{first.begin, last.end} : Range{0, 0};
     visible_to_all_ = {last.begin, first.end};
-    // Rows past the last have a state, which nobody reads.
-    tall_ = kBands > 1 || item.query_tile * Traits::kRows + place.row + 8 < num_rows(params_.batch, item.seq);
 
     const float scale = params_.k_scale.of_head(item.kv_head + place.head) * params_.scale;
     if constexpr (Traits::kTileHeads > 1) first_chunk_ = place.head * (Kv::kChunks / Traits::kTileHeads);
@@ -279,7 +277,6 @@ class WarpRows {
       if (band >= bands) break;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (i == 1 && !tall_) break;
         const int state = first_state + 16 * band + lane_ / 4 + 8 * i;
         float l = l_[band][i] + __shfl_xor_sync(kFullWarp, l_[band][i], 1);
         l += __shfl_xor_sync(kFullWarp, l, 2);
@@ -432,7 +429,6 @@ class WarpRows {
   Range keys_;            // that any row of the tile sees
   Range visible_to_any_;  // of the warp's rows
   Range visible_to_all_;
-  bool tall_;                    // there are more than eight of these
   bool transform_;               // scores are not just products times a positive number
   float pre_scale_;              // what `transform_scores` multiplies products by
   float post_scale_[kBands][2];  // what turns its results, or else the products, into units of log 2
