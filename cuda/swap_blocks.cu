@@ -16,6 +16,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -262,9 +263,10 @@ struct Choice {
 int64_t warps_of(const std::string &value, const std::string &name, int64_t otherwise) {
   if (value == name) return otherwise;
   if (!value.starts_with(name + ":")) return 0;
-  char *end = nullptr;
-  const long count = std::strtol(value.c_str() + name.size() + 1, &end, 10);
-  return *end == '\0' && count >= 1 && count <= 0xffff ? count : 0;
+  int count = 0;
+  const char *const first = value.data() + name.size() + 1, *const last = value.data() + value.size();
+  const auto [end, error] = std::from_chars(first, last, count);
+  return error == std::errc() && end == last && count >= 1 && count <= 0xffff ? count : 0;
 }
 
 Choice choose(const CopyBlocksParams &p, const BlockRuns &runs) {

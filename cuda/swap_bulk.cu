@@ -17,6 +17,8 @@
 // of the swap, which is long.  Hopper's decode leaves 1024 registers of each quarter of a multiprocessor and 18 KB of
 // shared memory, and a warp of 32 registers a thread and 16 KB fits into that.
 #include <algorithm>
+#include <array>
+#include <atomic>
 
 #include "block_accesses.cuh"
 #include "fast_divisor.cuh"
@@ -33,7 +35,7 @@ constexpr int kSteps = 4;              // whose pieces shared memory holds
 constexpr int kStepBytes = 4096;       // at most
 constexpr int kMostLanes = 32 / kSteps;
 
-constexpr int kFirstRate = 32;  // bytes a cycle, of all warps: more than any bus takes
+constexpr int kFirstRate = 32;  // bytes a cycle, of all warps: more than PCIe 5 takes; others are found in time
 
 // Warps that write to the host at the moment.  (Builds for older GPUs leave the kernel empty.)
 [[maybe_unused]] __device__ unsigned writing_warps;
@@ -141,17 +143,28 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
 
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
+// The architecture that the kernel which this device runs was built for: another device may run another.
+int built_for_current_device() {
+  static std::array<std::atomic<int>, 64> known;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const bool kept = device < static_cast<int>(known.size());
+  int built_for = kept ? known[static_cast<size_t>(device)].load(std::memory_order_relaxed) : 0;
+  if (built_for == 0) {
+    cudaFuncAttributes attributes = {};
+    check_cuda(cudaFuncGetAttributes(&attributes, swap_blocks_bulk_kernel), "cudaFuncGetAttributes");
+    built_for = attributes.ptxVersion;
+    if (kept) known[static_cast<size_t>(device)].store(built_for, std::memory_order_relaxed);
+  }
+  return built_for;
+}
+
 }  // namespace
 
 bool bulk_kernel_serves(const CopyBlocksParams &p, const BlockRuns &runs) {
   if (p.src_on_host == p.dst_on_host || runs.num_dims > 0 || widest_access(p, runs) < 16) return false;
   if (device_facts().compute_capability < 90) return false;
-  static const int built_for = [] {
-    cudaFuncAttributes attributes = {};
-    check_cuda(cudaFuncGetAttributes(&attributes, swap_blocks_bulk_kernel), "cudaFuncGetAttributes");
-    return attributes.ptxVersion;
-  }();
-  return built_for >= 90;
+  return built_for_current_device() >= 90;
 }
 
 void swap_by_bulk_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs *pairs, int64_t num_warps,

@@ -109,7 +109,9 @@ void swap_by_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs 
       args.src[i] = static_cast<const char *>(p.src[first + i]);
       args.dst[i] = static_cast<char *>(p.dst[first + i]);
     }
-    args.num_pieces = checked_int(count * p.num_pairs * pieces_per_block, "pieces of 2 KB");
+    const int64_t num_pieces = count * p.num_pairs * pieces_per_block;
+    checked_int(num_pieces + num_warps, "pieces of 2 KB");  // where the kernel's count ends
+    args.num_pieces = static_cast<int>(num_pieces);
     const auto blocks = static_cast<unsigned>(std::min<int64_t>(args.num_pieces, num_warps));
     with_access(access_bytes, [&](auto access) { launch<decltype(access)>(args, blocks, stream); });
   }

@@ -47,8 +47,18 @@ std::unique_ptr<PairBuffer> take(size_t bytes) {
   Pool &all = pool();
   {
     const std::lock_guard lock(all.mutex);
-    for (auto at = all.buffers.begin(); at != all.buffers.end(); ++at) {
-      if (!(*at)->used.of_current_device() || (*at)->bytes < bytes || !(*at)->used.passed()) continue;
+    const auto serves = [&](const std::unique_ptr<PairBuffer> &buffer) {
+      return buffer->used.of_current_device() && buffer->bytes >= bytes && buffer->used.passed();
+    };
+    // The one that was used last, which caches know; or else those that have had most time to end.
+    auto at = all.buffers.begin();
+    if (at != all.buffers.end() && !serves(*at)) {
+      at = all.buffers.end();
+      for (auto behind = all.buffers.end(); behind != all.buffers.begin() && at == all.buffers.end();) {
+        if (serves(*--behind)) at = behind;
+      }
+    }
+    if (at != all.buffers.end()) {
       std::unique_ptr<PairBuffer> found = std::move(*at);
       all.buffers.erase(at);
       return found;

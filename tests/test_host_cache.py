@@ -117,6 +117,8 @@ def test_swaps_race_with_frees_on_many_threads(cuda: CupyBackend, rng: np.random
         for _ in range(15):
             host = pagedattn.HostCache(device, 700)
             there = np.stack([own.permutation(600), own.permutation(700)[:600]], axis=1)
+            with stream:
+                returned.fill(0)
             pagedattn.swap_blocks(device, host.caches, there, stream=stream)
             pagedattn.swap_blocks(host.caches, returned, there[:, ::-1].copy(), stream=stream)
             host.close()

@@ -201,11 +201,36 @@ def test_swaps_on_many_streams_at_once_keep_apart(cuda: CupyBackend, rng: np.ran
         for one, back, host, stream in zip(device, returned, hosts, streams, strict=True):
             out = random_mapping(rng, count, count, count)
             out[:, 0] = rng.permutation(count)
+            with stream:
+                back.fill(0)
             pagedattn.swap_blocks(one, host.caches, out, stream=stream)
             pagedattn.swap_blocks(host.caches, back, out[:, ::-1].copy(), stream=stream)
     cuda.synchronize()
     for actual, expected in zip(returned, blocks, strict=True):
         assert_same_bytes(cuda.host(actual), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["bulk:3", "kernel:3"])
+def test_calls_of_several_launches_share_their_pairs(
+    cuda: CupyBackend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    # More caches than a launch's arguments have room for.
+    monkeypatch.setenv("PAGEDATTN_SWAP", way)
+    blocks = [np.empty((9, 528), np.uint8) for _ in range(401)]
+    random_bytes(rng, *blocks)
+    device, returned = list(cuda.arrays(*blocks)), list(cuda.arrays(*(np.zeros_like(b) for b in blocks)))
+    host = pagedattn.HostCache(device, 12)
+    for _ in range(2):
+        mapping = np.stack([rng.permutation(9), rng.permutation(12)[:9]], axis=1)
+        for back in returned:
+            back.fill(0)
+        cuda.synchronize()
+        pagedattn.swap_blocks(device, host.caches, mapping)
+        pagedattn.swap_blocks(host.caches, returned, mapping[:, ::-1].copy())
+        cuda.synchronize()
+        for actual, expected in zip(returned, blocks, strict=True):
+            assert_same_bytes(cuda.host(actual), expected)
 
 
 @pytest.mark.gpu
@@ -256,7 +281,8 @@ def test_an_unknown_way_to_swap_is_refused_by_name(cuda: CupyBackend, monkeypatc
     device = cuda.array(np.zeros((4, 8), np.float32))
     host = pagedattn.HostCache(device, 4)
     host.caches[0][...] = 7
-    for value in ("magic", "kernel:", "kernel:0", "kernel:65536", "kernel:x", "bulk:5x", "bulk:0", "bulky"):
+    counts = (":", ":0", ":65536", ":x", ":5x", ": 5", ":-5", "y")
+    for value in ("magic", *(way + count for way in ("kernel", "bulk") for count in counts)):
         monkeypatch.setenv("PAGEDATTN_SWAP", value)
         with pytest.raises(pagedattn.InvalidArgumentError, match=f"PAGEDATTN_SWAP.*{value}"):
             pagedattn.swap_blocks(device, host.caches, np.array([[0, 1]]))
