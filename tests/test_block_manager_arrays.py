@@ -42,6 +42,20 @@ def test_a_reused_batch_equals_a_fresh_one() -> None:
             assert b.fork(live[0]) == live[-1:]
 
 
+def test_only_new_entries_of_table_rows_are_written() -> None:
+    m, out = BlockManager(16, 2), StepBatch(3, 4, 16)
+    seqs = [m.add(range(first, first + n)) for first, n in ((0, 3), (50, 4), (80, 3))]
+    m.step(seqs, [3, 4, 3], out)
+    out.block_tables[:] = -7  # what lies there already is not looked at
+    m.step(seqs, 1, out, token_ids=[1, 2, 3])
+    new = int(m.block_table(seqs[1])[2])
+    assert out.block_tables.tolist() == [[-7] * 4, [-7, -7, new, -7], [-7] * 4]
+    seqs[2] = m.add(range(90, 93))
+    m.step(seqs, [1, 1, 3], out, token_ids=[1, 2, -1])
+    table = [int(block) for block in m.block_table(seqs[2])]
+    assert out.block_tables[2].tolist() == [*table, -7, -7]
+
+
 def test_a_batch_may_stand_on_arrays_of_the_caller() -> None:
     tables, lens, starts = np.full((2, 4), -7, np.int32), np.full(2, -7, np.int32), np.full(3, -7, np.int32)
     slots, copies = np.full(9, -7, np.int64), np.full((1, 2), -7, np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from itertools import chain, takewhile
+from itertools import takewhile
 from random import Random
 
 import numpy as np
@@ -560,35 +560,3 @@ def test_names_are_equal_for_one_seed_and_follow_the_whole_prefix() -> None:
     assert not (names == a.block_hashes([1, *range(1, 10)])).any()
     np.testing.assert_array_equal(names[:2], a.block_hashes([*range(8), 0])[:2])
     assert len(np.unique(a.block_hashes(np.zeros(3000, int)).ravel())) == 2000
-
-
-@pytest.mark.parametrize("levels", [1, 3])
-def test_gaps_in_the_eviction_order_leave_it_as_it_was(levels: int) -> None:
-    rng = np.random.default_rng()
-    m = BlockManager(600, 1)
-    prompts = [np.arange(20) + 100 * i for i in range(30)]
-    order: list[list[int]] = [[] for _ in range(levels)]  # by priority, the next one first
-    level_of: dict[int, int] = {}
-    for _ in range(600):
-        prompt = prompts[rng.integers(30)][: rng.integers(2, 21)]
-        level = int(rng.integers(levels))
-        seq = m.add(prompt, priority=level)
-        compute_all(m, seq)
-        table = m.block_table(seq).tolist()
-        for block in table:
-            for blocks in order:
-                if block in blocks:
-                    blocks.remove(block)
-            level_of[block] = max(level, level_of.get(block, 0))
-        m.free(seq)
-        for block in reversed(table):
-            order[level_of[block]].append(block)
-        m.check()
-        assert m.snapshot()["evictable_blocks"].tolist() == list(chain(*order))
-    taken = m.add(np.arange(300) + 10_000, priority=levels)
-    left = m.num_free_blocks
-    compute_all(m, taken)
-    assert m.num_free_blocks == left - 300
-    m.check()
-    kept = list(chain(*order))[-(m.num_cached_blocks - 300) :]
-    assert m.snapshot()["evictable_blocks"].tolist() == kept

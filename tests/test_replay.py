@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pagedattn._device import ELEMENT, Device, show_bytes
 from pagedattn.replay import Report, Request, Settings, SettingsError, replay, synthetic_trace
 from pagedattn.replay import engine as engine_module
+from pagedattn.replay.clock import PARTS, Clock
 from pagedattn.replay.engine import Engine
 from pagedattn.replay.model import Model
 from pagedattn.replay.occupancy import Occupancy
@@ -390,6 +391,16 @@ def test_the_dense_row_is_attention_written_out(rng):
     np.testing.assert_allclose(dense_row(model, options, digests, 1, 3), exact, rtol=1e-12)
     assert relative_error(exact * 1.5, exact) == pytest.approx(0.5)
     assert np.isnan(relative_error(exact * np.nan, exact))
+
+
+def test_the_block_manager_s_time_holds_no_wait_for_the_device():
+    waited = []
+    clock = Clock(lambda: waited.append(current))
+    for current in PARTS:
+        with clock(current):
+            pass
+    assert waited == ["attention", "cache writes", "making vectors", "verification"]
+    assert all(clock.seconds[part] > 0 for part in PARTS)
 
 
 def test_waste_is_what_is_allocated_and_empty():

@@ -3,7 +3,9 @@
 // A list is a chain of chunks of one cache line, with up to 13 blocks each. So whoever evicts knows which blocks follow
 // without having to wait for memory at each, as in a list of single blocks, and what it will need of them is on its
 // way. A block that is wanted again leaves a gap; neighbours that have no more blocks together than one can hold
-// become one, so that chunks are half full at least.
+// become one, so that chunks are half full at least. There are few more chunks than full ones would be: where all of
+// them are in use, blocks move up into the gaps before them, list after list, until that has emptied one. So a block
+// takes 5.05 bytes here whatever the gaps, and a priority in use 64.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -21,12 +23,14 @@ class EvictionLists {
  public:
   static constexpr int kNumPriorities = 256;  // int8
 
-  explicit EvictionLists(int32_t num_blocks) : chunks_(num_blocks / (kWidth / 2 + 1) + 4 * kNumPriorities) {}
+  explicit EvictionLists(int32_t num_blocks)
+      : most_chunks_(num_blocks / kWidth + num_blocks / 500 + 1), chunks_(most_chunks_ + kNumPriorities) {}
 
   // Makes a block the last one to be evicted of its priority. Its chunk, by which it is found again, is noted in
   // `chunk_of`, that of others too where they move.
   void push(int32_t block, int8_t priority, LazyArray<int32_t> &chunk_of) {
     List &list = lists_[index(priority)];
+    if (list.tail_used == kWidth && no_chunk_left(list)) empty_a_chunk(chunk_of);
     if (list.tail_used == kWidth) append_chunk(list, index(priority));
     chunks_[list.tail].entries[list.tail_used++] = block + 1;
     chunk_of[block] = list.tail;
@@ -42,9 +46,9 @@ class EvictionLists {
     if (num_blocks(list, at) == 0) {
       remove_chunk(list, at);
     } else if (fit_together(list, at, chunk.after)) {
-      merge(list, at, chunk_of);
+      fill_up(list, at, chunk_of);
     } else if (fit_together(list, chunk.before, at)) {
-      merge(list, chunk.before, chunk_of);
+      fill_up(list, chunk.before, chunk_of);
     }
   }
 
@@ -138,6 +142,13 @@ class EvictionLists {
     return (at == list.tail ? list.tail_used : kWidth) - chunks_[at].num_gaps;
   }
 
+  // Every list that is in use may have a chunk of its own, however few blocks there are.
+  bool no_chunk_left(const List &list) const {
+    int num_lists = list.head == kNone ? 1 : 0;
+    for (const uint64_t word : occupied_) num_lists += std::popcount(word);
+    return free_top_ == kNone && next_unused_ >= most_chunks_ + num_lists;
+  }
+
   void mark(int list, bool occupied) {
     const uint64_t bit = uint64_t{1} << (list % 64);
     occupied_[list / 64] = occupied ? occupied_[list / 64] | bit : occupied_[list / 64] & ~bit;
@@ -160,6 +171,7 @@ class EvictionLists {
   void remove_chunk(List &list, int32_t at) {
     Chunk &chunk = chunks_[at];
     if (at == list.head) list.head_passed = 0;
+    if (at == filling_) filling_ = chunk.after;
     (chunk.before == kNone ? list.head : chunks_[chunk.before].after) = chunk.after;
     if (chunk.after == kNone) {
       list.tail = chunk.before;
@@ -176,29 +188,48 @@ class EvictionLists {
     return at != kNone && after != kNone && num_blocks(list, at) + num_blocks(list, after) <= kWidth;
   }
 
-  // A chunk takes over the blocks of the next one.
-  void merge(List &list, int32_t at, LazyArray<int32_t> &chunk_of) {
+  // A chunk closes its gaps and takes over blocks of the next one, which goes where it has no more.
+  void fill_up(List &list, int32_t at, LazyArray<int32_t> &chunk_of) {
     Chunk &chunk = chunks_[at];
     const int32_t other = chunk.after;
-    const Chunk &next = chunks_[other];
-    const bool at_end = other == list.tail;
+    Chunk &next = chunks_[other];
     int32_t *end = std::remove(chunk.entries, chunk.entries + kWidth, 0);
-    for (const int32_t entry : next.entries) {
-      if (entry == 0) continue;
-      *end++ = entry;
-      chunk_of[entry - 1] = at;
+    for (int i = 0; i < kWidth && end < chunk.entries + kWidth; ++i) {
+      if (next.entries[i] == 0) continue;
+      chunk_of[next.entries[i] - 1] = at;
+      *end++ = std::exchange(next.entries[i], 0);
+      ++next.num_gaps;
     }
     std::fill(end, chunk.entries + kWidth, 0);
     const auto used = static_cast<int32_t>(end - chunk.entries);
-    remove_chunk(list, other);
-    if (at_end) list.tail_used = used;
+    if (num_blocks(list, other) == 0) remove_chunk(list, other);
+    if (at == list.tail) list.tail_used = used;
     if (at == list.head) list.head_passed = 0;
-    chunk.num_gaps = static_cast<int16_t>(at_end ? 0 : kWidth - used);
+    chunk.num_gaps = static_cast<int16_t>(at == list.tail ? 0 : kWidth - used);
   }
 
+  // Goes on where it has stopped: each gap is closed once, and a call takes as long as the gaps lie apart. It ends, as
+  // a list whose chunks have all been filled has no more of them than its blocks need, and some list has more.
+  void empty_a_chunk(LazyArray<int32_t> &chunk_of) {
+    for (int list = 0; free_top_ == kNone;) {
+      if (filling_ == kNone) {
+        filling_ = lists_[list].head;
+        list = (list + 1) % kNumPriorities;
+      } else if (const int32_t after = chunks_[filling_].after; after == kNone) {
+        list = (chunks_[filling_].list + 1) % kNumPriorities;
+        filling_ = kNone;
+      } else {
+        fill_up(lists_[chunks_[filling_].list], filling_, chunk_of);
+        if (free_top_ == kNone) filling_ = after;
+      }
+    }
+  }
+
+  int64_t most_chunks_;
   LazyArray<Chunk> chunks_;
   List lists_[kNumPriorities];
   uint64_t occupied_[4] = {};  // a bit for each list that is not empty
+  int32_t filling_ = kNone;    // the chunk at which `empty_a_chunk` goes on
   int32_t next_unused_ = 0;
   int32_t free_top_ = kNone;  // the chunks that are in no list, by `after`
 };
