@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pagedattn
 import pytest
+from pagedattn import _core
 from pagedattn._device import ELEMENT, STORAGE, Backend, Device
 from pagedattn.bench import measure as measure_module
 from pagedattn.bench.accuracy import WrongResultError, check, reference_rows
@@ -21,6 +22,7 @@ from pagedattn.bench.cases import LAYOUTS, Case, CaseError
 from pagedattn.bench.ceilings import Ceilings, measure_ceilings
 from pagedattn.bench.inputs import Inputs
 from pagedattn.bench.measure import OURS, measure
+from pagedattn.bench.paged_roof import PagedRoof, visible_blocks
 from pagedattn.bench.peers import Peer, Prepared, UnsupportedError
 from pagedattn.bench.report import microseconds, print_report, rate
 from pagedattn.bench.timing import Timer, Timing, WallTimer
@@ -176,6 +178,45 @@ def test_the_ceilings_of_this_machine_are_plausible() -> None:
     assert json.loads(json.dumps(ceilings.to_dict()))["read"] == ceilings.read
 
 
+# --- the paged roof ----------------------------------------------------------------------------------------------
+
+
+def test_the_paged_roof_reads_the_blocks_that_a_query_sees() -> None:
+    case = replace(decode(), kv_lens=(90, 4, 1), window=20)
+    inputs = Inputs(case, CPU)
+    expected = []
+    for row, kv_len in enumerate(case.kv_lens):
+        seen = np.arange(max(0, kv_len - 20), kv_len) // case.block_size
+        expected += list(inputs.host_block_tables[row, np.unique(seen)])
+    assert visible_blocks(case, inputs.host_block_tables).tolist() == expected
+    roof = PagedRoof(inputs)
+    block_bytes = inputs.k_cache[0].nbytes + inputs.v_cache[0].nbytes
+    assert roof.num_bytes % (block_bytes * len(expected)) == 0
+    assert roof.num_bytes > (128 << 20)
+    roof()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_reading_blocks_leaves_nothing_out(rng: np.random.Generator, transposed: bool) -> None:
+    words = rng.integers(0, 1 << 63, (2, 5, 4, 2, 8), np.uint64)
+    k_cache, v_cache = words.transpose(0, 1, 3, 2, 4) if transposed else words
+    blocks = np.array([3, 0, 3], np.int32)
+    expected = sum(int(cache[block].sum(dtype=np.uint64)) for cache in (k_cache, v_cache) for block in blocks)
+    assert _core.read_blocks(k_cache, v_cache, blocks, 1) == expected % 2**64
+    assert _core.read_blocks(k_cache, v_cache, blocks, 3) == 3 * expected % 2**64
+
+
+def test_reading_blocks_that_are_not_there_is_refused(rng: np.random.Generator) -> None:
+    cache = rng.standard_normal((4, 16, 2, 8), np.float32)
+    for bad in (-1, 4):
+        with pytest.raises(pagedattn.InvalidArgumentError, match=rf"`blocks` must lie in 0 ... 3; got {bad}"):
+            _core.read_blocks(cache, cache, np.array([0, bad], np.int32), 1)
+    with pytest.raises(pagedattn.InvalidArgumentError, match="`v_cache` must hold at least one block"):
+        _core.read_blocks(cache, cache[::2], np.array([0], np.int32), 1)
+    with pytest.raises(pagedattn.InvalidArgumentError, match="`k_cache` must hold at least one block"):
+        _core.read_blocks(cache[:0], cache, np.array([0], np.int32), 1)
+
+
 # --- the whole ---------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +288,12 @@ def test_ours_and_a_peer_in_one_document() -> None:
     assert (ours["peer"], ours["seconds"], peer["peer"], peer["seconds"]) == ("pagedattn", 2e-3, "fake", 1e-3)
     assert ours["bytes_per_second"] == decode().bytes / 2e-3
     assert ours["share"] == pytest.approx(decode().bytes / 1e10 / 2e-3)
+    # Reading the blocks alone took the roof 1 ms; only decode has one.
+    assert first["paged_read"] == PagedRoof(Inputs(decode(), CPU)).num_bytes / 1e-3
+    assert ours["paged_share"] == pytest.approx(decode().bytes / first["paged_read"] / 2e-3)
+    assert peer["paged_share"] == pytest.approx(2 * ours["paged_share"])
+    assert second["paged_read"] is None
+    assert "paged_share" not in second["results"][0]
     assert 0 < ours["error"] < 1e-6
     assert peer["error"] == ours["error"]
     # A call on the CPU is all host: what it costs is measured without work, and not where filling `out` is work.

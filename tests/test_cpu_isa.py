@@ -57,6 +57,8 @@ for dtype in ("float32", "float16", "bfloat16"):
     for bad in (np.nan, np.inf):
         test_paged_attention.test_a_value_that_is_no_number_reaches_on_the_cpu_only_the_rows_that_see_it(
             rng, dtype, bad)
+    for tokens in (1, 3):
+        test_paged_attention.test_any_few_rows_match_the_reference_on_the_cpu(rng, (dtype, dtype), tokens)
     test_paged_attention.test_one_long_sequence_matches_the_reference(backend, rng, dtype, dtype, 1)
     test_merge_states.test_merged_parts_match_the_reference(backend, rng, dtype, 3, (7, 3, 37))
     for kv_dtype in (FLOAT8_E4M3, FLOAT8_E5M2):
@@ -65,6 +67,7 @@ for dtype in ("float32", "float16", "bfloat16"):
         test_reshape_and_cache.test_float8_caches_saturate_infinities_and_keep_nan(backend, dtype, kv_dtype)
         test_gather_kv.test_float8_pages_are_dequantised_exactly(backend, rng, dtype, kv_dtype, "NHD")
 for kv_dtype in ("float8_e4m3", "float8_e5m2"):
+    test_paged_attention.test_any_few_rows_match_the_reference_on_the_cpu(rng, ("float16", kv_dtype), 2)
     test_paged_attention.test_every_float8_code_is_decoded_exactly(backend, kv_dtype)
 """
 

@@ -90,7 +90,7 @@ def test_any_block_size_is_served(backend: NumpyBackend, rng: np.random.Generato
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("group", [1, 2, 4, 6, 8, 12, 32, 71])
+@pytest.mark.parametrize("group", [1, 2, 4, 6, 8, 9, 12, 13, 16, 17, 32, 71])
 def test_decode_of_any_group_size_matches_the_reference(
     backend: NumpyBackend, rng: np.random.Generator, dtype: str, group: int
 ) -> None:
@@ -433,6 +433,26 @@ def test_attention_over_disjoint_keys_merges_to_attention_over_all(
     assert len(starts) == 4
     assert_close(backend.host(out), expected, np.float32)
     assert_lse_close(backend.host(lse), expected_lse)
+
+
+# Rows of a KV head that read the cache directly, in panels of up to 6, and one more; of one token and of several.
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", [("float32", "float32"), *SIXTEEN_BIT_KINDS], ids="-".join)
+def test_any_few_rows_match_the_reference_on_the_cpu(
+    rng: np.random.Generator, kind: tuple[str, str], tokens: int
+) -> None:
+    dtype, kv_dtype = (DTYPES[name] for name in kind)
+    choices: list[dict[str, Any]] = [{}, {"window": 3}, {"window": 50}, {"softcap": 7.0}, {"causal": False}]
+    for group in range(1, 18 // tokens + 1):
+        shape: dict[str, Any] = {
+            "num_q_heads": 2 * group,
+            "num_kv_heads": 2,
+            "head_dim": int(rng.choice([40, 64, 128])),
+        }
+        seq_lens = [tokens, 61, 64, int(rng.integers(65, 400))]
+        shape |= {"dtype": dtype, "kv_dtype": kv_dtype, **scale_for(kv_dtype, rng, 2)}
+        batch = make_batch(rng, seq_lens, [tokens] * 4, **shape, **choices[rng.integers(len(choices))])
+        check_batch(NumpyBackend(), batch, deterministic=bool(rng.integers(2)))
 
 
 # Prompts, chunks and single tokens in one batch: more rows than one tile, and head sizes of whole and broken vectors.

@@ -1,18 +1,46 @@
 #!/usr/bin/env bash
-# Runs the block manager's tests with its C++ and Cython under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Runs tests with the C++ code under sanitizers; the first wrong access, undefined operation or race ends the run.
 #
 # SPDX-License-Identifier: Apache-2.0
 #
-#   PYTHON=.venv/bin/python tools/sanitize.sh [PYTEST'S ARGUMENTS]
+#   PYTHON=.venv/bin/python tools/sanitize.sh [manager|cpu [PYTEST'S ARGUMENTS] | threads]
 #
-# PYTHON has this checkout installed, Cython and what the tests need; g++ brings the sanitizers. A copy of the installed
-# package gets the sanitized module, and the first wrong access or undefined operation ends the run.
+# manager  the block manager's C++ and Cython under AddressSanitizer and UndefinedBehaviorSanitizer, by its tests
+# cpu      the library with the CPU backend under the same, by the tests of its operations
+# threads  the library under ThreadSanitizer, by a program whose threads call it at once (tests/concurrent_calls.cpp)
+#
+# Without an argument all three. PYTHON has this checkout installed, Cython, CMake, Ninja and what the tests need; g++
+# brings the sanitizers. A copy of the installed package gets the sanitized module or library.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+if [[ $# -eq 0 ]]; then
+  for part in manager cpu threads; do "tools/sanitize.sh" "$part"; done
+  exit
+fi
+part=$1
+shift
 python=${PYTHON:-python3}
 work=$(mktemp -d "${TMPDIR:-/tmp}/pagedattn-sanitize.XXXXXX")
 trap 'rm -rf "$work"' EXIT
+readonly memory=address,undefined
+
+# build_library SANITIZERS: without CUDA, into $work/build
+build_library() {
+  local flags="-O1 -g -fno-omit-frame-pointer -fsanitize=$1 -fno-sanitize-recover=all"
+  PATH=$(dirname "$(command -v "$python")"):$PATH
+  cmake -S . -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DPAGEDATTN_CUDA=OFF "-DCMAKE_CXX_FLAGS=$flags" \
+    >/dev/null
+  cmake --build "$work/build" --parallel "${CMAKE_BUILD_PARALLEL_LEVEL:-2}" >/dev/null
+}
+
+if [[ $part == threads ]]; then
+  build_library thread
+  g++ -std=c++17 -O1 -g -fsanitize=thread -Iinclude tests/concurrent_calls.cpp -o "$work/concurrent_calls" \
+    -L"$work/build" -Wl,-rpath,"$work/build" -lpagedattn
+  TSAN_OPTIONS=halt_on_error=1 "$work/concurrent_calls"
+  exit
+fi
 
 mapfile -t facts < <("$python" - <<'PY'
 import importlib.util
@@ -31,16 +59,34 @@ import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "ScikitBuildRedirectingFinder"]
 PY
 
-"$python" -m cython -3 --cplus python/pagedattn/_block_manager.pyx -o "$work/module.cpp"
-g++ -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
-  -D_GLIBCXX_ASSERTIONS -fPIC -shared -fvisibility=hidden -Isrc -I"${facts[0]}" "$work/module.cpp" \
-  -o "$work/pagedattn/_block_manager${facts[1]}"
+case $part in
+  manager)
+    "$python" -m cython -3 --cplus python/pagedattn/_block_manager.pyx -o "$work/module.cpp"
+    g++ -std=c++20 -O1 -g -fno-omit-frame-pointer -fsanitize=$memory -fno-sanitize-recover=all \
+      -D_GLIBCXX_ASSERTIONS -fPIC -shared -fvisibility=hidden -Isrc -I"${facts[0]}" "$work/module.cpp" \
+      -o "$work/pagedattn/_block_manager${facts[1]}"
+    tests=(tests/test_block_manager*.py tests/test_bugs_of_others.py tests/test_manager_alone.py)
+    ;;
+  cpu)
+    build_library $memory
+    cp "$work/build/libpagedattn.so" "$work/pagedattn/lib/"
+    tests=(tests/test_paged_attention.py tests/test_{determinism,threads,copy_blocks,swap_blocks,gather_kv}.py
+      tests/test_{merge_states,reshape_and_cache,rope_and_cache,errors_attention,errors_cache_operations}.py)
+    ;;
+  *)
+    echo "tools/sanitize.sh: manager, cpu or threads; got $part" >&2
+    exit 2
+    ;;
+esac
 
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 # Python itself leaks at its end, and asks for too much
 PYTHONPATH=$work
 export LD_PRELOAD ASAN_OPTIONS PYTHONPATH
+# What is tested is the sanitized copy.
 [[ $("$python" -c 'import pagedattn._block_manager as module; print(module.__file__)') == "$work"/* ]]
+[[ $part != cpu ]] || nm -D "$("$python" -c 'import pagedattn; print(pagedattn.get_library_dir())')/libpagedattn.so" |
+  grep -q __asan_report
 # What a sanitizer says goes past pytest, which would die with it. How much memory the process has means nothing here.
-[[ $# -gt 0 ]] || set -- tests/test_block_manager*.py tests/test_bugs_of_others.py tests/test_manager_alone.py
+[[ $# -gt 0 ]] || set -- "${tests[@]}"
 "$python" -m pytest -q --capture=sys -p no:cacheprovider -m "not gpu" -k "not takes_48_bytes" "$@"

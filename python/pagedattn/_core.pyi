@@ -7,6 +7,7 @@ from __future__ import annotations
 import typing
 
 import numpy
+import numpy.typing
 
 __all__: list[str] = [
     "build_info",
@@ -21,6 +22,7 @@ __all__: list[str] = [
     "merge_states",
     "paged_attention",
     "paged_attention_workspace_size",
+    "read_blocks",
     "reshape_and_cache",
     "rope_and_cache",
     "set_num_threads",
@@ -85,6 +87,12 @@ def paged_attention_workspace_size(
     max_query_len: int,
     kv_dtype: int,
     deterministic: typing.Any,
+) -> int: ...
+def read_blocks(
+    k_cache: numpy.ndarray,
+    v_cache: numpy.ndarray,
+    blocks: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    passes: int,
 ) -> int: ...
 def reshape_and_cache(
     key: typing.Any,

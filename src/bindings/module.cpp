@@ -12,6 +12,7 @@
 
 #include "bindings/arguments.h"
 #include "bindings/arrays.h"
+#include "bindings/block_reader.h"
 #include "bindings/errors.h"
 #include "bindings/functions.h"
 #include "bindings/libraries.h"
@@ -398,6 +399,7 @@ PYBIND11_MODULE(_core, m) {
   if (PyModule_AddFunctions(m.ptr(), operations) != 0) throw py::error_already_set();
   m.def("cuda_device", &cuda_device, py::arg("array"));
   m.def("host_memory", &host_memory, py::arg("num_bytes"), py::arg("device"));
+  m.def("read_blocks", &read_blocks, py::arg("k_cache"), py::arg("v_cache"), py::arg("blocks"), py::arg("passes"));
   m.def("build_info", &build_info);
   m.def("device_count", &device_count);
   m.def("device_info", &device_info, py::arg("device"));

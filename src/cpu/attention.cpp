@@ -36,8 +36,13 @@ constexpr int64_t kMaxRanges = 64;
 constexpr int64_t kMinRange = 256;
 constexpr int64_t kMaxMinRange = 1024;
 constexpr int64_t kRangeStep = 64;
-// Items for each thread, so that uneven ones even out.
+// Items for each thread, so that uneven ones even out; but none smaller than this many bytes of work, since setting one
+// up takes as long as reading some KiB.
 constexpr int64_t kItemsPerThread = 8;
+constexpr int64_t kMinItemWork = 48 * 1024;
+// Work of attention that is shared among threads: short calls follow each other closely, layer by layer, so that the
+// threads mostly watch for it and need not be woken.
+constexpr int64_t kMinSharedWork = 96 * 1024;
 
 // The rows and keys of one tile, before heads and ranges of keys are cut.
 struct RowTile {
@@ -167,7 +172,9 @@ void make_plan(const AttentionParams &p, Plan &plan) {
     // About 5 operations take as long as reading a byte.
     plan.cost += keys * p.num_kv_heads * p.head_dim * (2 * dtype_size(p.kv_dtype) + 4 * rows / 5);
   }
-  const int64_t cut = std::max<int64_t>(1, ceil_div(kItemsPerThread * num_threads(), std::max<int64_t>(1, num_items)));
+  const int64_t most_items = plan.cost < kMinSharedWork ? 1 : plan.cost / kMinItemWork;
+  const int64_t wanted = std::min(kItemsPerThread * num_threads(), most_items);
+  const int64_t cut = std::max<int64_t>(1, ceil_div(wanted, std::max<int64_t>(1, num_items)));
 
   // Tiles of a sequence follow each other head by head, so that the keys they share are found in the cache.
   for (size_t first = 0; first < plan.tiles.size();) {
@@ -216,7 +223,7 @@ void paged_attention(const AttentionParams &p) {
     }
   };
   const auto num_items = static_cast<int64_t>(plan.items.size());
-  if (plan.cost < kMinParallelWork) {
+  if (plan.cost < kMinSharedWork) {
     parallel_for(1, [&](int64_t, int) {
       for (int64_t i = 0; i < num_items; ++i) run_item(i);
     });

@@ -16,10 +16,12 @@ from .accuracy import PEER_ALLOWANCE, Reference, WrongResultError, check, refere
 from .cases import Case
 from .ceilings import Ceilings, machine_facts, measure_ceilings
 from .inputs import Inputs, check_memory
+from .paged_roof import PagedRoof
 from .peers import Peer, Prepared, UnsupportedError
 from .timing import Timer, Timing, make_timer
 
 OURS = "pagedattn"
+_ROOF = ""  # among what is timed in turns
 SCHEMA = 1
 
 
@@ -51,7 +53,9 @@ def measure(
     -------
     dict
         Plain data for JSON: ``schema``, ``pagedattn``, ``date``, ``backend``, ``machine``, ``ceilings``, ``peers`` and
-        ``cases``, times in seconds, rates in bytes and operations a second.
+        ``cases``, times in seconds, rates in bytes and operations a second.  A decode case on the CPU has
+        ``paged_read``, the rate of only reading its blocks, and each of its results ``paged_share``, what it reaches of
+        that.
 
     Raises
     ------
@@ -111,7 +115,10 @@ def _measure_case(
             # Whatever another project raises, its case has a reason and ours a time.
             reasons[peer.name] = _failure(error)
     device.synchronize_all()
-    timings = _time(timer, calls, reasons)
+    roof = PagedRoof(inputs) if device.backend == "cpu" and case.is_decode else None
+    beside = {} if roof is None else {_ROOF: Prepared(roof, inputs.out)}
+    timings = _time(timer, calls | beside, reasons)
+    paged_rate = None if roof is None else roof.num_bytes / timings.pop(_ROOF).median
     results: list[dict[str, Any]] = []
     for name, timing in timings.items():
         # Once more: who answers only the first call has no time either.
@@ -126,6 +133,8 @@ def _measure_case(
         host = _host_call(inputs, name, calls[name])
         host_seconds = None if host is None else timer.host_seconds(host)
         entry = {"peer": name, **_result(case, ceilings, timing), "error": errors[name], "host_seconds": host_seconds}
+        if paged_rate is not None:
+            entry["paged_share"] = case.bytes / paged_rate / timing.median
         results.append(entry)
     results += [{"peer": name, "reason": reason} for name, reason in reasons.items()]
     return {
@@ -134,6 +143,7 @@ def _measure_case(
         "kind": "decode" if case.is_decode else "prefill",
         "bytes": case.bytes,
         "flops": case.flops,
+        "paged_read": paged_rate,
         "results": results,
     }
 

@@ -59,7 +59,8 @@ def _table(document: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("case", no_wrap=True)
     table.add_column("by", no_wrap=True)
-    for title in ("µs", "quartiles", "rate", "of ceiling", "× ours", "error", "host µs"):
+    paged = any(case.get("paged_read") for case in document["cases"])  # not in older documents
+    for title in ("µs", "quartiles", "rate", "of ceiling", *(["of paged roof"] * paged), "× ours", "error", "host µs"):
         table.add_column(title, justify="right", no_wrap=True)
     several = len(document["peers"]) > 0
     titles = {OURS: OURS} | {peer["name"]: peer["title"] for peer in document["peers"]}
@@ -76,6 +77,7 @@ def _table(document: Mapping[str, Any]) -> Table:
                 f"{microseconds(result['low'])}..{microseconds(result['high'])}",
                 case_rate(case, result),
                 f"{100 * result['share']:.0f} %",
+                *([f"{100 * result['paged_share']:.0f} %" if "paged_share" in result else ""] * paged),
                 f"{result['seconds'] / ours:.2f}",
                 f"{result['error']:.1e}",
                 "" if host is None else microseconds(host),

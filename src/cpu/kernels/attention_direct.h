@@ -2,7 +2,7 @@
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// Each element of K and V is loaded and converted once for up to four rows, the query heads of a group; nothing is
+// Each element of K and V is loaded and converted once for a panel of rows, the query heads of a group; nothing is
 // packed.  The bound is memory: scores of all heads come first, and meanwhile the values of the same tile are fetched;
 // then the values, and meanwhile the keys of the next tile.
 #pragma once
@@ -31,7 +31,7 @@ template <class T, int kRows>
 PA_KERNEL void direct_scores(const float *q, const typename T::Storage *k, const TileKeys &tile, int head_dim,
                              int begin, int end, float *s, Fetch<T> &fetch) {
   // Accumulators, and beside them the parts of each key: what fits into the registers.
-  constexpr int kKeys = kRows == 1 || kRegisters == 32 ? 4 : 2;
+  constexpr int kKeys = kRows <= 2 || kRegisters == 32 ? 4 : 2;
   const int lines = kKeys * fetch.lines_of_row(head_dim);
   for (int j = begin; j < end; j += kKeys) {
     const typename T::Storage *key[kKeys];
@@ -49,7 +49,7 @@ PA_KERNEL void direct_scores(const float *q, const typename T::Storage *k, const
     const auto add = [&](const Vec(&part)[kKeys]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int i = 0; i < kKeys; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) sum[i][r] = fma(part[i], load(query[i] + r * kWidth), sum[i][r]);
         query[i] += kRows * kWidth;
       }
@@ -67,7 +67,7 @@ PA_KERNEL void direct_scores(const float *q, const typename T::Storage *k, const
       for (int i = 0; i < kKeys; ++i) part[i] = load_tail<T>(key[i] + d, head_dim - d);
       add(part);
     }
-    float *out = s + j * (kRows == 3 ? 4 : kRows);
+    float *out = s + j * direct_lanes(kRows);
     if constexpr (kRows == 1) {
       store_as(out, sum_each(sum[0][0], sum[1][0], sum[2][0], sum[3][0]));
     } else if constexpr (kRows == 2) {
@@ -78,7 +78,11 @@ PA_KERNEL void direct_scores(const float *q, const typename T::Storage *k, const
     } else {
 #pragma GCC unroll 4
       for (int i = 0; i < kKeys; ++i) {
-        store_as(out + 4 * i, sum_each(sum[i][0], sum[i][1], sum[i][2], sum[i][kRows - 1]));
+        float *const lanes = out + direct_lanes(kRows) * i;
+        store_as(lanes, sum_each(sum[i][0], sum[i][1], sum[i][2], sum[i][kRows == 3 ? 2 : 3]));
+        if constexpr (kRows > 4) {
+          store_as(lanes + 4, sum_each(sum[i][4], sum[i][kRows - 1], sum[i][kRows - 1], sum[i][kRows - 1]));
+        }
       }
     }
   }
@@ -92,7 +96,7 @@ PA_INLINE void accumulate_values(float *acc, int rows, const float *weights, int
   Vec sum[kVecs][kRows];
 #pragma GCC unroll 8
   for (int c = 0; c < kVecs; ++c) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) sum[c][r] = load(acc + (c * rows + r) * kWidth);
   }
   weights += begin * lanes;
@@ -100,7 +104,7 @@ PA_INLINE void accumulate_values(float *acc, int rows, const float *weights, int
   for (int j = begin; j < end; ++j, weights += lanes) {
     Vec value[kVecs];
     values(j, value);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const Vec weight = broadcast(weights[r]);
 #pragma GCC unroll 8
@@ -109,7 +113,7 @@ PA_INLINE void accumulate_values(float *acc, int rows, const float *weights, int
   }
 #pragma GCC unroll 8
   for (int c = 0; c < kVecs; ++c) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) store(acc + (c * rows + r) * kWidth, sum[c][r]);
   }
 }
@@ -178,26 +182,30 @@ static void rescale_panel(float *acc, int64_t row_stride, int rows, const float 
 
 // Queries in fp32, in the cache's pair order, with everything that multiplies a score folded in; sums cleared.
 static void start_direct(const AttentionParams &params, const AttentionWork &work, State &state) {
+  // Copies of what the loops use: the compiler thinks that a stored vector may change what lies in memory.
+  const int head_dim = params.head_dim;
+  const bool pair_order = state.pair_order;
   for (int64_t head = 0; head < state.num_heads; ++head) {
     const float factor = query_factor(params, work.head_begin + head);
     for (int p = 0; p < state.num_panels; ++p) {
       const Panel &panel = state.panels[p];
-      for (int r = 0; r < panel.rows; ++r) {
+      const int rows = panel.rows;
+      for (int r = 0; r < rows; ++r) {
         const QueryRow at = query_row(state, work, head, panel.first + r);
         const int64_t offset = at.token * params.q.token_stride + at.head * params.q.head_stride;
         float *q = state.q + (head * state.rows + panel.first) * state.row_stride + r * kWidth;
-        const auto put = [&](int d, Vec v) { store(q + d * panel.rows, v * factor); };
+        const auto put = [=](int d, Vec v) { store(q + d * rows, v * factor); };
         with_dtype(params.q_dtype, [&](auto tag) {
           using T = decltype(tag);
           const auto *src = static_cast<const typename T::Storage *>(params.q.data) + offset;
           int d = 0;
-          for (; state.pair_order && d + 2 * kWidth <= params.head_dim; d += 2 * kWidth) {
+          for (; pair_order && d + 2 * kWidth <= head_dim; d += 2 * kWidth) {
             Vec first, second;
             load_pair<T>(src + d, first, second);
             put(d, first);
             put(d + kWidth, second);
           }
-          for (; d < params.head_dim; d += kWidth) put(d, load_tail<T>(src + d, params.head_dim - d));
+          for (; d < head_dim; d += kWidth) put(d, load_tail<T>(src + d, head_dim - d));
         });
       }
     }
@@ -208,14 +216,15 @@ static void start_direct(const AttentionParams &params, const AttentionWork &wor
 
 // The result back to rows, which take the queries' place.
 static void finish_direct(State &state) {
+  const int64_t row_stride = state.row_stride;
   for (int64_t head = 0; head < state.num_heads; ++head) {
     for (int p = 0; p < state.num_panels; ++p) {
-      const Panel &panel = state.panels[p];
-      const int64_t first = (head * state.rows + panel.first) * state.row_stride;
-      for (int64_t d = 0; d < state.row_stride; d += kWidth) {
-        for (int r = 0; r < panel.rows; ++r) {
-          store(state.q + first + r * state.row_stride + d, load(state.acc + first + d * panel.rows + r * kWidth));
-        }
+      const int64_t rows = state.panels[p].rows;
+      const int64_t first = (head * state.rows + state.panels[p].first) * row_stride;
+      const float *src = state.acc + first;
+      float *const dst = state.q + first;
+      for (int64_t d = 0; d < row_stride; d += kWidth) {
+        for (int64_t r = 0; r < rows; ++r, src += kWidth) store(dst + r * row_stride + d, load(src));
       }
     }
   }

@@ -69,6 +69,9 @@ static void merge_rows(const AttentionParams &params, const float *partials, int
 
 // Divides by the denominator, sinks included, and writes out and lse.
 static void finish_rows(const AttentionParams &params, const AttentionWork &work, State &state) {
+  // Copies, since the compiler thinks that a stored vector may change what lies in memory.
+  const int head_dim = params.head_dim;
+  const bool pair_order = state.pair_order;
   for (int64_t head = 0; head < state.num_heads; ++head) {
     const float v_scale = scale_of(params.v_scale, work.head_begin + head);
     for (int64_t row = 0; row < state.rows; ++row) {
@@ -99,11 +102,11 @@ static void finish_rows(const AttentionParams &params, const AttentionWork &work
         using T = decltype(tag);
         auto *out = static_cast<typename T::Storage *>(params.out.data) + offset;
         int d = 0;
-        for (; state.pair_order && d + 2 * kWidth <= params.head_dim; d += 2 * kWidth) {
+        for (; pair_order && d + 2 * kWidth <= head_dim; d += 2 * kWidth) {
           store_pair<T>(out + d, load(acc + d) * factor, load(acc + d + kWidth) * factor);
         }
-        for (; d + kWidth <= params.head_dim; d += kWidth) T::store(out + d, load(acc + d) * factor);
-        if (d < params.head_dim) store_partial<T>(out + d, load(acc + d) * factor, params.head_dim - d);
+        for (; d + kWidth <= head_dim; d += kWidth) T::store(out + d, load(acc + d) * factor);
+        if (d < head_dim) store_partial<T>(out + d, load(acc + d) * factor, head_dim - d);
       });
       if (params.lse != nullptr) {
         const double log_sum = static_cast<double>(origin) * kLn2 + __builtin_log(static_cast<double>(denominator));

@@ -23,11 +23,15 @@ constexpr int kPackedVecs = 3;
 constexpr int64_t kMaxStateRows =
     144;  // queries and accumulators of 128 dimensions then take 144 KiB, a part of any L2
 #endif
-constexpr int kDirectRows = 4;  // rows of a panel that reads the cache directly
+// Rows of a panel that reads the cache directly: the sums of two keys with them fill 16 registers.
+constexpr int kDirectRows = kWidth == 8 ? 6 : 4;
 constexpr int kMaxLanes = kPackedVecs * kWidth;
 constexpr int kMaxPanels = static_cast<int>(kMaxStateRows) / kMaxLanes + 1;
-// Up to here converting K and V again for each panel costs less than packing them.
-constexpr int64_t kMaxDirectRows = 2 * kDirectRows;
+// Up to here converting K and V again for each panel costs less than packing them.  float8_e4m3 takes longest.
+constexpr int64_t max_direct_rows(DType kv_dtype) {
+  if (kWidth != 8) return 8;
+  return kv_dtype == DType::kFloat8E4M3 ? 12 : 16;
+}
 // Rows padded to vectors, over all heads: at worst one row more than a vector, or than half a vector.
 constexpr int64_t kMaxStateLanes = 2 * kMaxStateRows;
 static_assert(kMaxStateRows % kMaxLanes == 0);
@@ -45,6 +49,9 @@ struct TileKeys {
   int64_t k[kTileKeys];
   int64_t v[kTileKeys];
 };
+
+// Lanes of so many rows that read the cache directly.
+constexpr int direct_lanes(int rows) { return rows > 4 ? kWidth : (rows == 3 ? 4 : rows); }
 
 // Rows whose scores lie side by side, the same for each KV head.  Behind the last row, lanes repeat it.
 struct Panel {
@@ -144,7 +151,7 @@ static void make_panels(State &state) {
     panel.first = row;
     panel.first_lane = state.lanes;
     panel.rows = static_cast<int>(state.rows - row < even ? state.rows - row : even);
-    panel.lanes = static_cast<int>(state.direct ? (panel.rows == 3 ? 4 : panel.rows) : round_up(panel.rows, kWidth));
+    panel.lanes = static_cast<int>(state.direct ? direct_lanes(panel.rows) : round_up(panel.rows, kWidth));
     state.lanes += panel.lanes;
   }
 }
@@ -155,7 +162,7 @@ static State make_state(const AttentionParams &params, const AttentionWork &work
   state.rows = work.row_end - work.row_begin;
   state.num_heads = work.head_end - work.head_begin;
   state.group = params.num_q_heads / params.num_kv_heads;
-  state.direct = state.rows <= kMaxDirectRows;
+  state.direct = state.rows <= max_direct_rows(params.kv_dtype);
   state.pair_order = state.direct && params.kv_dtype == DType::kBFloat16;
   // Rows of one token see the same keys.
   int64_t position = work.seq_len - work.query_len + work.row_begin / state.group;
