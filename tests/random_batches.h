@@ -58,6 +58,16 @@ struct RandomBatch {
     batch.max_head_shift =
         batch.deterministic ? 0 : smaller(2, std::countr_zero(static_cast<unsigned>(batch.num_kv_heads)));
   }
+
+  // For a kernel that serves sequences of so many rows, and whose items, if `heads` > 1, always have so many heads.
+  void serve(int seed, int min_rows, int max_rows, int heads) {
+    batch.min_rows = min_rows;
+    batch.max_rows = max_rows;
+    if (heads == 1) return;
+    batch.num_kv_heads = heads * (1 + seed % 3);
+    batch.max_head_shift = std::countr_zero(static_cast<unsigned>(heads));
+    batch.deterministic = false;
+  }
 };
 
 template <int kTokens, int kHeadShift, int kTiles>

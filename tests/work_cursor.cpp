@@ -76,14 +76,8 @@ void check_block(const Batch &batch, const std::vector<WorkItem> &items, const W
 template <class Shape, int kThreads>
 void check(int seed, int min_rows, int max_rows, int most_seqs, int heads = 1) {
   RandomBatch random(seed, most_seqs);
-  Batch &batch = random.batch;
-  if (heads > 1) {
-    batch.num_kv_heads = heads * (1 + seed % 3);
-    batch.max_head_shift = std::countr_zero(static_cast<unsigned>(heads));
-    batch.deterministic = false;
-  }
-  batch.min_rows = min_rows;
-  batch.max_rows = max_rows;
+  random.serve(seed, min_rows, max_rows, heads);
+  const Batch &batch = random.batch;
   const int total = line_length<Shape>(batch);
   const auto cut = WorkCut<Shape>::of(batch, total, random.num_blocks);
   const std::vector<WorkItem> items = items_of(batch, cut);

@@ -23,14 +23,8 @@ void check_rows(const Batch &batch, const WorkItem &item, int seed) {
 template <class Shape>
 void check(int seed, int min_rows, int max_rows, int heads = 1) {
   RandomBatch random(seed);
-  Batch &batch = random.batch;
-  if (heads > 1) {  // always so many an item, as such kernels are chosen
-    batch.num_kv_heads = heads * (1 + seed % 3);
-    batch.max_head_shift = std::countr_zero(static_cast<unsigned>(heads));
-    batch.deterministic = false;
-  }
-  batch.min_rows = min_rows;
-  batch.max_rows = max_rows;
+  random.serve(seed, min_rows, max_rows, heads);
+  const Batch &batch = random.batch;
   const int total = line_length<Shape>(batch);
   const auto cut = WorkCut<Shape>::of(batch, total, random.num_blocks);
   const std::vector<WorkItem> items = items_of(batch, cut);
