@@ -144,6 +144,21 @@ def test_lengths_from_0_to_a_million_share_a_batch(
     assert_lse_close(backend.host(lse), expected_lse)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_sums_over_a_million_keys_keep_the_precision_of_float32(
+    rng: np.random.Generator, query_len: int, deterministic: bool
+) -> None:
+    # On the CPU: with ranges of keys as long as few threads' shares, a lane's sum lost 3e-4 of small weights.
+    batch = shared_batch(rng, [1_048_573], query_len, "float32", "float32")
+    args, options = batch.on(NumpyBackend())
+    out, lse = poison(batch.q.shape, np.float32), poison(batch.q.shape[:2], np.float32)
+    pagedattn.paged_attention(*args, out=out, lse=lse, deterministic=deterministic, **options)
+    expected, expected_lse = by_counting_slots(batch, query_len)
+    assert_close(out, expected, np.float32)
+    assert_lse_close(lse, expected_lse, tolerance=5e-6)
+
+
 @pytest.mark.parametrize("query_len", [1, 3])
 def test_a_window_at_the_end_of_a_million_tokens_is_all_that_is_read(
     backend: NumpyBackend, rng: np.random.Generator, query_len: int

@@ -29,13 +29,16 @@ namespace {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Ranges of keys that one sequence is cut into, over all of its row tiles: enough for large machines to share one long
-// sequence, few enough that partial results stay small beside the keys.
+// sequence, few enough that partial results stay small beside the keys; more where the longest range asks for them.
 constexpr int64_t kMaxRanges = 64;
 // Shortest range of keys, a multiple of the kernels' tile.  Each range costs a partial result the size of 2 * rows keys
 // or so (fp32, K and V of 16 bits), hence a length in proportion to the rows, within bounds.
 constexpr int64_t kMinRange = 256;
 constexpr int64_t kMaxMinRange = 1024;
 constexpr int64_t kRangeStep = 64;
+// Longest range: sums of float32 lose what is small beside them, the more the longer they are.  So many keys keep them
+// within 1e-5, and what their partial result costs is nothing beside them.
+constexpr int64_t kMaxRange = 8192;
 // Items for each thread, so that uneven ones even out; but none smaller than this many bytes of work, since setting one
 // up takes as long as reading some KiB.
 constexpr int64_t kItemsPerThread = 8;
@@ -126,7 +129,7 @@ void add_tiles(const AttentionParams &p, int32_t seq, std::vector<RowTile> &tile
 void cut_keys(std::vector<RowTile> &tiles, int64_t range) {
   for (RowTile &t : tiles) {
     const int64_t num_keys = t.work.kv_end - t.work.kv_begin;
-    t.range = ceil_div(std::max(t.range, range), kRangeStep) * kRangeStep;
+    t.range = std::min(kMaxRange, ceil_div(std::max(t.range, range), kRangeStep) * kRangeStep);
     t.num_ranges = std::max<int64_t>(1, ceil_div(num_keys, t.range));
     // Of about equal length.
     t.range = std::max(kRangeStep, ceil_div(ceil_div(num_keys, t.num_ranges), kRangeStep) * kRangeStep);

@@ -85,7 +85,7 @@ static bool weigh_scores(int lanes, int from, int to, float scale, float *s, Onl
   }
   if (lanes < kWidth) largest[0] = max_over_keys(largest[0], lanes);
   bool rose = false;
-  Vec origin[kVecs], sum[kVecs];
+  Vec origin[kVecs], earlier[kVecs], sum[kVecs];
   for (int v = 0; v < kVecs; ++v) {
     const Vec before = load(online.max + v * kWidth);
     const Vec after = max(before, largest[v] * scales);
@@ -93,7 +93,8 @@ static bool weigh_scores(int lanes, int from, int to, float scale, float *s, Onl
     origin[v] = after == broadcast(-kInfinity) ? zero() : after;
     const Vec factor = exp2_nonpositive(before - origin[v]);
     rose |= any(after > before);
-    sum[v] = load(online.sum + v * kWidth) * factor;
+    earlier[v] = load(online.sum + v * kWidth) * factor;
+    sum[v] = zero();  // of this tile alone, as small as what is added to it
     store(online.max + v * kWidth, after);
     store(online.factor + v * kWidth, factor);
   }
@@ -105,7 +106,7 @@ static bool weigh_scores(int lanes, int from, int to, float scale, float *s, Onl
       sum[v] += weight;
     }
   }
-  for (int v = 0; v < kVecs; ++v) store(online.sum + v * kWidth, sum[v]);
+  for (int v = 0; v < kVecs; ++v) store(online.sum + v * kWidth, earlier[v] + sum[v]);
   return rose;
 }
 
