@@ -70,6 +70,13 @@ void check_block(const Batch &batch, const std::vector<WorkItem> &items, const W
     Found found;
     for (const Segment &segment : segments) found.emplace(segment.item.start, segment.tiles.begin);
     REQUIRE(found.size() == segments.size() && found == segments_of(items, cut, range));
+    // Blocks take first what others join: whoever has an item's last keys may wait for all blocks before that share it.
+    for (size_t i = 0; i < segments.size(); ++i) {
+      const SegmentPlan plan = plan_of(segments[i].item, cut, range, segments[i].granule);
+      if (cut.deterministic || !plan.is_shared) continue;
+      REQUIRE(i == 0 || plan.segment == plan.num_segments - 1);
+      REQUIRE(plan.first_owner + plan.segment == range.block);
+    }
   }
 }
 
@@ -110,5 +117,6 @@ int main() {
         check<TileShape<64, 64, false>, 128>(seed, 17, 1 << 30, most_seqs);
     }
   }
+  for (int seed = 0; seed < 20; ++seed) check<HopperShape<32, 2, 8>, 384>(seed, 1, 64, 1);  // one sequence, or none
   std::puts("all hold");
 }
