@@ -6,7 +6,8 @@
 #   PYTHON=.venv/bin/python tools/sanitize.sh [manager|cpu [PYTEST'S ARGUMENTS] | threads]
 #
 # manager  the block manager's C++ and Cython under AddressSanitizer and UndefinedBehaviorSanitizer, by its tests
-# cpu      the library with the CPU backend under the same, by the tests of its operations
+# cpu      the library with the CPU backend under the same, by the tests of its operations; instruction sets that this
+#          processor lacks are emulated, and attention is tested on the widest of them too
 # threads  the library under ThreadSanitizer, by a program whose threads call it at once (tests/concurrent_calls.cpp)
 #
 # Without an argument all three. PYTHON has this checkout installed, Cython, CMake, Ninja and what the tests need; g++
@@ -25,14 +26,15 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/pagedattn-sanitize.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 readonly memory=address,undefined
 
-# build_library SANITIZERS: without CUDA and instruction sets that cannot run here, into $work/build
+emulated=OFF
+grep -qw amx_bf16 /proc/cpuinfo || ! grep -qw avx2 /proc/cpuinfo || emulated=ON
+
+# build_library SANITIZERS: without CUDA, into $work/build
 build_library() {
-  local flags="-O1 -g -fno-omit-frame-pointer -fsanitize=$1 -fno-sanitize-recover=all" isas=()
-  grep -qw avx512dq /proc/cpuinfo || isas+=(-DPAGEDATTN_COMPILER_HAS_avx512=OFF)
-  grep -qw amx_bf16 /proc/cpuinfo || isas+=(-DPAGEDATTN_COMPILER_HAS_amx=OFF)
+  local flags="-O1 -g -fno-omit-frame-pointer -fsanitize=$1 -fno-sanitize-recover=all"
   PATH=$(dirname "$(command -v "$python")"):$PATH
   cmake -S . -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DPAGEDATTN_CUDA=OFF "-DCMAKE_CXX_FLAGS=$flags" \
-    "${isas[@]}" >/dev/null
+    -DPAGEDATTN_EMULATE_ISAS=$emulated >/dev/null
   cmake --build "$work/build" --parallel "${CMAKE_BUILD_PARALLEL_LEVEL:-2}" >/dev/null
 }
 
@@ -90,5 +92,11 @@ export LD_PRELOAD ASAN_OPTIONS PYTHONPATH
 [[ $part != cpu ]] || nm -D "$("$python" -c 'import pagedattn; print(pagedattn.get_library_dir())')/libpagedattn.so" |
   grep -c __asan_report >/dev/null # all of it: a pipe that closes early would be an error of nm's
 # What a sanitizer says goes past pytest, which would die with it. How much memory the process has means nothing here.
-[[ $# -gt 0 ]] || set -- "${tests[@]}"
-"$python" -m pytest -q --capture=sys -p no:cacheprovider -m "not gpu" -k "not takes_48_bytes" "$@"
+run_tests() { "$python" -m pytest -q --capture=sys -p no:cacheprovider -m "not gpu" -k "not takes_48_bytes" "$@"; }
+if [[ $part == cpu && $emulated == ON ]]; then
+  PAGEDATTN_CPU_ISA=avx2 run_tests "${@:-${tests[@]}}"
+  [[ $# -gt 0 ]] || tests=(tests/test_{paged_attention,determinism,gather_kv,merge_states,reshape_and_cache}.py)
+  PAGEDATTN_CPU_ISA=amx run_tests "${@:-${tests[@]}}"
+else
+  run_tests "${@:-${tests[@]}}"
+fi

@@ -27,7 +27,9 @@ struct Isa {
   bool available;
 };
 
-#if defined(PAGEDATTN_CPU_HAS_amx)
+#if defined(PAGEDATTN_EMULATED_ISAS)
+bool has_amx() { return true; }
+#elif defined(PAGEDATTN_CPU_HAS_amx)
 // Whether the processor has tile registers with bfloat16, and the system lets this process use them: it must be asked
 // first, since they enlarge what it saves of a thread.  Without its leave the first tile instruction would be a fault.
 bool has_amx() {
@@ -56,9 +58,13 @@ std::vector<Isa> isas() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   all.push_back({&avx2::kKernels, has_avx2});
 #endif
-#if defined(PAGEDATTN_CPU_HAS_avx512)
+#if defined(PAGEDATTN_EMULATED_ISAS)
+  const bool has_avx512 = has_avx2;
+#elif defined(PAGEDATTN_CPU_HAS_avx512)
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+#if defined(PAGEDATTN_CPU_HAS_avx512)
   all.push_back({&avx512::kKernels, has_avx512});
 #endif
 #if defined(PAGEDATTN_CPU_HAS_amx)

@@ -59,7 +59,8 @@ static void start_tiles(const AttentionParams &params, const AttentionWork &work
   }
   const int64_t size = state.num_heads * state.lanes * head_dim;
   __builtin_memset(state.acc, 0, static_cast<size_t>(size) * sizeof(float));
-  configure_tiles();
+  constexpr TileShape kFull{16, 64};
+  configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
 }
 
 static void finish_tiles() { release_tiles(); }

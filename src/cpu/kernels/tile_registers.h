@@ -1,4 +1,4 @@
-// The eight tile registers of AMX: 16 rows of 64 bytes each, and the product of two in bfloat16.
+// The eight tile registers of AMX: up to 16 rows of 64 bytes each, and the product of two in bfloat16.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
@@ -11,15 +11,24 @@
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
-// Takes the tile registers into use, all of full size.
-static void configure_tiles() {
+struct TileShape {
+  uint8_t rows;
+  uint16_t row_bytes;
+};
+
+// Takes the tile registers into use, with nothing in them.
+static void configure_tiles(const TileShape (&shapes)[8]) {
   struct alignas(64) Configuration {
     uint8_t palette = 1;
     uint8_t start_row = 0;
     uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
   } configuration;
+  for (int i = 0; i < 8; ++i) {
+    configuration.row_bytes[i] = shapes[i].row_bytes;
+    configuration.rows[i] = shapes[i].rows;
+  }
   asm volatile("ldtilecfg %0" : : "m"(configuration));
 }
 
@@ -30,7 +39,7 @@ template <int kTile>
 PA_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
 }
-// Rows of 64 bytes, `stride` bytes apart.
+// Rows `stride` bytes apart.
 template <int kTile>
 PA_INLINE void tile_load(const void *p, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(kTile) : "memory");
