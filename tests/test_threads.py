@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -39,6 +40,48 @@ def test_calls_from_many_threads_give_the_bits_of_calls_in_turn(rng: np.random.G
         for i, results in enumerate(pool.map(work, range(NUM_THREADS))):
             for result in results:
                 assert_same_bytes(result, expected[i])
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
+def test_workers_that_are_woken_elsewhere_may_run_where_they_might_before() -> None:
+    # In a process of its own, whose threads are the pool's.
+    script = """
+import os, time
+import numpy as np, pagedattn
+
+pagedattn.set_num_threads(2)
+cache = np.ones((64, 16, 2, 64), np.float32)
+tables, lens = np.arange(64, dtype=np.int32)[None], np.full(1, 1024, np.int32)
+q = np.ones((1, 4, 64), np.float32)
+call = lambda: pagedattn.paged_attention(q, cache, cache, tables, lens)
+
+def masks(expected):  # of all threads, once they are as expected, or after two seconds
+    for _ in range(200):
+        found = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+        if sorted(map(sorted, found)) == expected:
+            break
+        time.sleep(0.01)
+    return sorted(map(sorted, found))
+
+def sleeping_calls():
+    for _ in range(5):
+        time.sleep(0.01)  # long enough for a worker to sleep
+        call()
+
+before = sorted(os.sched_getaffinity(0))
+before_pool = masks(None)
+sleeping_calls()
+num_threads = len(before_pool) + 1
+everywhere = [before] * num_threads
+assert masks(everywhere) == everywhere, masks(everywhere)
+worker = max(map(int, os.listdir("/proc/self/task")))
+os.sched_setaffinity(worker, before[:1])
+sleeping_calls()
+time.sleep(0.1)
+assert os.sched_getaffinity(worker) == set(before[:1]), os.sched_getaffinity(worker)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=60)
 
 
 def test_errors_in_one_thread_do_not_reach_another(rng: np.random.Generator) -> None:

@@ -7,12 +7,18 @@
 // misses it, and the caller, which works too, waits only for workers that joined.  Idle workers watch the word for a
 // short while, because decode steps follow each other closely, and then sleep on a condition variable.
 //
+// A virtual machine's system takes its idle processors for busy ones.  It wakes a thread on its waker's CPU, and leaves
+// both there for many milliseconds.  So a sleeping worker is kept from the CPU of a caller that wakes it, and a caller
+// sleeps, to be woken by a worker, only where that is much longer at work.
+//
 // fork: a child has none of the threads, so it forgets the pool (without touching its locks, which a thread that the
 // child lacks may hold) and builds its own at the first use.
 #include "cpu/thread_pool.h"
 
 #include <pthread.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -21,6 +27,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <system_error>
@@ -36,6 +43,8 @@ namespace {
 
 // How long an idle thread watches for work before it sleeps.
 constexpr auto kSpinTime = std::chrono::microseconds(50);
+// How long a caller without work gives way to others, but stays awake, while workers end theirs.
+constexpr auto kYieldTime = std::chrono::milliseconds(2);
 
 constexpr uint64_t kCount = 0x7fffffffu;
 constexpr uint64_t kOpen = 0x80000000u;
@@ -63,17 +72,56 @@ bool spin_until(Done done) {
   } while (std::chrono::steady_clock::now() < limit);
   return done();
 }
+template <class Done>
+bool yield_until(Done done) {
+  const auto limit = std::chrono::steady_clock::now() + kYieldTime;
+  do {
+    if (done()) return true;
+    sched_yield();
+  } while (std::chrono::steady_clock::now() < limit);
+  return done();
+}
+
+// Which CPUs a worker may use.
+class Whereabouts {
+ public:
+  // Of the worker, before it first sleeps.
+  void begin() { thread_ = static_cast<pid_t>(syscall(SYS_gettid)); }
+
+  // Of who wakes it, while it sleeps.
+  void keep_from(int cpu) {
+    // Fails on a machine of more CPUs than fit, which is left to its system.
+    if (!kept_ && sched_getaffinity(thread_, sizeof allowed_, &allowed_) != 0) return;
+    if (cpu < 0 || cpu >= CPU_SETSIZE || !CPU_ISSET(cpu, &allowed_) || CPU_COUNT(&allowed_) == 1) return;
+    cpu_set_t others = allowed_;
+    CPU_CLR(cpu, &others);
+    kept_ = sched_setaffinity(thread_, sizeof others, &others) == 0 || kept_;
+  }
+
+  // Of the worker, when it is awake: it stays where it is, until it has a reason to go.
+  void release() {
+    if (kept_) sched_setaffinity(0, sizeof allowed_, &allowed_);
+    kept_ = false;
+  }
+
+ private:
+  pid_t thread_ = 0;
+  cpu_set_t allowed_;
+  bool kept_ = false;
+};
 
 class ThreadPool {
  public:
   explicit ThreadPool(int num_threads) : num_threads_(num_threads) {
-    threads_.reserve(static_cast<size_t>(num_threads - 1));
+    workers_.reserve(static_cast<size_t>(num_threads - 1));
     try {
-      for (int worker = 1; worker < num_threads; ++worker) {
-        threads_.emplace_back([this, worker] { work(worker); });
+      for (int number = 1; number < num_threads; ++number) {
+        workers_.push_back(std::make_unique<Worker>());
+        Worker &worker = *workers_.back();
+        worker.thread = std::thread([this, number, &worker] { work(number, worker); });
       }
     } catch (const std::system_error &) {
-      // The system gives no more threads: the work gets done with those there are.
+      workers_.pop_back();  // The system gives no more threads: the work gets done with those there are.
     }
   }
   ~ThreadPool() {
@@ -82,7 +130,7 @@ class ThreadPool {
       const std::lock_guard lock(mutex_);
     }
     wake_workers_.notify_all();
-    for (std::thread &thread : threads_) thread.join();
+    for (const auto &worker : workers_) worker->thread.join();
   }
   ThreadPool(const ThreadPool &) = delete;
   ThreadPool &operator=(const ThreadPool &) = delete;
@@ -101,6 +149,10 @@ class ThreadPool {
       // Taking the lock orders this after the check of a worker that is about to sleep.
       {
         const std::lock_guard lock(mutex_);
+        const int cpu = sched_getcpu();
+        for (const auto &worker : workers_) {
+          if (worker->asleep) worker->whereabouts.keep_from(cpu);
+        }
       }
       if (num_tasks > asleep) {
         wake_workers_.notify_all();
@@ -111,7 +163,7 @@ class ThreadPool {
     run_tasks(0);
     state_.fetch_and(~kOpen);
     const auto all_left = [this] { return (state_.load() & kCount) == 0; };
-    if (!spin_until(all_left)) {
+    if (!spin_until(all_left) && !yield_until(all_left)) {
       std::unique_lock lock(mutex_);
       wake_caller_.wait(lock, all_left);
     }
@@ -119,6 +171,12 @@ class ThreadPool {
   }
 
  private:
+  struct Worker {
+    std::thread thread;
+    bool asleep = false;  // under the lock
+    Whereabouts whereabouts;
+  };
+
   void run_tasks(int worker) {
     inside_task = true;
     for (;;) {
@@ -135,17 +193,21 @@ class ThreadPool {
     inside_task = false;
   }
 
-  void work(int worker) {
+  void work(int number, Worker &worker) {
+    worker.whereabouts.begin();
     uint64_t last_number = 0;
     const auto something_new = [&] {
       const uint64_t state = state_.load();
       return stopping_.load() || ((state & kOpen) != 0 && (state >> kNumberShift) != last_number);
     };
     for (;;) {
+      worker.whereabouts.release();
       if (!spin_until(something_new)) {
         std::unique_lock lock(mutex_);
         num_asleep_.fetch_add(1);
+        worker.asleep = true;
         wake_workers_.wait(lock, something_new);
+        worker.asleep = false;
         num_asleep_.fetch_sub(1);
       }
       if (stopping_.load()) return;
@@ -154,7 +216,7 @@ class ThreadPool {
       }
       if ((state & kOpen) == 0) continue;
       last_number = state >> kNumberShift;
-      run_tasks(worker);
+      run_tasks(number);
       const uint64_t before = state_.fetch_sub(1);
       if ((before & kOpen) == 0 && (before & kCount) == 1) {
         // The last one out; the caller may sleep.
@@ -177,7 +239,7 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable wake_workers_;
   std::condition_variable wake_caller_;
-  std::vector<std::thread> threads_;
+  std::vector<std::unique_ptr<Worker>> workers_;
 };
 
 // The pool and the lock of whoever runs a job on it or replaces it.  On the heap, so that a forked child can leave them
