@@ -5,6 +5,10 @@
 
 namespace pagedattn {
 
+std::string Name::text() const {
+  return index < 0 ? argument : std::string(argument) + "[" + std::to_string(index) + "]";
+}
+
 const char *dtype_name(int32_t dtype) {
   switch (dtype) {
     case PA_FLOAT32:

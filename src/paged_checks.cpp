@@ -59,19 +59,6 @@ Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *t
   return scale;
 }
 
-std::string indexed(const char *name, int64_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
-
-void same_layout(const Checker &check, const std::string &name, const pa_tensor &tensor, const std::string &first_name,
-                 const pa_tensor &first) {
-  bool same = tensor.ndim == first.ndim && tensor.dtype == first.dtype;
-  for (int32_t i = 0; same && i < tensor.ndim; ++i) {
-    same = tensor.shape[i] == first.shape[i] && (tensor.strides[i] == first.strides[i] || tensor.shape[i] == 1);
-  }
-  if (same) return;
-  check.fail(name.c_str(), "of the type, shape and strides of `" + first_name + "`, " + tensor_text(first),
-             tensor_text(tensor));
-}
-
 CacheView cache_view(const pa_tensor &tensor) {
   return {tensor.data, tensor.strides[0], tensor.strides[1], tensor.strides[2]};
 }

@@ -22,12 +22,6 @@ DType wide_dtype(const Checker &check, const char *argument, const pa_tensor &te
 Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value, DType kv_dtype,
                   int32_t num_kv_heads);
 
-// An entry of a list, as messages name it: "caches[3]".
-std::string indexed(const char *name, int64_t index);
-// Arrays of one list share type, shape and element strides.
-void same_layout(const Checker &check, const std::string &name, const pa_tensor &tensor, const std::string &first_name,
-                 const pa_tensor &first);
-
 CacheView cache_view(const pa_tensor &tensor);
 TokensView tokens_view(const pa_tensor &tensor);
 

@@ -66,12 +66,12 @@ int64_t extent_bytes(const pa_tensor &tensor) {
 
 void Checker::fail(const std::string &sentence) const { throw_invalid(std::string(operation_) + ": " + sentence); }
 
-void Checker::fail(const char *argument, const std::string &expected, const std::string &got) const {
-  fail("`" + std::string(argument) + "` must be " + expected + "; got " + got);
+void Checker::fail(Name argument, const std::string &expected, const std::string &got) const {
+  fail("`" + argument.text() + "` must be " + expected + "; got " + got);
 }
 
-void Checker::set_device(const char *argument, const pa_tensor *tensor) {
-  if (tensor == nullptr) fail("`" + std::string(argument) + "` is required");
+void Checker::set_device(Name argument, const pa_tensor *tensor) {
+  if (tensor == nullptr) fail("`" + argument.text() + "` is required");
   device_type_ = tensor->device_type == PA_CUDA ? PA_CUDA : PA_CPU;
   device_id_ = tensor->device_type == PA_CUDA ? tensor->device_id : 0;
   if (device_type_ != PA_CUDA) return;
@@ -80,17 +80,17 @@ void Checker::set_device(const char *argument, const pa_tensor *tensor) {
   cuda::require_usable_device(device_id_);
 #else
   throw Error(PA_ERROR_UNSUPPORTED,
-              std::string(operation_) + ": `" + argument + "` is on " + device_text(PA_CUDA, device_id_) +
+              std::string(operation_) + ": `" + argument.text() + "` is on " + device_text(PA_CUDA, device_id_) +
                   ", but this build of pagedattn has no CUDA kernels. Install it again where nvcc "
                   "is found (PAGEDATTN_CUDA=ON makes a missing compiler an error)");
 #endif
 }
 
-void Checker::tensor(const char *argument, const pa_tensor *tensor) const {
-  if (tensor == nullptr) fail("`" + std::string(argument) + "` is required");
+void Checker::tensor(Name argument, const pa_tensor *tensor) const {
+  if (tensor == nullptr) fail("`" + argument.text() + "` is required");
   const int32_t device_type = tensor->device_type == PA_CUDA ? PA_CUDA : PA_CPU;
   if (tensor->device_type != PA_CPU && tensor->device_type != PA_CUDA && tensor->device_type != PA_CUDA_HOST) {
-    fail("`" + std::string(argument) + "` lies on a device of DLPack type " + std::to_string(tensor->device_type) +
+    fail("`" + argument.text() + "` lies on a device of DLPack type " + std::to_string(tensor->device_type) +
          "; pagedattn serves host memory (1, 3) and CUDA memory (2)");
   }
   if (device_type != device_type_ || (device_type == PA_CUDA && tensor->device_id != device_id_)) {
@@ -112,7 +112,7 @@ void Checker::tensor(const char *argument, const pa_tensor *tensor) const {
     fail(argument, "addressable with 64 bits",
          "shape " + shape_text(tensor->ndim, tensor->shape) + ", strides " + shape_text(tensor->ndim, tensor->strides));
   }
-  if (tensor->data == nullptr && bytes > 0) fail("`" + std::string(argument) + "` has no data");
+  if (tensor->data == nullptr && bytes > 0) fail("`" + argument.text() + "` has no data");
   // Sizes are powers of two, which the compiler cannot know.
   if ((reinterpret_cast<uintptr_t>(tensor->data) & static_cast<uintptr_t>(size - 1)) != 0) {
     fail(argument, "aligned to its element size", "an address that is not");
@@ -137,12 +137,12 @@ std::string Checker::shape_expected(const pa_tensor &tensor, std::initializer_li
   return "shape " + symbols + close + (any_size ? "" : " = " + sizes + close);
 }
 
-void Checker::shaped(const char *argument, const pa_tensor *tensor, std::initializer_list<Dim> dims) const {
+void Checker::shaped(Name argument, const pa_tensor *tensor, std::initializer_list<Dim> dims) const {
   this->tensor(argument, tensor);
   shape(argument, *tensor, dims);
 }
 
-void Checker::shape(const char *argument, const pa_tensor &tensor, std::initializer_list<Dim> dims) const {
+void Checker::shape(Name argument, const pa_tensor &tensor, std::initializer_list<Dim> dims) const {
   bool good = static_cast<size_t>(tensor.ndim) == dims.size();
   int32_t i = 0;
   for (const Dim &dim : dims) {
@@ -150,17 +150,16 @@ void Checker::shape(const char *argument, const pa_tensor &tensor, std::initiali
     ++i;
   }
   if (!good) {
-    fail("`" + std::string(argument) + "` must have " + shape_expected(tensor, dims) + "; got " + tensor_text(tensor));
+    fail("`" + argument.text() + "` must have " + shape_expected(tensor, dims) + "; got " + tensor_text(tensor));
   }
 }
 
-void Checker::dtype(const char *argument, const pa_tensor &tensor, int32_t expected,
-                    std::initializer_list<Dim> dims) const {
+void Checker::dtype(Name argument, const pa_tensor &tensor, int32_t expected, std::initializer_list<Dim> dims) const {
   if (tensor.dtype == expected) return;
   fail(argument, std::string(dtype_name(expected)) + " with " + shape_expected(tensor, dims), tensor_text(tensor));
 }
 
-void Checker::vector(const char *argument, const pa_tensor *tensor, int32_t expected, Dim dim) const {
+void Checker::vector(Name argument, const pa_tensor *tensor, int32_t expected, Dim dim) const {
   this->tensor(argument, tensor);
   dtype(argument, *tensor, expected, {dim});
   shape(argument, *tensor, {dim});
@@ -169,7 +168,7 @@ void Checker::vector(const char *argument, const pa_tensor *tensor, int32_t expe
   }
 }
 
-void Checker::unit_last_stride(const char *argument, const pa_tensor &tensor) const {
+void Checker::unit_last_stride(Name argument, const pa_tensor &tensor) const {
   if (is_empty(tensor)) return;  // whose strides NumPy sets to 0
   const int32_t last = tensor.ndim - 1;
   if (last >= 0 && tensor.shape[last] > 1 && tensor.strides[last] != 1) {
@@ -178,7 +177,7 @@ void Checker::unit_last_stride(const char *argument, const pa_tensor &tensor) co
   }
 }
 
-void Checker::output(const char *argument, const pa_tensor &tensor) const {
+void Checker::output(Name argument, const pa_tensor &tensor) const {
   if (tensor.flags & PA_TENSOR_READONLY) fail(argument, "writable", "a read-only array");
   if (is_empty(tensor)) return;
   // Dimensions from the smallest stride up: each must step over all that lies inside it.
@@ -200,50 +199,105 @@ void Checker::output(const char *argument, const pa_tensor &tensor) const {
   }
 }
 
-void Checker::disjoint(const char *argument, const pa_tensor &written, const char *other_argument,
-                       const pa_tensor *other) const {
+void Checker::disjoint(Name argument, const pa_tensor &written, Name other_argument, const pa_tensor *other) const {
   if (other == nullptr || !may_overlap(written, *other)) return;
-  fail(argument, "memory apart from `" + std::string(other_argument) + "`", "overlapping arrays");
+  fail(argument, "memory apart from `" + other_argument.text() + "`", "overlapping arrays");
+}
+
+namespace {
+
+// Whether what `tensor` and `output` find out of `first` holds for `other` too.
+bool same_but_for_address(const pa_tensor &first, const pa_tensor &other) {
+  constexpr uintptr_t kMostAligned = 8;  // bytes of the largest element
+  const auto address = reinterpret_cast<uintptr_t>(other.data);
+  bool same = address != 0 && address % kMostAligned == 0 && other.dtype == first.dtype &&
+              other.device_type == first.device_type && other.device_id == first.device_id &&
+              other.ndim == first.ndim && other.flags == first.flags;
+  for (int32_t i = 0; same && i < first.ndim; ++i) {
+    same = other.shape[i] == first.shape[i] && other.strides[i] == first.strides[i];
+  }
+  return same;
+}
+
+// Strides of extents of one do not matter.
+bool same_layout(const pa_tensor &first, const pa_tensor &other) {
+  bool same = other.ndim == first.ndim && other.dtype == first.dtype;
+  for (int32_t i = 0; same && i < first.ndim; ++i) {
+    same = other.shape[i] == first.shape[i] && (other.strides[i] == first.strides[i] || other.shape[i] == 1);
+  }
+  return same;
+}
+
+}  // namespace
+
+void Checker::alike(const List &list) const {
+  const pa_tensor &first = list.tensors[0];
+  for (int64_t i = 0; i < list.count; ++i) {
+    const pa_tensor &tensor = list.tensors[i];
+    if (i > 0 && same_but_for_address(first, tensor)) continue;
+    const Name name(list.argument, i);
+    this->tensor(name, &tensor);
+    if (!same_layout(first, tensor)) {
+      fail(name, "of the type, shape and strides of `" + Name(list.argument, 0).text() + "`, " + tensor_text(first),
+           tensor_text(tensor));
+    }
+    if (list.written) output(name, tensor);
+  }
+}
+
+void Checker::disjoint(const List &list, const char *other_argument, const pa_tensor *other) const {
+  if (other == nullptr) return;
+  const Span apart(*other), first(list.tensors[0]);
+  for (int64_t i = 0; i < list.count; ++i) {
+    if (!apart.meets(Span(list.tensors[i], first))) continue;
+    disjoint(Name(list.argument, i), list.tensors[i], other_argument, other);
+  }
 }
 
 void Checker::disjoint_lists(std::initializer_list<List> lists) const {
   struct Listed {
+    Span span;
     const List *list;
     int64_t index;
-    uintptr_t start, end;
     const pa_tensor &tensor() const { return list->tensors[index]; }
-    std::string name() const { return std::string(list->argument) + "[" + std::to_string(index) + "]"; }
+    Name name() const { return {list->argument, index}; }
+    bool operator<(const Listed &other) const { return span.start < other.span.start; }
   };
+  int64_t count = 0;
+  for (const List &list : lists) count += list.count;
   std::vector<Listed> all;
+  all.reserve(static_cast<size_t>(count));
+  // In the order of addresses only the next few can reach into one another: a model has over a hundred caches.  Most
+  // lists come in that order.
   for (const List &list : lists) {
-    for (int64_t i = 0; i < list.count; ++i) {
-      const Span span(list.tensors[i]);
-      all.push_back({&list, i, span.start, span.end});
-    }
+    const auto before = static_cast<std::ptrdiff_t>(all.size());
+    const Span first(list.tensors[0]);
+    for (int64_t i = 0; i < list.count; ++i) all.push_back({Span(list.tensors[i], first), &list, i});
+    const auto middle = all.begin() + before;
+    if (!std::is_sorted(middle, all.end())) std::sort(middle, all.end());
+    std::inplace_merge(all.begin(), middle, all.end());
   }
-  // In the order of addresses only the next few can reach into one another: a model has over a hundred caches.
-  std::sort(all.begin(), all.end(), [](const Listed &a, const Listed &b) { return a.start < b.start; });
   for (size_t i = 0; i < all.size(); ++i) {
-    for (size_t j = i + 1; j < all.size() && all[j].start < all[i].end; ++j) {
+    for (size_t j = i + 1; j < all.size() && all[j].span.start < all[i].span.end; ++j) {
       // The message names the written one, of two written ones the later.
       const bool i_later = all[i].list == all[j].list ? all[i].index > all[j].index : all[i].list > all[j].list;
       const bool i_first = all[i].list->written && (!all[j].list->written || i_later);
       const Listed &culprit = i_first ? all[i] : all[j], &victim = i_first ? all[j] : all[i];
       if (culprit.list->written && may_overlap(culprit.tensor(), victim.tensor())) {
-        disjoint(culprit.name().c_str(), culprit.tensor(), victim.name().c_str(), &victim.tensor());
+        disjoint(culprit.name(), culprit.tensor(), victim.name(), &victim.tensor());
       }
     }
   }
 }
 
-int32_t Checker::fits_int32(const char *argument, const char *symbol, int64_t value) const {
+int32_t Checker::fits_int32(Name argument, const char *symbol, int64_t value) const {
   if (value > std::numeric_limits<int32_t>::max()) {
-    fail("`" + std::string(argument) + "` must have " + symbol + " below 2**31; got " + std::to_string(value));
+    fail("`" + argument.text() + "` must have " + symbol + " below 2**31; got " + std::to_string(value));
   }
   return static_cast<int32_t>(value);
 }
 
-void Checker::flag(const char *argument, int32_t value) const {
+void Checker::flag(Name argument, int32_t value) const {
   if (value != 0 && value != 1) fail(argument, "0 or 1", std::to_string(value));
 }
 
@@ -251,7 +305,7 @@ void Checker::check_mode(int32_t value) const {
   if (value < -1 || value > 1) fail("check", "-1, 0 or 1", std::to_string(value));
 }
 
-double Checker::positive_finite(const char *argument, double value) const {
+double Checker::positive_finite(Name argument, double value) const {
   const auto narrow = static_cast<float>(value);
   if (!(narrow > 0.0f) || !std::isfinite(narrow)) fail(argument, "a positive finite number", number_text(value));
   return value;

@@ -13,6 +13,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "describe.h"
 #include "pagedattn/pagedattn.h"
 
 namespace pagedattn {
@@ -29,42 +30,46 @@ class Checker {
   explicit Checker(const char *operation) : operation_(operation) {}
 
   [[noreturn]] void fail(const std::string &sentence) const;  // "operation: sentence"
-  [[noreturn]] void fail(const char *argument, const std::string &expected, const std::string &got) const;
+  [[noreturn]] void fail(Name argument, const std::string &expected, const std::string &got) const;
 
   // Takes the operation's device from its leading tensor.  Throws if this build or machine cannot serve it.
-  void set_device(const char *argument, const pa_tensor *tensor);
+  void set_device(Name argument, const pa_tensor *tensor);
   bool on_cuda() const { return device_type_ == PA_CUDA; }
   int32_t device_id() const { return device_id_; }
 
   // A well-formed tensor on the operation's device: pointer, sizes, strides that fit in 64 bits, none negative.
-  void tensor(const char *argument, const pa_tensor *tensor) const;
+  void tensor(Name argument, const pa_tensor *tensor) const;
   // An extent for each dimension.
-  void shape(const char *argument, const pa_tensor &tensor, std::initializer_list<Dim> dims) const;
+  void shape(Name argument, const pa_tensor &tensor, std::initializer_list<Dim> dims) const;
   // Both.
-  void shaped(const char *argument, const pa_tensor *tensor, std::initializer_list<Dim> dims) const;
+  void shaped(Name argument, const pa_tensor *tensor, std::initializer_list<Dim> dims) const;
   // A dense one-dimensional array of one type.
-  void vector(const char *argument, const pa_tensor *tensor, int32_t dtype, Dim dim) const;
-  void dtype(const char *argument, const pa_tensor &tensor, int32_t expected, std::initializer_list<Dim> dims) const;
-  void unit_last_stride(const char *argument, const pa_tensor &tensor) const;
+  void vector(Name argument, const pa_tensor *tensor, int32_t dtype, Dim dim) const;
+  void dtype(Name argument, const pa_tensor &tensor, int32_t expected, std::initializer_list<Dim> dims) const;
+  void unit_last_stride(Name argument, const pa_tensor &tensor) const;
   // Writable, each element at an address of its own.
-  void output(const char *argument, const pa_tensor &tensor) const;
+  void output(Name argument, const pa_tensor &tensor) const;
   // No element of `written` lies where one of `other` does.  `other` may be null.
-  void disjoint(const char *argument, const pa_tensor &written, const char *other_argument,
-                const pa_tensor *other) const;
+  void disjoint(Name argument, const pa_tensor &written, Name other_argument, const pa_tensor *other) const;
 
-  // The arrays of lists that are written share memory neither with each other nor with those of the other lists.
+  // The arrays of all layers, at least one.
   struct List {
     const char *argument;
     const pa_tensor *tensors;
     int64_t count;
     bool written;
   };
+  // Each is a well-formed tensor of the type, shape and strides of the first, and an output if it is written.
+  void alike(const List &list) const;
+  // `other`, which may be null, shares no memory with those of a list that are alike.
+  void disjoint(const List &list, const char *other_argument, const pa_tensor *other) const;
+  // Those that are written share memory neither with each other nor with those of the other lists.
   void disjoint_lists(std::initializer_list<List> lists) const;
 
-  int32_t fits_int32(const char *argument, const char *symbol, int64_t value) const;
-  void flag(const char *argument, int32_t value) const;  // 0 or 1
-  void check_mode(int32_t value) const;                  // -1, 0 or 1
-  double positive_finite(const char *argument, double value) const;
+  int32_t fits_int32(Name argument, const char *symbol, int64_t value) const;
+  void flag(Name argument, int32_t value) const;  // 0 or 1
+  void check_mode(int32_t value) const;           // -1, 0 or 1
+  double positive_finite(Name argument, double value) const;
 
  private:
   // An extent of [B, max_blocks]-like arrays in words: "int32 with shape (num_seqs, max_blocks) = (8, 64)".
@@ -82,6 +87,9 @@ int64_t element_size(int32_t dtype);
 struct Span {
   Span() = default;
   explicit Span(const pa_tensor &tensor);
+  // Of an array that is like another.
+  Span(const pa_tensor &tensor, const Span &like)
+      : start(reinterpret_cast<uintptr_t>(tensor.data)), end(start + (like.end - like.start)) {}
   bool meets(const Span &other) const { return std::max(start, other.start) < std::min(end, other.end); }
 
   uintptr_t start, end;

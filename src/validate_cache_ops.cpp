@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "describe.h"
 #include "paged_checks.h"
@@ -36,21 +37,20 @@ Placement validate_merge_states(const pa_merge_states_args &args, ValidatedMerge
     check.disjoint("lse", *args.lse, "out", args.out);
   }
   for (int64_t i = 0; i < args.num_parts; ++i) {
-    const std::string out_name = indexed("outs", i), lse_name = indexed("lses", i);
+    const Name out_name("outs", i), lse_name("lses", i);
     const pa_tensor &out = args.outs[i], &lse = args.lses[i];
-    check.shaped(out_name.c_str(), &out, {{"T", shape[0]}, {"num_heads", shape[1]}, {"head_dim", shape[2]}});
-    check.unit_last_stride(out_name.c_str(), out);
+    check.shaped(out_name, &out, {{"T", shape[0]}, {"num_heads", shape[1]}, {"head_dim", shape[2]}});
+    check.unit_last_stride(out_name, out);
     if (out.dtype != args.outs->dtype) {
-      check.fail(out_name.c_str(), std::string("of the type of `outs[0]`, ") + dtype_name(args.outs->dtype),
-                 tensor_text(out));
+      check.fail(out_name, std::string("of the type of `outs[0]`, ") + dtype_name(args.outs->dtype), tensor_text(out));
     }
-    check.shaped(lse_name.c_str(), &lse, lse_dims);
-    check.dtype(lse_name.c_str(), lse, PA_FLOAT32, lse_dims);
-    check.disjoint("out", *args.out, out_name.c_str(), &out);
-    check.disjoint("out", *args.out, lse_name.c_str(), &lse);
+    check.shaped(lse_name, &lse, lse_dims);
+    check.dtype(lse_name, lse, PA_FLOAT32, lse_dims);
+    check.disjoint("out", *args.out, out_name, &out);
+    check.disjoint("out", *args.out, lse_name, &lse);
     if (args.lse != nullptr) {
-      check.disjoint("lse", *args.lse, out_name.c_str(), &out);
-      check.disjoint("lse", *args.lse, lse_name.c_str(), &lse);
+      check.disjoint("lse", *args.lse, out_name, &out);
+      check.disjoint("lse", *args.lse, lse_name, &lse);
     }
     merge->outs.push_back(tokens_view(out));
     merge->lses.push_back({static_cast<const float *>(lse.data), lse.strides[0], lse.strides[1]});
@@ -113,9 +113,16 @@ void same_blocks(const Checker &check, const pa_tensor &src, const pa_tensor &ds
   if (!same) check.fail("dst[0]", "of the type and block shape of `src[0]`, " + tensor_text(src), tensor_text(dst));
 }
 
-void cache_of_blocks(const Checker &check, const char *name, const pa_tensor &cache) {
-  check.tensor(name, &cache);
-  if (cache.ndim < 1) check.fail(name, "of shape (num_blocks, ...)", tensor_text(cache));
+// The caches of one side.
+void validate_caches(const Checker &check, const Checker::List &caches, const pa_tensor *mapping,
+                     std::vector<void *> *addresses) {
+  check.alike(caches);
+  if (caches.tensors[0].ndim < 1) {
+    check.fail(Name(caches.argument, 0), "of shape (num_blocks, ...)", tensor_text(caches.tensors[0]));
+  }
+  if (caches.written) check.disjoint(caches, "block_mapping", mapping);
+  addresses->reserve(static_cast<size_t>(caches.count));
+  for (int64_t i = 0; i < caches.count; ++i) addresses->push_back(caches.tensors[i].data);
 }
 
 }  // namespace
@@ -126,24 +133,15 @@ Placement validate_copy_blocks(const pa_copy_blocks_args &args, ValidatedCopy *c
   if (args.caches == nullptr) check.fail("`caches` is required");
   check.set_device("caches", args.caches);
   check.check_mode(args.check);
-  for (int64_t i = 0; i < args.num_caches; ++i) {
-    const std::string name = indexed("caches", i);
-    cache_of_blocks(check, name.c_str(), args.caches[i]);
-    same_layout(check, name, args.caches[i], "caches[0]", args.caches[0]);
-    check.output(name.c_str(), args.caches[i]);
-    copy->src.push_back(args.caches[i].data);
-  }
-  copy->dst = copy->src;
   CopyBlocksParams &p = copy->params;
   set_mapping(check, args.block_mapping, &p);
-  for (int64_t i = 0; i < args.num_caches; ++i) {
-    check.disjoint(indexed("caches", i).c_str(), args.caches[i], "block_mapping", args.block_mapping);
-  }
-  check.disjoint_lists({{"caches", args.caches, args.num_caches, true}});
+  const Checker::List caches = {"caches", args.caches, args.num_caches, true};
+  validate_caches(check, caches, args.block_mapping, &copy->src);
+  check.disjoint_lists({caches});
   set_block_layout(args.caches[0], args.caches[0], element_size(args.caches[0].dtype), &p);
   p.num_caches = args.num_caches;
   p.src = copy->src.data();
-  p.dst = copy->dst.data();
+  p.dst = copy->src.data();
   return placement_of(check, args.check);
 }
 
@@ -158,18 +156,10 @@ Placement validate_swap_blocks(const pa_swap_blocks_args &args, ValidatedCopy *c
   dst_check.set_device("dst", args.dst);
   CopyBlocksParams &p = copy->params;
   set_mapping(host, args.block_mapping, &p);
-  for (int64_t i = 0; i < args.num_caches; ++i) {
-    const std::string src_name = indexed("src", i), dst_name = indexed("dst", i);
-    cache_of_blocks(src_check, src_name.c_str(), args.src[i]);
-    cache_of_blocks(dst_check, dst_name.c_str(), args.dst[i]);
-    same_layout(host, src_name, args.src[i], "src[0]", args.src[0]);
-    same_layout(host, dst_name, args.dst[i], "dst[0]", args.dst[0]);
-    dst_check.output(dst_name.c_str(), args.dst[i]);
-    dst_check.disjoint(dst_name.c_str(), args.dst[i], "block_mapping", args.block_mapping);
-    copy->src.push_back(args.src[i].data);
-    copy->dst.push_back(args.dst[i].data);
-  }
-  dst_check.disjoint_lists({{"src", args.src, args.num_caches, false}, {"dst", args.dst, args.num_caches, true}});
+  const Checker::List src = {"src", args.src, args.num_caches, false}, dst = {"dst", args.dst, args.num_caches, true};
+  validate_caches(src_check, src, args.block_mapping, &copy->src);
+  validate_caches(dst_check, dst, args.block_mapping, &copy->dst);
+  dst_check.disjoint_lists({src, dst});
   same_blocks(host, args.src[0], args.dst[0]);
   if (src_check.on_cuda() && dst_check.on_cuda() && src_check.device_id() != dst_check.device_id()) {
     host.fail("dst", "on the device of `src` or on the host", device_text(PA_CUDA, dst_check.device_id()));

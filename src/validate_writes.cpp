@@ -60,26 +60,18 @@ Scale layer_scale(const Checker &check, const char *argument, const pa_tensor *t
   return cache_scale(check, argument, &row, value, p.kv_dtype, p.num_kv_heads);
 }
 
-// The layers behind the first, and that none of all writes where another lies.
+// The arrays of all layers, none of which writes where another lies.
 void validate_layers(const Checker &check, const pa_reshape_and_cache_args &args) {
   const Checker::List key = {"key", args.key, args.num_layers, false},
                       value = {"value", args.value, args.num_layers, false},
                       k_cache = {"k_cache", args.k_cache, args.num_layers, true},
                       v_cache = {"v_cache", args.v_cache, args.num_layers, true};
   for (const Checker::List &list : {key, value, k_cache, v_cache}) {
-    for (int64_t i = 1; i < list.count; ++i) {
-      const std::string name = indexed(list.argument, i);
-      check.tensor(name.c_str(), &list.tensors[i]);
-      same_layout(check, name, list.tensors[i], indexed(list.argument, 0), list.tensors[0]);
-      if (list.written) check.output(name.c_str(), list.tensors[i]);
-    }
+    check.alike(list);
     if (!list.written) continue;
-    for (int64_t i = 0; i < list.count; ++i) {
-      const std::string name = indexed(list.argument, i);
-      check.disjoint(name.c_str(), list.tensors[i], "slot_mapping", args.slot_mapping);
-      check.disjoint(name.c_str(), list.tensors[i], "k_scale", args.k_scale);
-      check.disjoint(name.c_str(), list.tensors[i], "v_scale", args.v_scale);
-    }
+    check.disjoint(list, "slot_mapping", args.slot_mapping);
+    check.disjoint(list, "k_scale", args.k_scale);
+    check.disjoint(list, "v_scale", args.v_scale);
   }
   check.disjoint_lists({key, value, k_cache, v_cache});
 }
