@@ -32,18 +32,6 @@ class Event {
   int device_ = current_device();
 };
 
-// Lets the calling thread free and query while some stream is being captured, which neither has to do with.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  RelaxedCapture(const RelaxedCapture &) = delete;
-  RelaxedCapture &operator=(const RelaxedCapture &) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
 bool is_capturing(cudaStream_t stream);
 
 // One allocation of allocate_host_memory, and the swaps under way in it.

@@ -5,8 +5,11 @@
 // Nothing here runs when the library is loaded: the first call that is given CUDA memory looks for the driver.  A
 // search that fails is repeated by the next call, a search that succeeds is kept for the life of the process.
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -126,6 +129,30 @@ pa_status status_of(cudaError_t error) {
   }
 }
 
+// The device's default pool would give free memory back at every synchronisation, and the next call ask for it anew.
+cudaMemPool_t create_scratch_pool(int device) {
+  const RelaxedCapture relaxed;
+  cudaMemPoolProps properties = {};
+  properties.allocType = cudaMemAllocationTypePinned;
+  properties.location = {cudaMemLocationTypeDevice, device};
+  cudaMemPool_t pool = nullptr;
+  check_cuda(cudaMemPoolCreate(&pool, &properties), "cudaMemPoolCreate");
+  uint64_t kept_bytes = UINT64_MAX;
+  const cudaError_t error = cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept_bytes);
+  if (error == cudaSuccess) return pool;
+  cudaMemPoolDestroy(pool);
+  throw_cuda_error(error, "cudaMemPoolSetAttribute");
+}
+
+cudaMemPool_t scratch_pool() {
+  static std::mutex mutex;
+  static auto *const pools = new std::map<int, cudaMemPool_t>;  // never destroyed: CUDA may be gone by then
+  const std::lock_guard lock(mutex);
+  cudaMemPool_t &pool = (*pools)[guarded_device];
+  if (pool == nullptr) pool = create_scratch_pool(guarded_device);
+  return pool;
+}
+
 }  // namespace
 
 void require_usable_device(int device) {
@@ -152,13 +179,13 @@ const DeviceFacts &device_facts() { return all_devices()[static_cast<size_t>(gua
 
 StreamMemory::StreamMemory(size_t bytes, cudaStream_t stream) : stream_(stream) {
   if (bytes == 0) return;
-  const cudaError_t error = cudaMallocAsync(&data_, bytes, stream);
+  const cudaError_t error = cudaMallocFromPoolAsync(&data_, bytes, scratch_pool(), stream);
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     throw Error(PA_ERROR_OUT_OF_MEMORY,
                 "out of CUDA memory: " + std::to_string(bytes) + " bytes of scratch memory could not be allocated");
   }
-  check_cuda(error, "cudaMallocAsync");
+  check_cuda(error, "cudaMallocFromPoolAsync");
 }
 
 // A destructor cannot report; an error that matters comes back from the next call on the stream.

@@ -32,7 +32,20 @@ struct DeviceFacts {
 int current_device();
 const DeviceFacts &device_facts();
 
-// Memory from the stream-ordered allocator, given back to the stream at the end of the scope.
+// Lets the calling thread allocate, free and query while some stream is being captured, which none has to do with.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture &) = delete;
+  RelaxedCapture &operator=(const RelaxedCapture &) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Memory from the stream-ordered allocator, given back to the stream at the end of the scope.  What no call uses stays
+// with the library.
 class StreamMemory {
  public:
   StreamMemory(size_t bytes, cudaStream_t stream);

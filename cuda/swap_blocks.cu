@@ -316,7 +316,7 @@ void swap_blocks(const CopyBlocksParams &params, void *stream_pointer) {
   CopyBlocksParams p = params;
   const char *name = "cuda::swap_blocks_memcpy";
   if (p.num_pairs > 0) {
-    SwapPairs pairs(p.num_pairs, stream);
+    SwapPairs pairs(p, stream);
     if (const std::string fault = swap_blocks_index_error(p, pairs.host()); !fault.empty()) {
       throw_invalid("swap_blocks: " + fault);
     }

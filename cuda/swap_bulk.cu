@@ -30,9 +30,8 @@
 namespace pagedattn::cuda {
 namespace {
 
-constexpr int kCachesPerLaunch = 192;  // 2 x 8 bytes each: with the rest, under the 4 KB that every driver passes
-constexpr int kSteps = 4;              // whose pieces shared memory holds
-constexpr int kStepBytes = 4096;       // at most
+constexpr int kSteps = 4;         // whose pieces shared memory holds
+constexpr int kStepBytes = 4096;  // at most
 constexpr int kMostLanes = 32 / kSteps;
 
 constexpr int kFirstRate = 32;  // bytes a cycle, of all warps: more than PCIe 5 takes; others are found in time
@@ -41,10 +40,7 @@ constexpr int kFirstRate = 32;  // bytes a cycle, of all warps: more than PCIe 5
 [[maybe_unused]] __device__ unsigned writing_warps;
 
 struct Args {
-  const char *src[kCachesPerLaunch];
-  char *dst[kCachesPerLaunch];
-  const int2 *pairs;
-  uint32_t *claims;          // of rounds, and warps that have ended: zeros before and after
+  SwapTables tables;         // zeros: claims of rounds, and warps that have ended
   int64_t src_block_stride;  // bytes
   int64_t dst_block_stride;  // bytes
   int64_t block_bytes;
@@ -56,8 +52,6 @@ struct Args {
   uint32_t first_interval;  // of steps, in cycles
   bool to_host;
 };
-static_assert(sizeof(Args) <= 4000);
-
 __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ Args args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char slots[];
@@ -76,7 +70,7 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
   unsigned writing = 0;  // others
   const auto claim = [&] {
     if (lane > 0) return;
-    claimed = 2 * gridDim.x + atomicAdd(args.claims, 1);
+    claimed = 2 * gridDim.x + atomicAdd(args.tables.zeros, 1);
     if (!args.to_host) writing = *static_cast<volatile unsigned *>(&writing_warps);
   };
   claim();
@@ -86,7 +80,7 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
   const auto exists = [&] { return my_step < kSteps && piece < args.num_pieces; };
   const auto fetch_pair = [&] {
     const int row = args.pieces_per_block.divide(piece);
-    return args.pairs[row - args.num_pairs.divide(row) * static_cast<int>(args.num_pairs.divisor)];
+    return args.tables.pairs[row - args.num_pairs.divide(row) * static_cast<int>(args.num_pairs.divisor)];
   };
   int2 blocks = {};
   if (exists()) blocks = fetch_pair();
@@ -102,8 +96,9 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
       const int row = args.pieces_per_block.divide(piece), cache = args.num_pairs.divide(row);
       const int64_t offset =
           int64_t{args.piece_bytes} * (piece - row * static_cast<int>(args.pieces_per_block.divisor));
-      const char *const source = args.src[cache] + blocks.x * args.src_block_stride + offset;
-      target = args.dst[cache] + blocks.y * args.dst_block_stride + offset;
+      const SwapCache addresses = args.tables.caches[cache];
+      const char *const source = addresses.src + blocks.x * args.src_block_stride + offset;
+      target = addresses.dst + blocks.y * args.dst_block_stride + offset;
       bytes = static_cast<int>(min(int64_t{args.piece_bytes}, args.block_bytes - offset));
       wait_bulk_reads();
       arrive_and_expect(&arrived[lane], bytes);
@@ -135,7 +130,8 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
   }
   wait_bulk_copies();
   if (args.to_host && lane == 0) atomicSub(&writing_warps, 1);
-  if (lane == 0 && atomicAdd(args.claims + 1, 1) == gridDim.x - 1) args.claims[0] = args.claims[1] = 0;
+  uint32_t *const claims = args.tables.zeros;
+  if (lane == 0 && atomicAdd(claims + 1, 1) == gridDim.x - 1) claims[0] = claims[1] = 0;
 #else
   __trap();  // chosen only where it has been built for sm_90 or later
 #endif
@@ -143,14 +139,17 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
 
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// The architecture that the kernel which this device runs was built for: another device may run another.
+// The architecture that the kernel which this device runs was built for: another device may run another.  Found out at
+// the first call, which also makes all of a multiprocessor's memory shared memory as far as it may be.
 int built_for_current_device() {
   static std::array<std::atomic<int>, 64> known;
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const int device = current_device();
   const bool kept = device < static_cast<int>(known.size());
   int built_for = kept ? known[static_cast<size_t>(device)].load(std::memory_order_relaxed) : 0;
   if (built_for == 0) {
+    check_cuda(cudaFuncSetAttribute(swap_blocks_bulk_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               "cudaFuncSetAttribute");
     cudaFuncAttributes attributes = {};
     check_cuda(cudaFuncGetAttributes(&attributes, swap_blocks_bulk_kernel), "cudaFuncGetAttributes");
     built_for = attributes.ptxVersion;
@@ -170,8 +169,7 @@ bool bulk_kernel_serves(const CopyBlocksParams &p, const BlockRuns &runs) {
 void swap_by_bulk_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs *pairs, int64_t num_warps,
                          cudaStream_t stream) {
   Args args = {};
-  args.pairs = pairs->on_device();
-  args.claims = pairs->zeros();
+  args.tables = pairs->on_device(p);
   args.src_block_stride = p.src_block_stride * p.block.element_size;
   args.dst_block_stride = p.dst_block_stride * p.block.element_size;
   args.block_bytes = runs.run_bytes;
@@ -183,23 +181,13 @@ void swap_by_bulk_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapP
   args.lanes = std::clamp(kStepBytes / args.piece_bytes, 1, kMostLanes);
   const int pieces_of_a_warp = kSteps * args.lanes;
   const auto shared_bytes = static_cast<unsigned>(pieces_of_a_warp * args.piece_bytes);
-  check_cuda(cudaFuncSetAttribute(swap_blocks_bulk_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared),
-             "cudaFuncSetAttribute");
-  for (int64_t first = 0; first < p.num_caches; first += kCachesPerLaunch) {
-    const int64_t count = std::min<int64_t>(kCachesPerLaunch, p.num_caches - first);
-    for (int64_t i = 0; i < count; ++i) {
-      args.src[i] = static_cast<const char *>(p.src[first + i]);
-      args.dst[i] = static_cast<char *>(p.dst[first + i]);
-    }
-    const int64_t num_pieces = count * p.num_pairs * pieces_per_block;
-    checked_int(num_pieces + pieces_of_a_warp, "pieces of 4 KB");
-    args.num_pieces = static_cast<int>(num_pieces);
-    const auto blocks = static_cast<unsigned>(std::min(ceil_div(num_pieces, pieces_of_a_warp), num_warps));
-    args.first_interval = blocks * static_cast<unsigned>(args.lanes * args.piece_bytes / kFirstRate);
-    swap_blocks_bulk_kernel<<<blocks, 32, shared_bytes, stream>>>(args);
-    check_launch("swap_blocks_bulk_kernel");
-  }
+  const int64_t num_pieces = p.num_caches * p.num_pairs * pieces_per_block;
+  checked_int(num_pieces + pieces_of_a_warp, "pieces of 4 KB");
+  args.num_pieces = static_cast<int>(num_pieces);
+  const auto blocks = static_cast<unsigned>(std::min(ceil_div(num_pieces, pieces_of_a_warp), num_warps));
+  args.first_interval = blocks * static_cast<unsigned>(args.lanes * args.piece_bytes / kFirstRate);
+  swap_blocks_bulk_kernel<<<blocks, 32, shared_bytes, stream>>>(args);
+  check_launch("swap_blocks_bulk_kernel");
 }
 
 }  // namespace pagedattn::cuda

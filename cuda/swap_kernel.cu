@@ -22,21 +22,17 @@
 namespace pagedattn::cuda {
 namespace {
 
-constexpr int kCachesPerLaunch = 192;  // 2 x 8 bytes each: with the rest, under the 4 KB that every driver passes
 constexpr int kAccessesInFlight = 4;
 constexpr int kPiece = 32 * kAccessesInFlight;  // accesses
 constexpr int kRegisters = 32;
 
 struct Args {
-  const char *src[kCachesPerLaunch];
-  char *dst[kCachesPerLaunch];
-  const int2 *mapping;
+  SwapTables tables;
   int num_pieces;  // of all caches
   FastDivisor num_pairs;
   FastDivisor pieces_per_block;
   BlockAccesses block;
 };
-static_assert(sizeof(Args) <= 4000);
 
 // The compiler would add up what does not change from piece to piece beforehand, in registers that there are not.
 template <class T>
@@ -61,19 +57,21 @@ __global__ void __maxnreg__(kStrided ? 64 : kRegisters) swap_blocks_kernel(const
     const int row = args.pieces_per_block.divide(i), cache = args.num_pairs.divide(row);
     const int pair = row - cache * static_cast<int>(args.num_pairs.divisor);
     const int piece = i - row * static_cast<int>(args.pieces_per_block.divisor);
-    const int2 blocks = args.mapping[pair];
     // The lane's first access and those behind it, until the piece's end or the block's.
     const int64_t first = int64_t{kPiece} * piece + threadIdx.x;
     const auto rest = static_cast<int>(min(int64_t{kPiece}, args.block.accesses_per_block - first));
     int64_t src_offset[kAccessesInFlight], dst_offset[kAccessesInFlight];
     locate_piece<Access, kStrided>(args, first, src_offset, dst_offset);
-    const char *const src = opaque(args.src[cache] + blocks.x * args.block.src_block_stride + src_offset[0]);
+    const char *const src =
+        opaque(args.tables.caches[cache].src + args.tables.pairs[pair].x * args.block.src_block_stride + src_offset[0]);
     Access held[kAccessesInFlight];
 #pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
       if (32 * k < rest) held[k] = __ldcs(reinterpret_cast<const Access *>(src + (src_offset[k] - src_offset[0])));
     }
-    char *const dst = opaque(args.dst[cache] + blocks.y * args.block.dst_block_stride + dst_offset[0]);
+    // Looked up behind the loads, which leave no registers for it.
+    char *const dst = opaque(opaque(args.tables.caches + cache)->dst +
+                             opaque(args.tables.pairs + pair)->y * args.block.dst_block_stride + dst_offset[0]);
 #pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
       if (32 * k < rest) __stcs(reinterpret_cast<Access *>(dst + (dst_offset[k] - dst_offset[0])), held[k]);
@@ -98,23 +96,16 @@ void swap_by_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs 
                     cudaStream_t stream) {
   const int64_t access_bytes = widest_access(p, runs);
   Args args = {};
-  args.mapping = pairs->on_device();
+  args.tables = pairs->on_device(p);
   args.block = block_accesses(p, runs, access_bytes);
   args.num_pairs = FastDivisor::of(checked_int(p.num_pairs, "block pairs"));
   const int64_t pieces_per_block = ceil_div(args.block.accesses_per_block, kPiece);
   args.pieces_per_block = FastDivisor::of(checked_int(pieces_per_block, "pieces a block"));
-  for (int64_t first = 0; first < p.num_caches; first += kCachesPerLaunch) {
-    const int64_t count = std::min<int64_t>(kCachesPerLaunch, p.num_caches - first);
-    for (int64_t i = 0; i < count; ++i) {
-      args.src[i] = static_cast<const char *>(p.src[first + i]);
-      args.dst[i] = static_cast<char *>(p.dst[first + i]);
-    }
-    const int64_t num_pieces = count * p.num_pairs * pieces_per_block;
-    checked_int(num_pieces + num_warps, "pieces of 2 KB");  // where the kernel's count ends
-    args.num_pieces = static_cast<int>(num_pieces);
-    const auto blocks = static_cast<unsigned>(std::min<int64_t>(args.num_pieces, num_warps));
-    with_access(access_bytes, [&](auto access) { launch<decltype(access)>(args, blocks, stream); });
-  }
+  const int64_t num_pieces = p.num_caches * p.num_pairs * pieces_per_block;
+  checked_int(num_pieces + num_warps, "pieces of 2 KB");  // where the kernel's count ends
+  args.num_pieces = static_cast<int>(num_pieces);
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(args.num_pieces, num_warps));
+  with_access(access_bytes, [&](auto access) { launch<decltype(access)>(args, blocks, stream); });
 }
 
 }  // namespace pagedattn::cuda

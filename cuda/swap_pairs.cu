@@ -1,10 +1,11 @@
-// Memory through which the pairs of a swap reach its kernels.
+// Memory through which the pairs and caches of a swap reach its kernels.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
 // A call returns before its kernel has read the pairs, so each call has a buffer of its own, from a pool: those whose
 // kernel has ended serve the next call.  None is freed, since there are only as many as calls have ever been under way
 // together.  Kernels find the pairs in device memory: a read of the host's stands behind all that a swap reads there.
+// The addresses of the caches travel with them, because a launch takes longer the more arguments it has.
 #include <algorithm>
 #include <bit>
 #include <list>
@@ -68,6 +69,11 @@ std::unique_ptr<PairBuffer> take(size_t bytes) {
   return std::make_unique<PairBuffer>(std::max(kLeastBytes, std::bit_ceil(bytes)));
 }
 
+// Of the caches, and of the pairs behind them.
+size_t bytes_of(const CopyBlocksParams &p) {
+  return static_cast<size_t>(p.num_caches) * sizeof(SwapCache) + static_cast<size_t>(p.num_pairs) * sizeof(int2);
+}
+
 void give_back(std::unique_ptr<PairBuffer> buffer) {
   Pool &all = pool();
   const std::lock_guard lock(all.mutex);
@@ -76,8 +82,8 @@ void give_back(std::unique_ptr<PairBuffer> buffer) {
 
 }  // namespace
 
-SwapPairs::SwapPairs(int64_t num_pairs, cudaStream_t stream)
-    : num_pairs_(num_pairs), stream_(stream), buffer_(take(static_cast<size_t>(num_pairs) * sizeof(int2))) {}
+SwapPairs::SwapPairs(const CopyBlocksParams &params, cudaStream_t stream)
+    : stream_(stream), num_caches_(params.num_caches), buffer_(take(bytes_of(params))) {}
 
 SwapPairs::~SwapPairs() {
   try {
@@ -88,7 +94,9 @@ SwapPairs::~SwapPairs() {
   }
 }
 
-int32_t *SwapPairs::host() const { return static_cast<int32_t *>(buffer_->host); }
+int32_t *SwapPairs::host() const {
+  return reinterpret_cast<int32_t *>(static_cast<SwapCache *>(buffer_->host) + num_caches_);
+}
 
 // The device's half, from now on used by the stream.
 void SwapPairs::need_memory() {
@@ -106,18 +114,15 @@ void SwapPairs::need_memory() {
   throw_cuda_error(error, "cudaMemsetAsync");
 }
 
-const int2 *SwapPairs::on_device() {
+SwapTables SwapPairs::on_device(const CopyBlocksParams &p) {
   need_memory();
-  char *const pairs = buffer_->memory + kZeroBytes;
-  check_cuda(cudaMemcpyAsync(pairs, buffer_->host, static_cast<size_t>(num_pairs_) * sizeof(int2),
-                             cudaMemcpyHostToDevice, stream_),
-             "cudaMemcpyAsync");
-  return reinterpret_cast<const int2 *>(pairs);
-}
-
-uint32_t *SwapPairs::zeros() {
-  need_memory();
-  return reinterpret_cast<uint32_t *>(buffer_->memory);
+  auto *const host_caches = static_cast<SwapCache *>(buffer_->host);
+  for (int64_t i = 0; i < num_caches_; ++i) {
+    host_caches[i] = {static_cast<const char *>(p.src[i]), static_cast<char *>(p.dst[i])};
+  }
+  auto *const caches = reinterpret_cast<SwapCache *>(buffer_->memory + kZeroBytes);
+  check_cuda(cudaMemcpyAsync(caches, host_caches, bytes_of(p), cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
+  return {caches, reinterpret_cast<int2 *>(caches + num_caches_), reinterpret_cast<uint32_t *>(buffer_->memory)};
 }
 
 }  // namespace pagedattn::cuda

@@ -1,4 +1,4 @@
-// The pairs of a swap where its kernels find them.
+// The pairs and caches of a swap where its kernels find them.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -8,30 +8,44 @@
 #include <cstdint>
 #include <memory>
 
+#include "params.h"
+
 namespace pagedattn::cuda {
 
 struct PairBuffer;
 
-// Room for the pairs of one call, as numbers of 32 bits, in page-locked memory that no kernel uses any more.
+// The device's addresses of a cache, read in one access.
+struct alignas(16) SwapCache {
+  const char *src;
+  char *dst;
+};
+
+// In device memory.
+struct SwapTables {
+  const SwapCache *caches;
+  const int2 *pairs;
+  uint32_t *zeros;  // a few, for a kernel that leaves zeros there
+};
+
+// Room for the pairs of one call, as numbers of 32 bits, and the addresses of its caches, in page-locked memory that no
+// kernel uses any more.
 class SwapPairs {
  public:
-  SwapPairs(int64_t num_pairs, cudaStream_t stream);
+  SwapPairs(const CopyBlocksParams &params, cudaStream_t stream);
   ~SwapPairs();  // the memory serves other calls once the stream has got here
   SwapPairs(const SwapPairs &) = delete;
   SwapPairs &operator=(const SwapPairs &) = delete;
 
-  // To be filled, before those below.
+  // The pairs, to be filled before the call below.
   int32_t *host() const;
-  // A copy in device memory, enqueued on the stream.
-  const int2 *on_device();
-  // A few zeros in device memory, for a kernel that leaves zeros there.
-  uint32_t *zeros();
+  // A copy in device memory, enqueued on the stream, beside the addresses of `params`, which are the device's.
+  SwapTables on_device(const CopyBlocksParams &params);
 
  private:
   void need_memory();
 
-  int64_t num_pairs_;
   cudaStream_t stream_;
+  int64_t num_caches_;
   std::unique_ptr<PairBuffer> buffer_;
   bool used_ = false;
 };
