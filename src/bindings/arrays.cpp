@@ -148,7 +148,7 @@ void Array::from_numpy(const Call &call, const Name &name, py::handle object) {
 
 void Array::from_cupy(const Call &call, const Name &name, py::handle object) {
   const Cupy &cupy = *Cupy::find();
-  const py::dtype dtype = cupy.dtype(object);
+  const auto dtype = py::reinterpret_steal<py::dtype>(cupy.dtype(object).release());
   tensor_.dtype = known_dtype(call, name, dtype);
   const py::object memory = cupy.data(object);
   tensor_.data = pointer(cupy.ptr(memory));
@@ -240,16 +240,15 @@ ArrayList::ArrayList(const Call &call, const char *argument, py::handle objects)
   if (!is_list(objects)) {
     raise_invalid(subject(call, argument) + " must be a list or tuple of arrays");
   }
-  const auto sequence = py::reinterpret_borrow<py::sequence>(objects);
-  const py::size_t count = sequence.size();
-  arrays_.reserve(count);
-  tensors_.reserve(count);
-  for (py::size_t i = 0; i < count; ++i) {
-    const Name name(argument, static_cast<int64_t>(i));
-    const py::object object = sequence[i];
+  tensors_.reserve(static_cast<size_t>(PySequence_Fast_GET_SIZE(objects.ptr())));
+  // The size anew each time, for an array's own code may change the list.
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(objects.ptr()); ++i) {
+    const Name name(argument, i);
+    const auto object = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(objects.ptr(), i));
     if (object.is_none()) raise_invalid(subject(call, name) + " must be an array; got None");
-    arrays_.emplace_back(call, name, object);
-    tensors_.push_back(arrays_.back().tensor());
+    const Array array(call, name, object);
+    tensors_.push_back(array.tensor());
+    if (array.owner()) owners_.push_back(array.owner());
   }
 }
 

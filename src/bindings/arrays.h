@@ -34,6 +34,8 @@ class Array {
   // Null if absent.  Valid as long as this object stays where it is.
   const pa_tensor *get() const { return present_ ? &tensor_ : nullptr; }
   const pa_tensor &tensor() const { return tensor_; }
+  // What must be kept for the tensor to stay valid, if it is more than the array itself.
+  const pybind11::object &owner() const { return owner_; }
 
  private:
   void from_numpy(const Call &call, const Name &name, pybind11::handle object);
@@ -53,8 +55,8 @@ class ArrayList {
   int64_t size() const { return static_cast<int64_t>(tensors_.size()); }
 
  private:
-  std::vector<Array> arrays_;
   std::vector<pa_tensor> tensors_;
+  std::vector<pybind11::object> owners_;
 };
 
 // An array, or a list or tuple of at least one.

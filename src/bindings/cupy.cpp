@@ -6,12 +6,20 @@ namespace py = pybind11;
 namespace pagedattn::bindings {
 
 Property::Property(py::handle type, const char *name)
-    : descriptor_(py::object(py::getattr(type, name, py::handle())).release()) {}
+    : descriptor_(py::object(py::getattr(type, name, py::handle())).release()),
+      type_(reinterpret_cast<PyTypeObject *>(type.ptr())) {
+  if (descriptor_ && Py_TYPE(descriptor_.ptr()) == &PyGetSetDescr_Type) {
+    definition_ = reinterpret_cast<PyGetSetDescrObject *>(descriptor_.ptr())->d_getset;
+  }
+}
 
 py::object Property::operator()(py::handle object) const {
   PyObject *const descriptor = descriptor_.ptr();
-  PyObject *const type = reinterpret_cast<PyObject *>(Py_TYPE(object.ptr()));
-  PyObject *const value = Py_TYPE(descriptor)->tp_descr_get(descriptor, object.ptr(), type);
+  PyTypeObject *const type = Py_TYPE(object.ptr());
+  PyObject *const value =
+      type == type_ && definition_ != nullptr
+          ? definition_->get(object.ptr(), definition_->closure)
+          : Py_TYPE(descriptor)->tp_descr_get(descriptor, object.ptr(), reinterpret_cast<PyObject *>(type));
   if (value == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(value);
 }

@@ -7,7 +7,8 @@
 
 namespace pagedattn::bindings {
 
-// A property of an extension type, looked up once: reading it of an object searches for no name.
+// A property of an extension type, looked up once: reading it of an object searches for no name, and for an object of
+// exactly this type asks nobody whether it is one.
 class Property {
  public:
   Property() = default;
@@ -18,6 +19,8 @@ class Property {
 
  private:
   pybind11::handle descriptor_;  // kept for the process's life
+  PyTypeObject *type_ = nullptr;
+  const PyGetSetDef *definition_ = nullptr;  // null where the property is not an extension type's own
 };
 
 struct Cupy {
