@@ -4,7 +4,9 @@
 //
 // Freeing page-locked memory under a running copy is a write into somebody else's memory.  So each swap leaves an event
 // in the allocations that it touches, and freeing waits for the events that have not passed.  Each use has an event of
-// its own, because streams come and go and their handles are used again; events that have passed are taken first.
+// its own, because streams come and go and their handles are used again; events that have passed are taken first.  To
+// ask for that takes longer than to record an event, so a swap that has an event for its pairs leaves that.
+#include <algorithm>
 #include <map>
 #include <string>
 
@@ -61,25 +63,33 @@ HostAllocation::HostAllocation(size_t bytes) : bytes_(bytes) {
 
 HostAllocation::~HostAllocation() {
   const RelaxedCapture relaxed;
-  for (const auto &use : uses_) {
+  const auto wait = [](const Event &event) {
     try {
-      use->wait();
+      event.wait();
     } catch (const Error &) {
       // The device is lost or the process ends: then no copy runs any more.
     }
-  }
+  };
+  for (const auto &event : own_events_) wait(*event);
+  for (const auto &event : others_events_) wait(*event);
   cudaFreeHost(data_);
   cudaGetLastError();
 }
 
 void HostAllocation::used_on(cudaStream_t stream) {
   const std::lock_guard lock(mutex_);
-  for (const auto &use : uses_) {
-    if (use->of_current_device() && use->passed()) return use->record(stream);
+  for (const auto &event : own_events_) {
+    if (event->of_current_device() && event->passed()) return event->record(stream);
   }
-  auto use = std::make_unique<Event>();
-  use->record(stream);
-  uses_.push_back(std::move(use));
+  auto event = std::make_unique<Event>();
+  event->record(stream);
+  own_events_.push_back(std::move(event));
+}
+
+void HostAllocation::used_until(const std::shared_ptr<Event> &event) {
+  const std::lock_guard lock(mutex_);
+  const auto known = std::find(others_events_.begin(), others_events_.end(), event);
+  if (known == others_events_.end()) others_events_.push_back(event);
 }
 
 std::shared_ptr<HostAllocation> find_host_allocation(const void *address) {

@@ -46,12 +46,15 @@ class HostAllocation {
   bool holds(const void *address) const { return address >= data_ && address < data_ + bytes_; }
   // What has been enqueued on `stream` so far uses this memory.
   void used_on(cudaStream_t stream);
+  // The same of what comes before an event, which others may record anew once it has passed.
+  void used_until(const std::shared_ptr<Event> &event);
 
  private:
   char *data_ = nullptr;
   size_t bytes_ = 0;
   std::mutex mutex_;
-  std::vector<std::unique_ptr<Event>> uses_;
+  std::vector<std::unique_ptr<Event>> own_events_;
+  std::vector<std::shared_ptr<Event>> others_events_;
 };
 
 // The allocation that an address lies in, or null.  Whoever holds it keeps it from being freed.

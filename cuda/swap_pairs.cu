@@ -10,6 +10,7 @@
 #include <bit>
 #include <list>
 #include <mutex>
+#include <utility>
 
 #include "host_memory.h"
 #include "runtime.h"
@@ -29,7 +30,7 @@ struct PairBuffer {
   size_t bytes;
   void *host = nullptr;
   char *memory = nullptr;
-  Event used;
+  std::shared_ptr<Event> used = std::make_shared<Event>();
 };
 
 namespace {
@@ -49,7 +50,7 @@ std::unique_ptr<PairBuffer> take(size_t bytes) {
   {
     const std::lock_guard lock(all.mutex);
     const auto serves = [&](const std::unique_ptr<PairBuffer> &buffer) {
-      return buffer->used.of_current_device() && buffer->bytes >= bytes && buffer->used.passed();
+      return buffer->used->of_current_device() && buffer->bytes >= bytes && buffer->used->passed();
     };
     // The one that was used last, which caches know; or else those that have had most time to end.
     auto at = all.buffers.begin();
@@ -87,7 +88,7 @@ SwapPairs::SwapPairs(const CopyBlocksParams &params, cudaStream_t stream)
 
 SwapPairs::~SwapPairs() {
   try {
-    if (used_) buffer_->used.record(stream_);
+    end_of_use();
     give_back(std::move(buffer_));
   } catch (const std::exception &) {
     // A buffer whose use nobody can tell the end of serves no other call.
@@ -112,6 +113,11 @@ void SwapPairs::need_memory() {
   }
   cudaFree(memory);
   throw_cuda_error(error, "cudaMemsetAsync");
+}
+
+std::shared_ptr<Event> SwapPairs::end_of_use() {
+  if (used_) buffer_->used->record(stream_);
+  return std::exchange(used_, false) ? buffer_->used : nullptr;
 }
 
 SwapTables SwapPairs::on_device(const CopyBlocksParams &p) {

@@ -13,6 +13,7 @@
 namespace pagedattn::cuda {
 
 struct PairBuffer;
+class Event;
 
 // The device's addresses of a cache, read in one access.
 struct alignas(16) SwapCache {
@@ -40,6 +41,8 @@ class SwapPairs {
   int32_t *host() const;
   // A copy in device memory, enqueued on the stream, beside the addresses of `params`, which are the device's.
   SwapTables on_device(const CopyBlocksParams &params);
+  // An event behind the kernels that read that copy, from now on; null if none do.
+  std::shared_ptr<Event> end_of_use();
 
  private:
   void need_memory();
