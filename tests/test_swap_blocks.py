@@ -84,14 +84,18 @@ def test_an_empty_mapping_swaps_nothing(sides: tuple[NumpyBackend, NumpyBackend]
     assert_same_bytes(sides[1].host(moved_dst), dst)
 
 
+@pytest.mark.parametrize("skipped", [0, 1, 2, 3])
 @pytest.mark.parametrize("num_pairs", [1, 3, 4, 5, 9, 40])
-def test_a_number_out_of_range_is_found_wherever_it_stands(num_pairs: int) -> None:
+def test_a_number_out_of_range_is_found_wherever_it_stands(num_pairs: int, skipped: int) -> None:
+    # In memory that begins anywhere within a line.
+    place = np.empty((num_pairs + skipped, 2), np.int64)[skipped:]
     src, dst = np.zeros((50, 8), np.uint8), np.full((60, 8), 7, np.uint8)
     good = np.stack([np.arange(num_pairs), np.arange(num_pairs)[::-1]], axis=1)
     for pair in range(num_pairs):
         for side, values in ((0, (-1, 50, 2**32, 2**63 - 1, -(2**63))), (1, (-1, 60, 2**32 + 1, 2**63 - 1, -(2**63)))):
             for value in values:
-                mapping = good.copy()
+                mapping = place
+                mapping[...] = good
                 mapping[pair, side] = value
                 name = f"`block_mapping`\\[{pair}\\] names {('source', 'destination')[side]} block {value}; there are"
                 with pytest.raises(pagedattn.InvalidArgumentError, match=f"^swap_blocks: {name}"):
