@@ -131,7 +131,8 @@ PA_API pa_status pa_paged_attention(const pa_attention_args *args, pa_error *err
  *
  * The size depends on shapes, types and the device, not on the lengths.  Its contents must be zero when it is first
  * used; every call leaves them fit for the next.  Calls that may run at the same time need workspaces of their own.
- * With `workspace` NULL the call takes memory from the stream-ordered allocator.  0 bytes for host memory. */
+ * With `workspace` NULL the call takes memory from the stream-ordered allocator, out of a pool that the library keeps.
+ * 0 bytes for host memory. */
 PA_API pa_status pa_paged_attention_workspace_size(const pa_attention_args *args, size_t *bytes, pa_error *error);
 
 /* ---- merging partial attention --------------------------------------------------------------------------- */
