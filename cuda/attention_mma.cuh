@@ -146,7 +146,8 @@ __device__ void attend_many_rows(const AttentionKernelParams &params, typename T
   }
   wait_copies<0>();
   __syncthreads();  // nobody reads queries and tiles any more
-  rows.finish(item, cursor.plan(segment), shared.last_to_arrive, bands);
+  rows.finish(
+      item, cursor.plan(segment), false, shared.last_to_arrive, threadIdx.x == 0, [] { __syncthreads(); }, bands);
 }
 
 template <class Traits>

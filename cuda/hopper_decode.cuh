@@ -10,7 +10,8 @@
 //
 // Two groups of four warps compute by mma.sync, a segment each in turn: one writes results and fetches queries while
 // the other multiplies.  Within a group, warps that share query rows take the tiles in turn, each with a state (m, l,
-// O) of its own in registers, and nobody waits for anybody before the end.
+// O) of its own in registers, and nobody waits for anybody before the end.  Warps that share none write their results
+// from there.
 //
 // Bound: bytes of the cache.  64 sequences of 4096 tokens, 8 KV heads of 128 bfloat16: 360 us on an H100, 95 % of the
 // rate at which it reads memory.  docs/performance/decode.md tells where the rest goes and what was tried.
@@ -163,7 +164,11 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
     const int shift = item.head_shift + head_shift, row_tiles = 1 << shift, parties = Traits::kGroupWarps >> shift;
     const int row_tile = warp & (row_tiles - 1), party = warp >> shift, head = row_tile >> head_shift;
 
-    load_queries<Traits, 2>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
+    if (row_tiles > 1) {  // all that are on their way come together
+      load_queries<Traits, 8>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
+    } else {
+      load_queries<Traits, 2>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
+    }
     fill_row_table<typename Traits::Shape, Traits::kGroupThreads>(params, item, group.rows, thread);
     named_barrier<Traits::kGroupThreads>(barrier);
     WarpRows<Traits> rows(params);
@@ -192,14 +197,26 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
     }
     __syncwarp();
     if (lane == 0) arrive(&shared.turn[(group_index + 1) % Traits::kGroups]);
+    const bool alone = Traits::kWritesFromRegisters && parties == 1;
+    if (alone && thread == 0) {
+      const SegmentPlan &plan = group.plan;
+      group.other_came =
+          plan.num_segments == 2 && plan.is_shared && count_arrivals(params.arrivals + plan.first_owner) == 1;
+    }
     named_barrier<Traits::kGroupThreads>(barrier);  // the states overlay the queries
     // Deterministic pieces of an item that is all this block's are joined, uncounted, by whoever has the last, and the
     // next such item takes the same places.
     if (params.batch.deterministic && number > 0) {
       wait(&shared.finished[group_index], (number - 1) / Traits::kGroups & 1);
     }
-    epilogue.finish(item, group.plan, parties, 16 * row_tiles,
-                    [&](int column) { rows.store_state(epilogue, (party * row_tiles + row_tile) * 16, column); });
+    if (alone) {
+      const auto meet = [&] { named_barrier<Traits::kGroupThreads>(barrier); };
+      rows.finish(item, group.plan, group.other_came, group.epilogue.last_to_arrive, thread == 0, meet);
+      meet();  // queries, row table and plan may be overwritten
+    } else {
+      epilogue.finish(item, group.plan, parties, 16 * row_tiles,
+                      [&](int column) { rows.store_state(epilogue, (party * row_tiles + row_tile) * 16, column); });
+    }
     if (params.batch.deterministic && thread == 0) arrive(&shared.finished[(group_index + 1) % Traits::kGroups]);
   };
   for (auto number = static_cast<uint32_t>(group_index);; number += Traits::kGroups) {

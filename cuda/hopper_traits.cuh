@@ -90,6 +90,8 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   using KvTile = BoxTile<kTokens, kHeadBytes * kTileHeads>;
   static_assert(kTileHeads == 1 || KvTile::kCut);
   static constexpr bool kQInRegisters = kHeadDim <= 128;
+  // Results of rows that no two warps share, rather than through shared memory; 256 columns would spill.
+  static constexpr bool kWritesFromRegisters = kHeadDim < 256;
   // Of the ring, a multiple of the producers, so that a slot is always filled by the same; the rest of shared memory
   // keeps queries and states.
   static constexpr int kSlots = (kHeadDim <= 80    ? 160
@@ -121,6 +123,7 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
     char q_to_stay[kQInRegisters ? 16 : QTile::kBytes];
     RowTable<kRows> rows;
     SegmentPlan plan;
+    bool other_came;  // of two segments, see WarpRows::finish
     typename BlockEpilogue::Shared epilogue;
 
     __device__ char *queries() { return kQInRegisters ? q : q_to_stay; }

@@ -34,6 +34,8 @@ class WarpRows {
     row_ = first_row + lane_ / 4;
     const Range first = table_->keys[first_row], last = table_->keys[first_row + 16 * bands - 1];
     const TileRow place = tile_row<typename Traits::Shape>(params_.batch, item, first_row);
+    head_ = place.head;
+    head_row_ = place.row + lane_ / 4;
     const bool any = item.query_tile * Traits::kRows + place.row < num_rows(params_.batch, item.seq);
     visible_to_any_ = any ? Range{first.begin, last.end} : Range{0, 0};
     visible_to_all_ = {last.begin, first.end};
@@ -300,8 +302,12 @@ class WarpRows {
   }
 
   // Ends a segment of an item whose tile's rows are held by one warp each: writes their results, or a partial result,
-  // and in the block that does so last the sum of all, in the order of the keys.  Called by the whole block.
-  __device__ void finish(const WorkItem &item, const SegmentPlan &plan, bool &last_to_arrive, int bands) {
+  // and where that is done last the sum of all, in the order of the keys.  Called by threads that meet by `meet`, one
+  // of which leads.  `other_came`: there is one other segment, whose partial result is there already.  Then this one
+  // goes no way through memory, and the sum of two has the same bits in either order.
+  template <class Meet>
+  __device__ void finish(const WorkItem &item, const SegmentPlan &plan, bool other_came, bool &last_to_arrive,
+                         bool leads, Meet &&meet, int bands = kBands) {
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
 #pragma unroll
@@ -311,16 +317,22 @@ class WarpRows {
         l_[band][i] += __shfl_xor_sync(kFullWarp, l_[band][i], 2);
       }
     }
-    if (plan.num_segments > 1) {
+    const auto partial = [&](int number, int band, int i) {
+      return partial_row(item, plan.first_place + number, band, i);
+    };
+    if (other_came) {
+      if (leads) params_.arrivals[plan.first_owner] = 0;  // as the last to arrive would
+    } else if (plan.num_segments > 1) {
       for_each_row(item, bands, [&](int band, int i, bool exists) {
-        if (exists)
-          store_partial_row(partial_row(plan.first_place + plan.segment, band, i), o_[band], i, m_[band][i],
-                            l_[band][i]);
+        if (exists) store_partial_row(partial(plan.segment, band, i), o_[band], i, m_[band][i], l_[band][i]);
       });
-      if (!arrive_last(plan, params_.arrivals + plan.first_owner, last_to_arrive, threadIdx.x == 0,
-                       [] { __syncthreads(); })) {
-        return;
-      }
+      if (!arrive_last(plan, params_.arrivals + plan.first_owner, last_to_arrive, leads, meet)) return;
+    }
+    if (plan.num_segments == 2) {
+      for_each_row(item, bands, [&](int band, int i, bool exists) {
+        if (exists) add_partial_row(partial(1 - plan.segment, band, i), o_[band], i, m_[band][i], l_[band][i]);
+      });
+    } else if (plan.num_segments > 2) {
       for_each_row(item, bands, [&](int band, int i, bool exists) {
         m_[band][i] = negative_infinity();
         l_[band][i] = 0.0f;
@@ -328,7 +340,7 @@ class WarpRows {
         for (int tile = 0; tile < kHeadDim / 8; ++tile) o_[band][tile][2 * i] = o_[band][tile][2 * i + 1] = 0.0f;
 #pragma unroll 1
         for (int number = 0; exists && number < plan.num_segments; ++number) {
-          add_partial_row(partial_row(plan.first_place + number, band, i), o_[band], i, m_[band][i], l_[band][i]);
+          add_partial_row(partial(number, band, i), o_[band], i, m_[band][i], l_[band][i]);
         }
       });
     }
@@ -344,24 +356,25 @@ class WarpRows {
     for (int band = 0; band < kBands; ++band) {
       if (band >= bands) break;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) function(band, i, row_ + 16 * band + 8 * i < rows);
+      for (int i = 0; i < 2; ++i) function(band, i, head_row_ + 16 * band + 8 * i < rows);
     }
   }
 
-  __device__ float *partial_row(int place, int band, int i) const {
-    return params_.partials + static_cast<uint32_t>(place * params_.place_floats) +
-           (row_ + 16 * band + 8 * i) * place_row_floats(kHeadDim);
+  // Rows that exist follow each other, head after head.
+  __device__ float *partial_row(const WorkItem &item, int place, int band, int i) const {
+    const int row = head_ * num_rows(params_.batch, item.seq) + head_row_ + 16 * band + 8 * i;
+    return params_.partials + static_cast<uint32_t>(place * params_.place_floats) + row * place_row_floats(kHeadDim);
   }
 
   __device__ void write(const WorkItem &item, int band, int i, bool exists) const {
-    const int row = item.query_tile * Traits::kRows + row_ + 16 * band + 8 * i;
+    const int row = item.query_tile * Traits::kRows + head_row_ + 16 * band + 8 * i, kv_head = item.kv_head + head_;
     float factor = 0.0f;
     int64_t offset = -1;
     if (exists) {
       const int group = static_cast<int>(params_.batch.group.divisor), query = params_.batch.group.divide(row);
       const int64_t token = item.seq.first_token + query;
-      const int head = item.kv_head * group + row - query * group;
-      factor = end_row(params_, token, head, item.kv_head, m_[band][i], l_[band][i], lane_ % 4 == 0);
+      const int head = kv_head * group + row - query * group;
+      factor = end_row(params_, token, head, kv_head, m_[band][i], l_[band][i], lane_ % 4 == 0);
       offset = token * params_.out.token_stride + head * params_.out.head_stride;
     }
     if constexpr (Traits::kFloat8) {
@@ -423,7 +436,9 @@ class WarpRows {
   const AttentionKernelParams &params_;
   int lane_;
   const RowTable<Traits::kRows> *table_;
-  int row_;  // the lane's rows of the tile are this and each eighth after it
+  int row_;       // the lane's rows of the tile are this and each eighth after it
+  int head_;      // of the item's, which the warp's rows are of,
+  int head_row_;  // and the first of the lane's among the rows of that head
   SharedAddress q_fragment_;
   int first_chunk_;       // of the warp's head in a row of a KV tile
   Range keys_;            // that any row of the tile sees

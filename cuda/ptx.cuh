@@ -117,6 +117,13 @@ __device__ inline uint32_t arrive_and_count(uint32_t *counter) {
   return before + 1;
 }
 
+// How many have been counted, and what they had stored is visible to the thread.
+__device__ inline uint32_t count_arrivals(const uint32_t *counter) {
+  uint32_t count;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  return count;
+}
+
 // __syncthreads of some of the block's warps, or of all of them.
 template <int kThreads>
 __device__ inline void named_barrier(int barrier) {

@@ -74,7 +74,7 @@ __device__ void store_partial_row(float *row, const float (&o)[kTiles][4], int i
   if (column == 0) *reinterpret_cast<float2 *>(row + kTiles * 8) = {m, l};
 }
 
-// Adds it to a sum of such.
+// Adds it to a sum of such.  Products are rounded before they are added, so that of two parts either may come first.
 template <int kTiles>
 __device__ void add_partial_row(const float *row, float (&o)[kTiles][4], int i, float &m, float &l) {
   const int column = static_cast<int>(threadIdx.x) % 4 * 2;
@@ -82,12 +82,12 @@ __device__ void add_partial_row(const float *row, float (&o)[kTiles][4], int i, 
   const float largest = fmaxf(m, other.x);
   const float factor = rescale_factor(m, largest), weight = rescale_factor(other.x, largest);
   m = largest;
-  l = l * factor + other.y * weight;
+  l = __fadd_rn(__fmul_rn(l, factor), __fmul_rn(other.y, weight));
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     const float2 x = load_from_l2(reinterpret_cast<const float2 *>(row + tile * 8 + column));
-    o[tile][2 * i] = o[tile][2 * i] * factor + x.x * weight;
-    o[tile][2 * i + 1] = o[tile][2 * i + 1] * factor + x.y * weight;
+    o[tile][2 * i] = __fadd_rn(__fmul_rn(o[tile][2 * i], factor), __fmul_rn(x.x, weight));
+    o[tile][2 * i + 1] = __fadd_rn(__fmul_rn(o[tile][2 * i + 1], factor), __fmul_rn(x.y, weight));
   }
 }
 

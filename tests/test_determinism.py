@@ -11,7 +11,7 @@ import numpy as np
 import pagedattn
 import pytest
 from accuracy import assert_same_bytes
-from backends import DTYPES, NumpyBackend
+from backends import DTYPES, CupyBackend, NumpyBackend
 from batches import Batch, make_batch
 
 # (length, query tokens): long and short decode, speculation, chunk and prefill.
@@ -57,6 +57,35 @@ def test_the_same_call_gives_the_same_bits_every_time(
     out, lse = results(backend, batch, deterministic=deterministic)
     for _ in range(4):
         again, lse_again = results(backend, batch, deterministic=deterministic)
+        assert_same_bytes(again, out)
+        assert_same_bytes(lse_again, lse)
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("bfloat16", "bfloat16"), ("float16", "float8_e4m3")])
+@pytest.mark.parametrize(("num_q_heads", "num_kv_heads", "query_len"), [(8, 2, 16), (64, 1, 1), (32, 8, 1)])
+def test_sums_of_two_parts_have_the_same_bits_whichever_comes_first(
+    cuda: CupyBackend,
+    rng: np.random.Generator,
+    dtype: str,
+    kv_dtype: str,
+    num_q_heads: int,
+    num_kv_heads: int,
+    query_len: int,
+) -> None:
+    # Lengths such that about as many items as there are multiprocessors are shared by two of these.
+    seq_lens = [int(n) for n in rng.integers(700, 1500, 120 // min(num_kv_heads, 2))]
+    batch = make_batch(
+        rng,
+        seq_lens,
+        [query_len] * len(seq_lens),
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        dtype=DTYPES[dtype],
+        kv_dtype=DTYPES[kv_dtype],
+    )
+    out, lse = results(cuda, batch)
+    for _ in range(20):
+        again, lse_again = results(cuda, batch)
         assert_same_bytes(again, out)
         assert_same_bytes(lse_again, lse)
 
