@@ -63,11 +63,30 @@ int grid_of(const AttentionKernel &kernel) {
   return all_known.back().grid;
 }
 
-// The arrival counters, whose size is that of the largest grid whatever the kernel (see attention_epilogue.cuh), then
-// the partial results.
+// The arrival counters, whose size is that of the largest grid whatever the kernel (see attention_epilogue.cuh), and
+// the parts that announce themselves (announced_parts.cuh), which are zero between launches too and whose size is that
+// of the device; then the partial results.
 constexpr size_t kAlignment = 256;
 constexpr size_t kArrivalBytes = sizeof(uint32_t) * kMaxGrid;
+constexpr size_t kAnnouncedBlockBytes = sizeof(float) * kFewSequencesRows * place_row_floats(128);
 static_assert(kArrivalBytes % kAlignment == 0);
+
+size_t announced_bytes() {
+  if (device_facts().compute_capability != 90) return 0;
+  const size_t bytes = kAnnouncedBlockBytes * static_cast<size_t>(device_facts().num_multiprocessors);
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+dim3 grid_for(const AttentionKernel &kernel, const AttentionParams &params) {
+  const int blocks = grid_of(kernel);
+  if (kernel.shared_memory_of_rows == nullptr) return dim3(static_cast<unsigned>(blocks));
+  return dim3(static_cast<unsigned>(blocks / params.num_kv_heads), static_cast<unsigned>(params.num_kv_heads));
+}
+
+size_t shared_memory_for(const AttentionKernel &kernel, const AttentionParams &params) {
+  if (kernel.shared_memory_of_rows == nullptr) return kernel.shared_memory;
+  return kernel.shared_memory_of_rows(static_cast<int>(most_rows(params)));
+}
 
 // Log 2 of the KV heads that an item may have, see work_schedule.cuh.
 int max_head_shift(const AttentionKernel &kernel, const AttentionParams &params) {
@@ -89,7 +108,7 @@ size_t workspace_bytes(const AttentionSelection &selection, const AttentionParam
         static_cast<size_t>(grid_of(kernel)) * static_cast<size_t>(kernel.places_per_block(params.deterministic));
     partials = std::max(partials, places * static_cast<size_t>(place_floats(kernel, params)) * sizeof(float));
   }
-  return kArrivalBytes + partials;
+  return kArrivalBytes + announced_bytes() + partials;
 }
 
 // ---- parameters ----------------------------------------------------------------------------------------------
@@ -199,8 +218,13 @@ AttentionKernelParams make_params(const AttentionParams &params) {
   return p;
 }
 
+// That ask for more than eight tokens at once where the cache allows it.
+bool takes_whole_boxes(const AttentionKernel &kernel) {
+  return kernel.whole_queries || kernel.shared_memory_of_rows != nullptr;
+}
+
 TensorMaps encode_maps(const HopperKernel &hopper, const AttentionParams &params) {
-  const CacheBox box = cache_box(params, hopper.rows, hopper.kernel.tokens, hopper.kernel.whole_queries);
+  const CacheBox box = cache_box(params, hopper.rows, hopper.kernel.tokens, takes_whole_boxes(hopper.kernel));
   TensorMaps maps{};
   maps.box_tokens = box.tokens;
   maps.box_columns = box.columns;
@@ -226,14 +250,15 @@ char *align_up(void *pointer) {
 }
 
 // Blocks may start while the kernels before them end; they wait by themselves before they read (hopper_ptx.cuh).
-void launch_dependent(const AttentionKernel &kernel, void **arguments, cudaStream_t stream) {
+void launch_dependent(const AttentionKernel &kernel, const AttentionParams &params, void **arguments,
+                      cudaStream_t stream) {
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid_of(kernel)));
+  config.gridDim = grid_for(kernel, params);
   config.blockDim = dim3(static_cast<unsigned>(kernel.num_threads));
-  config.dynamicSmemBytes = kernel.shared_memory;
+  config.dynamicSmemBytes = shared_memory_for(kernel, params);
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
@@ -277,10 +302,12 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
   std::optional<StreamMemory> own_memory;
   if (params.workspace == nullptr) own_memory.emplace(bytes, stream);
   char *const workspace = align_up(params.workspace == nullptr ? own_memory->data() : params.workspace);
-  if (own_memory) check_cuda(cudaMemsetAsync(workspace, 0, kArrivalBytes, stream), "cudaMemsetAsync");
+  if (own_memory)
+    check_cuda(cudaMemsetAsync(workspace, 0, kArrivalBytes + announced_bytes(), stream), "cudaMemsetAsync");
 
   kernel_params.arrivals = reinterpret_cast<uint32_t *>(workspace);
-  kernel_params.partials = reinterpret_cast<float *>(workspace + kArrivalBytes);
+  kernel_params.announced = reinterpret_cast<float *>(workspace + kArrivalBytes);
+  kernel_params.partials = reinterpret_cast<float *>(workspace + kArrivalBytes + announced_bytes());
   void *arguments[] = {&kernel_params};  // every kernel's parameters are these, or the first of them
   for (int i = 0; i < selection.num_launches; ++i) {
     const auto &[kernel, hopper, min_rows, max_rows] = selection.launches[i];
@@ -293,7 +320,7 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
     kernel_params.place_floats = place_floats(*kernel, params);
     kernel_params.maps = maps[i];
     if (hopper != nullptr) {
-      launch_dependent(*kernel, arguments, stream);
+      launch_dependent(*kernel, params, arguments, stream);
     } else {
       launch(*kernel, arguments, stream);
     }

@@ -12,6 +12,9 @@ constexpr int kMaxGrid = 4096;
 // Query rows a KV head up to which a sequence goes to the kernel for few rows, and to the Hopper decode kernel.
 constexpr int kFewRows = 16;
 constexpr int kHopperRows = 64;
+// Sequences, and query rows a KV head, up to which the Hopper kernel for few sequences serves a call.
+constexpr int kFewSequences = 32;
+constexpr int kFewSequencesRows = 8;
 
 // A persistent kernel over AttentionKernelParams (HopperParams), launched with any grid of up to kMaxGrid blocks; those
 // for prefill, which have a counter for each warpgroup and one for all, with less than a third of that.
@@ -26,6 +29,9 @@ struct AttentionKernel {
   int (*places_per_block)(bool deterministic);  // partial results in the workspace
   int max_head_shift = 0;                       // an item has up to 2^this KV heads, if no more than `rows` rows
   bool whole_queries = false;                   // tiles begin and end with query tokens, and may have fewer rows
+  // Of a kernel whose grid has a block for every KV head in each column: its shared memory, if no sequence has more
+  // than so many rows a KV head.
+  size_t (*shared_memory_of_rows)(int rows) = nullptr;
 };
 
 // For rows of at most 16 a KV head, and for more.
@@ -56,12 +62,14 @@ struct HopperKernel {
 };
 
 // By rising head dimension, those for several heads last.  Built for sm_90a alone.  Decode is for at most 64 rows a KV
-// head, or 16 where rows of the cache have several heads; prefill is for more.
+// head, or 16 where rows of the cache have several heads, and for few sequences; prefill is for more.
 using HopperKernels = std::span<const HopperKernel>;
 HopperKernels hopper_decode_float16();
 HopperKernels hopper_decode_bfloat16();
 HopperKernels hopper_decode_float8_e4m3();
 HopperKernels hopper_decode_float8_e5m2();
+HopperKernels hopper_few_sequences_float16();
+HopperKernels hopper_few_sequences_bfloat16();
 HopperKernels hopper_prefill_float16();
 HopperKernels hopper_prefill_bfloat16();
 

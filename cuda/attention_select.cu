@@ -60,6 +60,17 @@ HopperKernels decode_kernels(DType kv_dtype) {
   }
 }
 
+HopperKernels few_sequences_kernels(DType kv_dtype) {
+  switch (kv_dtype) {
+    case DType::kFloat16:
+      return hopper_few_sequences_float16();
+    case DType::kBFloat16:
+      return hopper_few_sequences_bfloat16();
+    default:
+      return {};
+  }
+}
+
 HopperKernels prefill_kernels(DType kv_dtype) {
   switch (kv_dtype) {
     case DType::kFloat16:
@@ -98,8 +109,29 @@ bool hopper_kernels_serve(const AttentionParams &params, ArrayAlignment alignmen
   return alignment == ArrayAlignment::kAssumedGood || strides_fit_tensor_maps(params);
 }
 
+// Whether a block for every KV head in each of some columns fills the device, and one block can join the parts of all
+// columns.  Their cuts depend on the batch.
+bool columns_pay(const AttentionParams &params) {
+  constexpr int kFewestColumns = 8, kMostColumns = 16;
+  const int blocks = device_facts().num_multiprocessors, columns = blocks / params.num_kv_heads;
+  return !params.deterministic && columns >= kFewestColumns && columns <= kMostColumns &&
+         columns * params.num_kv_heads >= blocks - blocks / 8;
+}
+
+const HopperKernel *few_sequences_kernel_for(const AttentionParams &params) {
+  constexpr int64_t kMostTokens = int64_t{1} << 28;  // that a warp adds up in 31 bits
+  const int64_t capacity = int64_t{params.max_blocks_per_seq} * params.block_size;
+  if (params.num_seqs > kFewSequences || most_rows(params) > kFewSequencesRows || !columns_pay(params)) return nullptr;
+  if (capacity > kMostTokens) return nullptr;
+  for (const HopperKernel &kernel : few_sequences_kernels(params.kv_dtype)) {
+    if (kernel.kernel.head_dim == params.head_dim) return &kernel;
+  }
+  return nullptr;
+}
+
 const HopperKernel *decode_kernel_for(const AttentionParams &params, ArrayAlignment alignment) {
   if (!hopper_kernels_serve(params, alignment)) return nullptr;
+  if (const HopperKernel *few = few_sequences_kernel_for(params)) return few;
   const HopperKernel *of_one_head = nullptr;
   for (const HopperKernel &kernel : decode_kernels(params.kv_dtype)) {
     if (kernel.rows.heads > 1) {
@@ -147,6 +179,10 @@ std::string make_kernel_table() {
         add(name, kernel.kernel.head_dim,
             many ? ", at most 16 rows a KV head, many sequences, sm_90" : ", at most 64 rows a KV head, sm_90",
             kernel.kernel);
+      }
+      for (const HopperKernel &kernel : few_sequences_kernels(dtype)) {
+        add(name, kernel.kernel.head_dim,
+            ", at most 32 sequences and 8 rows a KV head, 8 KV heads and some more, sm_90", kernel.kernel);
       }
       for (const HopperKernel &kernel : prefill_kernels(dtype)) {
         add(name, kernel.kernel.head_dim, ", more rows, sm_90", kernel.kernel);

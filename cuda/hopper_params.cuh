@@ -24,6 +24,7 @@ struct TensorMaps {
 struct HopperParams : AttentionKernelParams {
   float plain_scale;  // a score in units of log 2 is a product times this; 0 where it takes more than that to make one
   uint32_t zero;      // that the compiler does not know to be one
+  float *announced;   // parts of few sequences, zero between launches, see announced_parts.cuh
   TensorMaps maps;
 };
 

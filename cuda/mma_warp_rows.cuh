@@ -271,9 +271,10 @@ class WarpRows {
   }
 
   // Hands the state's columns from `first_column` on to the epilogue as its states from `first_state` on, behind a
-  // barrier after the last use of what they overlay.
+  // barrier after the last use of what they overlay; of the first `rows` rows alone.
   template <class Epilogue>
-  __device__ void store_state(const Epilogue &epilogue, int first_state, int first_column, int bands = kBands) const {
+  __device__ void store_state(const Epilogue &epilogue, int first_state, int first_column, int bands = kBands,
+                              int rows = 16 * kBands) const {
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
       if (band >= bands) break;
@@ -282,6 +283,7 @@ class WarpRows {
         const int state = first_state + 16 * band + lane_ / 4 + 8 * i;
         float l = l_[band][i] + __shfl_xor_sync(kFullWarp, l_[band][i], 1);
         l += __shfl_xor_sync(kFullWarp, l, 2);
+        if (rows < 16 * kBands && 16 * band + lane_ / 4 + 8 * i >= rows) continue;
         if (lane_ % 4 == 0) epilogue.set_row(state, m_[band][i] * post_scale_[band][i], l);
         float *const o = epilogue.state(state) - first_column;
 #pragma unroll
