@@ -124,7 +124,9 @@ __device__ void produce_tiles(const HopperParams &params, typename Traits::Share
   }
 }
 
-// Finds the segments, tells all others, and brings the queries of each as soon as there is room.
+// Finds the segments, tells all others, and brings the queries of each as soon as there is room.  Behind every wait its
+// lanes meet: a barrier's phases count as even and odd, and one that the first lane set going might be over twice before
+// another lane looks.
 template <class Traits>
 __device__ void produce_queries(const HopperParams &params, typename Traits::Shared &shared,
                                 const typename Traits::Schedule &schedule) {
@@ -136,6 +138,7 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
     const uint32_t place = number % Traits::kSegments;
     PrefillSegment &segment = shared.segments[place];
     wait(&shared.segment_empty[place], (number / Traits::kSegments & 1) ^ 1);
+    __syncwarp();
     source.next(segment);
     if (threadIdx.x == 0) arrive(&shared.segment_full[place]);
     __syncwarp();
@@ -144,6 +147,7 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
     const int token = segment.item.seq.first_token + segment.item.query_tile * params.batch.tile_queries;
     const uint32_t stage = number % Traits::kQStages;
     wait(&shared.q_empty[stage], (number / Traits::kQStages & 1) ^ 1);
+    __syncwarp();
     if (threadIdx.x == 0) {
       arrive_and_expect(&shared.q_full[stage], Tile::kColumns * rows * 128);
 #pragma unroll
@@ -153,8 +157,8 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
                  &shared.q_full[stage]);
       }
     }
-    __syncwarp();
     wait(&shared.wanted, number & 1);
+    __syncwarp();
   }
 }
 
