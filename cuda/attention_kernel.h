@@ -72,5 +72,7 @@ HopperKernels hopper_few_sequences_float16();
 HopperKernels hopper_few_sequences_bfloat16();
 HopperKernels hopper_prefill_float16();
 HopperKernels hopper_prefill_bfloat16();
+HopperKernels hopper_prefill_float8_e4m3();
+HopperKernels hopper_prefill_float8_e5m2();
 
 }  // namespace pagedattn::cuda

@@ -77,8 +77,12 @@ HopperKernels prefill_kernels(DType kv_dtype) {
       return hopper_prefill_float16();
     case DType::kBFloat16:
       return hopper_prefill_bfloat16();
+    case DType::kFloat8E4M3:
+      return hopper_prefill_float8_e4m3();
+    case DType::kFloat8E5M2:
+      return hopper_prefill_float8_e5m2();
     default:
-      return {};
+      throw Error(PA_ERROR_INTERNAL, "paged_attention: no CUDA kernel for this cache type");
   }
 }
 

@@ -1,11 +1,11 @@
-// Paged prefill and append on Hopper: sequences of more than 64 query rows a KV head, 16-bit queries and caches.
+// Paged prefill and append on Hopper: sequences of more than 64 query rows a KV head, 16-bit queries.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
 // A tile of query rows meets a tile of keys after the other, from the last to the first.  Three warps only bring data:
 // they ask the copy engine (TMA) for the blocks of K, for those of V, and for queries; the first of them also finds the
-// work (prefill_schedule.cuh).  The other warpgroups have 64 rows each and share the tiles of K and V; scores
-// and output stay in their registers.
+// work (prefill_schedule.cuh).  Over float8 caches a warpgroup makes float16 of all that (hopper_prefill_float8.cuh).
+// The other warpgroups have 64 rows each and share the tiles of K and V; scores and output stay in their registers.
 //
 // What keeps the tensor cores busy: the product of the next tile's scores and that of this tile's weights and V run
 // while softmax works on scores that are done; the warpgroups take turns, so that one's softmax falls into another's
@@ -16,6 +16,7 @@
 // large matrix product makes 767.  docs/performance/prefill.md tells where the rest goes and what was tried.
 #pragma once
 
+#include "hopper_prefill_float8.cuh"
 #include "hopper_prefill_rows.cuh"
 #include "hopper_prefill_traits.cuh"
 
@@ -53,7 +54,7 @@ class TileCopier {
         full_(full),
         empty_(empty),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        pieces_(Tile::kColumns / params.maps.box_columns) {}
+        pieces_(Traits::kFloat8 ? 1 : Tile::kColumns / params.maps.box_columns) {}
 
   // The tiles of a segment, from the last on.  Calls before(n) ahead of a tile with n behind it.
   template <class Before>
@@ -75,7 +76,7 @@ class TileCopier {
       before(tile - tiles.begin);
       const uint32_t slot = count_ % Traits::kKvStages;
       wait(&empty_[slot], (count_ / Traits::kKvStages & 1) ^ 1);
-      if (lane_ == 0) arrive_and_expect(&full_[slot], Tile::kBytes);
+      if (lane_ == 0) arrive_and_expect(&full_[slot], Traits::kRawBytes);
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kBoxes; ++i) {
@@ -91,8 +92,8 @@ class TileCopier {
     const int place = token - params_.block_size.divide(token) * static_cast<int>(params_.block_size.divisor);
     const int corner[5] = {column * 64, heads > 0 ? 0 : place, 0, heads > 0 ? place / 8 : kv_head,
                            heads > 0 ? block * heads + kv_head : block};
-    cuda::copy_box(shared_address(ring_[slot]) + static_cast<SharedAddress>(Tile::offset(row, column * 8)), map_,
-                   corner, &full_[slot]);
+    const int to = Traits::kFloat8 ? Traits::kRawPlace + row * Traits::kHeadDim : Tile::offset(row, column * 8);
+    cuda::copy_box(shared_address(ring_[slot]) + static_cast<SharedAddress>(to), map_, corner, &full_[slot]);
   }
 
   const HopperParams &params_;
@@ -110,8 +111,10 @@ class TileCopier {
 // would be waited for.
 template <class Traits>
 __device__ void produce_tiles(const HopperParams &params, typename Traits::Shared &shared, bool keys) {
-  TileCopier<Traits> copier(params, keys ? &params.maps.k : &params.maps.v, keys ? shared.k : shared.v,
-                            keys ? shared.k_full : shared.v_full, keys ? shared.k_empty : shared.v_empty);
+  Barrier *full = keys ? shared.k_full : shared.v_full;
+  if constexpr (Traits::kFloat8) full = keys ? shared.raw.k : shared.raw.v;
+  TileCopier<Traits> copier(params, keys ? &params.maps.k : &params.maps.v, keys ? shared.k : shared.v, full,
+                            keys ? shared.k_empty : shared.v_empty);
 #pragma unroll 1
   for (uint32_t number = 0;; ++number) {
     const PrefillSegment &segment = wait_segment<Traits>(shared, number);
@@ -125,8 +128,8 @@ __device__ void produce_tiles(const HopperParams &params, typename Traits::Share
 }
 
 // Finds the segments, tells all others, and brings the queries of each as soon as there is room.  Behind every wait its
-// lanes meet: a barrier's phases count as even and odd, and one that the first lane set going might be over twice before
-// another lane looks.
+// lanes meet: a barrier's phases count as even and odd, and one that the first lane set going might be over twice
+// before another lane looks.
 template <class Traits>
 __device__ void produce_queries(const HopperParams &params, typename Traits::Shared &shared,
                                 const typename Traits::Schedule &schedule) {
@@ -148,17 +151,33 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
     const uint32_t stage = number % Traits::kQStages;
     wait(&shared.q_empty[stage], (number / Traits::kQStages & 1) ^ 1);
     __syncwarp();
+    Barrier *full = &shared.q_full[stage];
+    if constexpr (Traits::kFloat8) full = &shared.raw.q[stage];
     if (threadIdx.x == 0) {
-      arrive_and_expect(&shared.q_full[stage], Tile::kColumns * rows * 128);
+      arrive_and_expect(full, Tile::kColumns * rows * 128);
 #pragma unroll
       for (int column = 0; column < Tile::kColumns; ++column) {
         const int corner[5] = {column * 64, 0, segment.item.kv_head, token, 0};
-        copy_box(shared_address(shared.q[stage] + column * Tile::kColumnBytes), &params.maps.q, corner,
-                 &shared.q_full[stage]);
+        copy_box(shared_address(shared.q[stage] + column * Tile::kColumnBytes), &params.maps.q, corner, full);
       }
     }
     wait(&shared.wanted, number & 1);
     __syncwarp();
+  }
+}
+
+// Over float8 caches: makes float16 of what has come, of K or of the rest.
+template <class Traits>
+__device__ void widen_data(const HopperParams &params, typename Traits::Shared &shared, bool keys) {
+  Widener<Traits> widener(params, shared, keys, Traits::kWidenerBarrier + (keys ? 0 : 1));
+#pragma unroll 1
+  for (uint32_t number = 0;; ++number) {
+    const PrefillSegment &segment = wait_segment<Traits>(shared, number);
+    if (!segment.valid) return;
+    const int tiles = segment.tiles.end - segment.tiles.begin;
+    const float k_scale = params.k_scale.of_head(segment.item.kv_head);
+    release_segment<Traits>(shared, number);
+    widener.widen_segment(number, tiles, k_scale);
   }
 }
 
@@ -170,7 +189,7 @@ class PrefillGroup {
   using Rows = WarpgroupRows<Traits>;
   static constexpr int kTokens = Traits::kTokens;
   static constexpr uint32_t kStages = Traits::kKvStages, kQStages = Traits::kQStages;
-  static constexpr int kFirstTurn = 1, kFirstOwn = 1 + Traits::kGroups;  // barriers by number, one a group
+  static constexpr int kFirstTurn = Traits::kFirstTurn, kFirstOwn = Traits::kFirstOwn;
 
  public:
   __device__ PrefillGroup(const HopperParams &params, typename Traits::Shared &shared, int group)
@@ -226,7 +245,7 @@ class PrefillGroup {
   __device__ void begin(uint32_t number) {
     const uint32_t stage = number % kQStages;
     wait(&shared_.q_full[stage], number / kQStages & 1);
-    rows_.begin(segment(number).item, shared_.q[stage]);
+    rows_.begin(segment(number).item, stage);
   }
   // `zero` is one, and says what is to be done before.
   __device__ void wait_k(uint32_t tile, uint32_t zero = 0) {
@@ -347,20 +366,26 @@ class PrefillGroup {
 template <class Traits>
 __device__ void init_barriers(typename Traits::Shared &shared) {
   constexpr int kMathWarps = 4 * Traits::kGroups;
+  constexpr int kWideners = 4 * (Traits::kFirstMathGroup - 1), kFillers = larger(kWideners / 2, 1);  // warps
   for (int i = 0; i < Traits::kQStages; ++i) {
-    init_barrier(&shared.q_full[i], 1);
+    init_barrier(&shared.q_full[i], kFillers);
+    if constexpr (Traits::kFloat8) init_barrier(&shared.raw.q[i], 1);
     init_barrier(&shared.q_empty[i], kMathWarps);
   }
   for (int i = 0; i < Traits::kKvStages; ++i) {
-    init_barrier(&shared.k_full[i], 1);
+    init_barrier(&shared.k_full[i], kFillers);
     init_barrier(&shared.k_empty[i], kMathWarps);
-    init_barrier(&shared.v_full[i], 1);
+    init_barrier(&shared.v_full[i], kFillers);
+    if constexpr (Traits::kFloat8) {
+      init_barrier(&shared.raw.k[i], 1);
+      init_barrier(&shared.raw.v[i], 1);
+    }
     init_barrier(&shared.v_empty[i], kMathWarps);
   }
   init_barrier(&shared.wanted, 1);
   for (int i = 0; i < Traits::kSegments; ++i) {
     init_barrier(&shared.segment_full[i], 1);
-    init_barrier(&shared.segment_empty[i], kMathWarps + 2);  // and those that bring K and V
+    init_barrier(&shared.segment_empty[i], kMathWarps + kWideners + 2);  // and those that bring K and V
   }
   publish_barriers();
 }
@@ -389,9 +414,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     } else if (warp < 3) {
       produce_tiles<Traits>(params, shared, warp == 1);
     }
+  } else if (warpgroup < Traits::kFirstMathGroup) {
+    give_registers<Traits::kProducerRegisters>();
+    if constexpr (Traits::kFloat8) widen_data<Traits>(params, shared, threadIdx.x < 192);
   } else {
     take_registers<Traits::kMathRegisters>();
-    PrefillGroup<Traits>(params, shared, warpgroup - 1).run();
+    PrefillGroup<Traits>(params, shared, warpgroup - Traits::kFirstMathGroup).run();
   }
 #else
   __trap();  // chosen only where it has been built for sm_90a
@@ -404,7 +432,8 @@ HopperKernel hopper_prefill(const char *name) {
   return {{name, reinterpret_cast<const void *>(&hopper_prefill_kernel<Traits>), Traits::kThreads,
            sizeof(typename Traits::Shared), Traits::kRows, Traits::kTokens, kHeadDim, &Traits::Cut::places_per_block, 0,
            true},
-          {Traits::KvTile::kSideBySide ? Traits::KvTile::kColumns : 1, 128, true, 1}};
+          Traits::kFloat8 ? CacheRowLayout{1, kHeadDim, false, 1}
+                          : CacheRowLayout{Traits::KvTile::kSideBySide ? Traits::KvTile::kColumns : 1, 128, true, 1}};
 }
 
 }  // namespace pagedattn::cuda

@@ -29,6 +29,8 @@ class WarpgroupRows {
 
  public:
   static constexpr int kEights = kTokens / 8;  // of keys in a tile
+  // Columns that a product with V has: no more than the registers that the kernel starts with have room for.
+  static constexpr int kParts = kHeadDim > 192 && Traits::kRegisters < 160 ? 2 : 1, kPartColumns = kHeadDim / kParts;
   using Scores = float[kEights][4];
 
   // Of the two rows of a thread: the largest score in units of log 2, and the sum of exp2(score - m) over the thread's
@@ -46,10 +48,14 @@ class WarpgroupRows {
   }
 
   // The next scores are of this item's queries, its first.
-  __device__ void begin(const WorkItem &item, const char *q) {
+  __device__ void begin(const WorkItem &item, uint32_t q_stage) {
     item_ = &item;
-    q_tile_ = q;
-    q_ = operand(shared_address(q + Q::offset(64 * group_, 0)), Q::kColumnBytes, Q::kEightRows);
+    q_tile_ = shared_.q[q_stage];
+    q_ = operand(shared_address(q_tile_ + Q::offset(64 * group_, 0)), Q::kColumnBytes, Q::kEightRows);
+    if constexpr (Traits::kFloat8) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) scale_[i] = shared_.raw.factors[q_stage][row_ + 8 * i] * transformed_scale();
+    }
     visible_to_all_ = {keys_of(64 * group_ + 63).begin, keys_of(64 * group_).end};
     // Rows that no token has hold others' queries, or what was there before: they must not decide.
 #pragma unroll
@@ -69,16 +75,17 @@ class WarpgroupRows {
 
   // Do all rows see all keys of the tile from `token` on, and are scores just products times a positive number?
   __device__ bool is_plain(int token) const {
-    return token >= visible_to_all_.begin && token + kTokens <= visible_to_all_.end && params_.plain_scale > 0.0f;
+    return token >= visible_to_all_.begin && token + kTokens <= visible_to_all_.end && scores_are_plain();
   }
 
   // Scores of the keys from `token` on become exp2(score - m) for the new m.
   __device__ void softmax(Scores &s, int token) {
-    float scale = params_.plain_scale;
-    if (!(scale > 0.0f)) {
-      scale = 1.0f;
-      const float factor = params_.softcap > 0.0f ? params_.scale / params_.softcap : params_.scale * kLog2E;
-      const float factors[2] = {factor, factor}, slope[2] = {slope_of(row_), slope_of(row_ + 8)};
+    float scale[2] = {scale_of(0), scale_of(1)};
+    if (!scores_are_plain()) {
+      const float factors[2] = {Traits::kFloat8 ? scale[0] : transformed_scale(),
+                                Traits::kFloat8 ? scale[1] : transformed_scale()};
+      scale[0] = scale[1] = 1.0f;
+      const float slope[2] = {slope_of(row_), slope_of(row_ + 8)};
       const int position[2] = {position_of(row_), position_of(row_ + 8)};
       transform_scores(s, params_, factors, slope, position, token);
     }
@@ -99,7 +106,7 @@ class WarpgroupRows {
     for (int tile = kFirst; tile < kEnd; ++tile) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        s[tile][j] = exp2_fast(s[tile][j] * params_.plain_scale - m_[j / 2]);
+        s[tile][j] = exp2_fast(s[tile][j] * scale_of(j / 2) - m_[j / 2]);
         sums[j / 2][j % 2] += s[tile][j];
       }
     }
@@ -138,7 +145,7 @@ class WarpgroupRows {
     }
     if (__any_sync(kFullWarp, redo)) {
       multiply_q_k_again(s, token);
-      softmax_of_unmasked(s, params_.plain_scale);
+      softmax_of_unmasked(s, {scale_of(0), scale_of(1)});
       return;
     }
 #pragma unroll
@@ -179,7 +186,12 @@ class WarpgroupRows {
     fence_products();
 #pragma unroll
     for (int step = 0; step < kTokens / 16; ++step) {
-      Products<Math, kHeadDim>::p_v(o_, p_[step], further(v, step * 2 * Kv::kEightRows), step > 0 || !first);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        Products<Math, kPartColumns>::p_v(
+            reinterpret_cast<float (&)[kPartColumns / 8][4]>(o_[part * (kPartColumns / 8)]), p_[step],
+            further(v, step * 2 * Kv::kEightRows + part * (kPartColumns / 64) * Kv::kColumnBytes), step > 0 || !first);
+      }
     }
     commit_products();
   }
@@ -247,13 +259,28 @@ class WarpgroupRows {
   }
 
  private:
+  // What turns products into units of log 2, or into what transform_scores takes.  Over float8 caches a row has its
+  // own; else it is a constant of the launch, which saves a register that each score would read.
+  __device__ float scale_of(int i) const {
+    if constexpr (Traits::kFloat8) return scale_[i];
+    return params_.plain_scale;
+  }
+  __device__ float transformed_scale() const {
+    return params_.softcap > 0.0f ? params_.scale / params_.softcap : params_.scale * kLog2E;
+  }
+  // Are scores just products times a positive number?
+  __device__ bool scores_are_plain() const {
+    if constexpr (Traits::kFloat8) return params_.plain_scale > 0.0f && scale_[0] > 0.0f;
+    return params_.plain_scale > 0.0f;
+  }
+
   __device__ static float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
     return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
   }
 
   // `scale` turns what s holds into units of log 2.
-  __device__ void softmax_of_unmasked(Scores &s, float scale) {
+  __device__ void softmax_of_unmasked(Scores &s, const float (&scale)[2]) {
     // Both rows at once, in several chains, since a warp has few others to hide its latencies.
     float largest[2][2];
 #pragma unroll
@@ -267,7 +294,7 @@ class WarpgroupRows {
     float subtracted[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float most = quad_max(fmaxf(largest[i][0], largest[i][1])) * scale;
+      float most = quad_max(fmaxf(largest[i][0], largest[i][1])) * scale[i];
       // Small steps are not worth the rescaling.
       if (most - m_[i] <= kLargestStep) most = m_[i];
       subtracted[i] = most == negative_infinity() ? 0.0f : most;
@@ -279,7 +306,7 @@ class WarpgroupRows {
     for (int tile = 0; tile < kTokens / 8; ++tile) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        s[tile][j] = exp2_fast(s[tile][j] * scale - subtracted[j / 2]);
+        s[tile][j] = exp2_fast(s[tile][j] * scale[j / 2] - subtracted[j / 2]);
         sum[j / 2][j % 2] += s[tile][j];
       }
     }
@@ -301,12 +328,21 @@ class WarpgroupRows {
       load_matrices(q, shared_address(q_tile_ + Q::offset(first_row + lane % 16, 2 * step + lane / 16)));
 #pragma unroll
       for (int tile = 0; tile < kTokens / 8; ++tile) {
-        const char *const k = key(token + tile * 8 + lane / 4) + step * 32 + lane % 4 * 4;
-        const bool first = step * 16 < params_.head_dim, second = step * 16 + 8 < params_.head_dim;
-        multiply_add<Math>(s[tile], q, first ? *reinterpret_cast<const uint32_t *>(k) : 0,
-                           second ? *reinterpret_cast<const uint32_t *>(k + 16) : 0);
+        const char *const k = key(token + tile * 8 + lane / 4);
+        const int first = step * 16 + lane % 4 * 2, second = first + 8;
+        multiply_add<Math>(s[tile], q, first < params_.head_dim ? load_pair(k, first) : 0,
+                           second < params_.head_dim ? load_pair(k, second) : 0);
       }
     }
+  }
+  // Two neighbours of a row of the cache.
+  __device__ static uint32_t load_pair(const char *row, int dimension) {
+    if constexpr (Traits::kFloat8) {
+      uint32_t pair, unused;
+      widen<typename Traits::CacheElement>(*reinterpret_cast<const uint16_t *>(row + dimension), pair, unused);
+      return pair;
+    }
+    return *reinterpret_cast<const uint32_t *>(row + 2 * dimension);
   }
   __device__ const char *key(int token) const {
     const int *const table = params_.block_tables + item_->seq.index * params_.block_table_stride;
@@ -353,7 +389,11 @@ class WarpgroupRows {
         factor = end_row(params_, token, head, item.kv_head, sums.m[i], sums.l[i], lane == 0);
         offset = token * params_.out.token_stride + head * params_.out.head_stride;
       }
-      write_row<Math>(params_, o_, i, offset, factor);
+      if (Traits::kFloat8 && params_.q_is_bfloat16) {
+        write_row<__nv_bfloat16>(params_, o_, i, offset, factor);
+      } else {
+        write_row<Math>(params_, o_, i, offset, factor);
+      }
     }
   }
 
@@ -399,6 +439,7 @@ class WarpgroupRows {
   int row_;  // of the item's tile; the thread's other is the eighth after it
   const WorkItem *item_;
   const char *q_tile_;
+  float scale_[2];  // of the rows' products, over float8 caches
   Operand q_;
   Range visible_to_all_;  // of the group's rows
   float m_[2];

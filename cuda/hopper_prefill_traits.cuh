@@ -39,29 +39,45 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
 
   // Warpgroups that compute, 64 query rows each.  The third hides latencies, where registers are enough.
-  static constexpr int kGroups = kHeadDim <= 80 ? 3 : 2;
+  static constexpr int kGroups = kHeadDim <= 80 && !Types::kFloat8 ? 3 : 2;
   static constexpr int kRows = 64 * kGroups;
-  static constexpr int kTokens = kHeadDim <= 80 ? 96 : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 96 : 64;
+  static constexpr int kTokens = kGroups == 3 ? 96 : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 96 : 64;
   struct Shape : TileShape<kRows, kTokens, false> {};
   using Cut = WorkCut<Shape>;
 
-  static constexpr int kThreads = 128 * (1 + kGroups);
-  // Of a thread as the kernel starts, and then of the warpgroup that brings data, and of those that compute.
-  static constexpr int kRegisters = kGroups == 3 ? 128 : 168;
+  // The first warpgroup brings data; over float8 caches another widens it.
+  static constexpr int kFirstMathGroup = Types::kFloat8 ? 2 : 1;
+  static constexpr int kWarpgroups = kFirstMathGroup + kGroups;
+  static constexpr int kThreads = 128 * kWarpgroups;
+  // Of a thread as the kernel starts, and then of the warpgroups that bring data, and of those that compute.
+  static constexpr int kRegisters = kWarpgroups == 4 ? 128 : 168;
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
-  static constexpr int kMathRegisters = kGroups == 3 ? 160 : 232;
-  static_assert(kProducerRegisters + kGroups * kMathRegisters <= (1 + kGroups) * kRegisters);
+  static constexpr int kMathRegisters = kGroups == 3 ? 160 : Types::kFloat8 ? 216 : 232;
+  static_assert(kFirstMathGroup * kProducerRegisters + kGroups * kMathRegisters <= kWarpgroups * kRegisters);
 
   using QTile = ColumnTile<kRows, kHeadDim, false>;
-  using KvTile = ColumnTile<kTokens, kHeadDim, kHeadDim % 64 == 0>;
+  using KvTile = ColumnTile<kTokens, kHeadDim, Types::kFloat8 || kHeadDim % 64 == 0>;
+  // Where the copy engine brings a tile to, in its room: float8 ones to the end, from where they become float16.
+  static constexpr int kRawBytes = Types::kFloat8 ? kTokens * kHeadDim : KvTile::kBytes;
+  static constexpr int kRawPlace = KvTile::kBytes - kRawBytes;
   static constexpr int kQStages = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kKvStages = kHeadDim <= 64 ? 4 : 2;  // of K, and of V
 
-  using Schedule = PrefillSchedule<Shape, kThreads, 2 * 2 * kHeadDim>;
+  using Schedule = PrefillSchedule<Shape, kThreads, 2 * sizeof(typename Types::Storage) * kHeadDim>;
   using Source = PrefillSource<Shape, Schedule>;
-  static constexpr int kSegments = 4;    // in work, and ahead
-  static constexpr int kTilesAhead = 1;  // of a segment's last that the next is wanted
+  // Named barriers, one a group.
+  static constexpr int kFirstTurn = 1, kFirstOwn = kFirstTurn + kGroups, kWidenerBarrier = kFirstOwn + kGroups;
+  static constexpr int kSegments = 4;  // in work, and ahead
+  // Of a segment's last that the next is wanted.
+  static constexpr int kTilesAhead = Types::kFloat8 ? 2 : 1;
 
+  struct RawData {  // float8, and queries of that call in their own type
+    Barrier k[kKvStages];
+    Barrier v[kKvStages];
+    Barrier q[kQStages];
+    float factors[kQStages][kRows];  // of the rows' scores
+  };
+  struct NoRawData {};
   struct Shared {
     char q[kQStages][QTile::kBytes];
     char k[kKvStages][KvTile::kBytes];
@@ -76,6 +92,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
     Barrier segment_full[kSegments];
     Barrier segment_empty[kSegments];
     PrefillSegment segments[kSegments];
+    std::conditional_t<Types::kFloat8, RawData, NoRawData> raw;
     bool last_to_arrive[kGroups];
     typename Schedule::Shared schedule;
   };

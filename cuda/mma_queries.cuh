@@ -29,13 +29,14 @@ __device__ inline QChunk load_q_chunk(const AttentionKernelParams &params, const
 }
 
 // Rounds bfloat16 pairs to float16 after dividing the row by the power of two below its largest element, which the
-// kLanes lanes that hold the row find together; returns that power.
-template <int kLanes>
-__device__ float normalise_bfloat16_row(QChunk &x) {
+// kLanes lanes that hold the row, kChunks each, find together; returns that power.
+template <int kLanes, int kChunks = 1>
+__device__ float normalise_bfloat16_row(QChunk *x) {
   uint32_t largest = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    largest = max(largest, max(x.pairs[i] & 0x7fffu, x.pairs[i] >> 16 & 0x7fffu));
+  for (int i = 0; i < 4 * kChunks; ++i) {
+    const uint32_t pair = x[i / 4].pairs[i % 4];
+    largest = max(largest, max(pair & 0x7fffu, pair >> 16 & 0x7fffu));
   }
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
@@ -45,9 +46,9 @@ __device__ float normalise_bfloat16_row(QChunk &x) {
   const uint32_t exponent = min(max(largest >> 7, 1u), 253u);
   const float inverse = __uint_as_float((254 - exponent) << 23);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x.pairs[i] =
-        pack<__half>(__uint_as_float(x.pairs[i] << 16) * inverse, __uint_as_float(x.pairs[i] & 0xffff0000u) * inverse);
+  for (int i = 0; i < 4 * kChunks; ++i) {
+    uint32_t &pair = x[i / 4].pairs[i % 4];
+    pair = pack<__half>(__uint_as_float(pair << 16) * inverse, __uint_as_float(pair & 0xffff0000u) * inverse);
   }
   return __uint_as_float(exponent << 23);
 }
@@ -88,10 +89,10 @@ class QueryChunks {
   __device__ void store(const AttentionKernelParams &params, char *q_tile, RowTable<Traits::kRows> &rows) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      QChunk &x = chunks_[i];
+      const QChunk &x = chunks_[i];
       float scale = 1.0f;
       if constexpr (Traits::kFloat8) {
-        if (params.q_is_bfloat16) scale = normalise_bfloat16_row<kLanes>(x);
+        if (params.q_is_bfloat16) scale = normalise_bfloat16_row<kLanes>(&chunks_[i]);
       }
       if (row(i) >= Traits::kRows || chunk(i) >= kChunks) continue;
       if constexpr (Traits::kFloat8) {

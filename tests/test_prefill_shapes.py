@@ -49,7 +49,7 @@ def test_every_pair_of_options_of_prefill_matches_the_reference(
     check_case(cuda, rng, case, case["group"], *lens(SEQUENCES))
 
 
-@pytest.mark.parametrize("kind", SIXTEEN_BIT_KINDS[:2], ids="-".join)
+@pytest.mark.parametrize("kind", SIXTEEN_BIT_KINDS, ids="-".join)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128, 256])
 def test_prompts_behind_a_cache_match_the_reference(
@@ -158,6 +158,50 @@ def test_prefill_may_name_anything_outside_its_window(
     check_batch(cuda, naming_poisoned_blocks(rng, batch))
 
 
+@pytest.mark.parametrize("kind", SIXTEEN_BIT_KINDS[2:], ids="-".join)
+@pytest.mark.parametrize("head_dim", [56, 64, 80, 128, 192, 256])
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 100}, {"window": 257, "softcap": 1.5}, {"softcap": 1.5}, {"causal": False}],
+    ids=case_id,
+)
+def test_prefill_over_float8_caches_takes_every_option(
+    cuda: CupyBackend, rng: np.random.Generator, options: dict[str, Any], head_dim: int, kind: tuple[str, str]
+) -> None:
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": head_dim, **types(rng, kind, 2)}
+    check_batch(cuda, make_batch(rng, *lens([(1500, 100), (700, 300), (90, 90)]), **options, **shape))
+
+
+@pytest.mark.parametrize("kind", SIXTEEN_BIT_KINDS[2:], ids="-".join)
+def test_prefill_over_a_float8_cache_may_name_anything_outside_its_window(
+    cuda: CupyBackend, rng: np.random.Generator, kind: tuple[str, str]
+) -> None:
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, **types(rng, kind, 2)}
+    batch = make_batch(rng, *lens([(3000, 100), (700, 80), (90, 90)]), window=100, **shape)
+    check_batch(cuda, naming_poisoned_blocks(rng, batch))
+
+
+@pytest.mark.parametrize("k_scale", [0.0, -0.5, 1e-6, 20.0])
+def test_prefill_takes_any_scale_of_keys(cuda: CupyBackend, rng: np.random.Generator, k_scale: float) -> None:
+    # Scores are compared before they are scaled only where that keeps their order.
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, **types(rng, ("bfloat16", "float8_e4m3"), 2)}
+    batch = make_batch(rng, *lens([(1500, 100), (300, 300)]), **shape)
+    batch.options["k_scale"] = np.array([k_scale, 0.5], np.float32)
+    check_batch(cuda, batch)
+
+
+@pytest.mark.parametrize("exponent", [-100, -30, 20, 100])
+def test_bfloat16_queries_over_a_float8_cache_may_be_of_any_size(
+    cuda: CupyBackend, rng: np.random.Generator, exponent: int
+) -> None:
+    # Rows far apart, beyond what a float16 holds.
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "scale": 2.0 ** -(exponent + 4)}
+    batch = make_batch(rng, *lens([(900, 200), (129, 128)]), **shape, **types(rng, ("bfloat16", "float8_e4m3"), 2))
+    sizes = 2.0 ** (exponent - rng.integers(0, 20, (len(batch.q), 1, 1)))
+    batch.q = (batch.q.astype(np.float64) * sizes).astype(batch.q.dtype)
+    check_batch(cuda, batch)
+
+
 @pytest.mark.parametrize("place", [0, 15, 127, 128, 1000, 1899])
 def test_the_largest_score_of_a_prompt_may_be_that_of_any_key(
     cuda: CupyBackend, rng: np.random.Generator, place: int
@@ -206,7 +250,9 @@ def require_hopper(cuda: CupyBackend) -> None:
         ({"window": 9, "softcap": 2.0}, "hopper_prefill_float16_d128"),
         ({"block_size": 12}, "mma_float16_d128_many_rows"),
         ({"layout": "odd rows"}, "mma_float16_d128_many_rows"),
-        ({"kv_dtype": "float8_e4m3"}, "mma_float8_e4m3_d128_many_rows"),
+        ({"kv_dtype": "float8_e4m3"}, "hopper_prefill_float8_e4m3_d128"),
+        ({"kv_dtype": "float8_e5m2", "head_dim": 96}, "hopper_prefill_float8_e5m2_d96"),
+        ({"kv_dtype": "float8_e5m2", "block_size": 12}, "mma_float8_e5m2_d128_many_rows"),
     ],
     ids=lambda value: value if isinstance(value, str) else case_id(value),
 )
