@@ -87,21 +87,28 @@ struct Plan {
 };
 
 // Rows of a tile: tiles of one sequence are of about equal size, and hold whole tokens where a token's rows fit in.
-int64_t tile_rows(int64_t num_rows, int64_t group) {
-  const int64_t most = kernels().max_rows;
+int64_t tile_rows(int64_t num_rows, int64_t group, int64_t most) {
   const int64_t even = ceil_div(num_rows, ceil_div(num_rows, most));
   const int64_t whole_tokens = ceil_div(even, group) * group;
   return whole_tokens <= most ? whole_tokens : even;
 }
 
-void add_tiles(const AttentionParams &p, int32_t seq, std::vector<RowTile> &tiles) {
+// Rows of a tile, at most: many share what is packed for them, but each thread is to have several items.
+int64_t most_rows(const AttentionParams &p) {
+  const int64_t most = kernels().max_head_rows(p);
+  if (p.deterministic) return most;
+  const int64_t num_rows = p.num_tokens * p.num_q_heads;
+  return std::clamp(num_rows / (kItemsPerThread * num_threads()), std::min(kernels().max_rows, most), most);
+}
+
+void add_tiles(const AttentionParams &p, int32_t seq, int64_t most, std::vector<RowTile> &tiles) {
   const int64_t group = p.num_q_heads / p.num_kv_heads;
   const int64_t query_start = p.query_start_loc == nullptr ? seq : p.query_start_loc[seq];
   const int64_t query_len = p.query_start_loc == nullptr ? 1 : p.query_start_loc[seq + 1] - query_start;
   const int64_t seq_len = p.seq_lens[seq];
   const int64_t num_rows = query_len * group;
   if (num_rows == 0) return;
-  const int64_t rows = tile_rows(num_rows, group);
+  const int64_t rows = tile_rows(num_rows, group, most);
   const int64_t num_tiles = ceil_div(num_rows, rows);
   // The last tiles see the most keys, so they go first.
   for (int64_t tile = num_tiles - 1; tile >= 0; --tile) {
@@ -118,7 +125,7 @@ void add_tiles(const AttentionParams &p, int32_t seq, std::vector<RowTile> &tile
     const int64_t first_end = p.causal ? first_position + 1 : seq_len;
     w.kv_end = std::max<int64_t>(0, p.causal ? last_position + 1 : seq_len);
     w.kv_begin = p.window > 0 ? std::max<int64_t>(0, first_end - p.window) : 0;
-    const int64_t shortest = std::clamp((w.row_end - w.row_begin) * 16, kMinRange, kMaxMinRange);
+    const int64_t shortest = std::clamp(rows * 16, kMinRange, std::max(kMaxMinRange, rows * 4));
     const int64_t even = ceil_div(w.kv_end - w.kv_begin, std::max<int64_t>(1, kMaxRanges / num_tiles));
     t.range = std::max(shortest, even);
     tiles.push_back(t);
@@ -158,15 +165,18 @@ void add_items(const AttentionParams &p, const RowTile &tile, int32_t head_begin
 
 void make_plan(const AttentionParams &p, Plan &plan) {
   plan.clear();
-  for (int32_t seq = 0; seq < p.num_seqs; ++seq) add_tiles(p, seq, plan.tiles);
-  int64_t num_keys = 0;
-  for (const RowTile &tile : plan.tiles) num_keys += tile.work.kv_end - tile.work.kv_begin;
-  cut_keys(plan.tiles, p.deterministic ? 0 : num_keys / (kItemsPerThread * num_threads()));
-
+  const int64_t most = most_rows(p);
+  for (int32_t seq = 0; seq < p.num_seqs; ++seq) add_tiles(p, seq, most, plan.tiles);
   const auto heads_that_fit = [&](const RowTile &tile) {
     const int64_t rows = tile.work.row_end - tile.work.row_begin;
     return std::clamp<int64_t>(kernels().max_rows / rows, 1, p.num_kv_heads);
   };
+  int64_t num_keys = 0;
+  for (const RowTile &tile : plan.tiles) {
+    num_keys += (tile.work.kv_end - tile.work.kv_begin) * ceil_div(p.num_kv_heads, heads_that_fit(tile));
+  }
+  cut_keys(plan.tiles, p.deterministic ? 0 : num_keys / (kItemsPerThread * num_threads()));
+
   int64_t num_items = 0;
   for (const RowTile &tile : plan.tiles) {
     const int64_t rows = tile.work.row_end - tile.work.row_begin;

@@ -94,14 +94,12 @@ PA_EMULATED __m512 fraction(__m512 v) {
   const Floats rest = x - bits<Floats>(floor(v));
   return bits<__m512>(x - x == 0.0f || x != x ? rest : Floats{});
 }
-// a * 2**floor(b) where the mask is set, else 0.
-PA_EMULATED __m512 scale_by_power(__mmask16 mask, __m512 a, __m512 b) {
+// a * 2**floor(b).
+PA_EMULATED __m512 scale_by_power(__m512 a, __m512 b) {
   const Floats power = bits<Floats>(floor(b));
   Floats r = bits<Floats>(a);
   for (int i = 0; i < 16; ++i) {
-    if ((mask >> i & 1) == 0) {
-      r[i] = 0.0f;
-    } else if (power[i] != power[i]) {
+    if (power[i] != power[i]) {
       r[i] = power[i];
     } else {
       const float bounded = power[i] < -1000.0f ? -1000.0f : (power[i] > 1000.0f ? 1000.0f : power[i]);
@@ -138,6 +136,6 @@ PA_EMULATED __mmask16 not_less_mask(__m512 a, __m512 b) {
 #define _mm512_permute_ps emulation::shuffle_in_quarters
 #define _mm512_reduce_ps(v, what) \
   (__extension__({ static_assert((what) == _MM_FROUND_TO_NEG_INF); }), emulation::fraction(v))
-#define _mm512_maskz_scalef_ps emulation::scale_by_power
+#define _mm512_scalef_ps emulation::scale_by_power
 #define _mm512_cmp_ps_mask(a, b, what) \
   (__extension__({ static_assert((what) == _CMP_NLT_UQ); }), emulation::not_less_mask(a, b))

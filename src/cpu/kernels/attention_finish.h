@@ -26,12 +26,13 @@ static void gather_rows(State &state) {
   }
 }
 
-static void save_partial(const AttentionParams &params, const AttentionWork &work, const State &state) {
+static void save_row(const AttentionParams &params, const AttentionWork &work, int64_t i, const float *acc) {
+  __builtin_memcpy(work.partial + i * params.head_dim, acc, static_cast<size_t>(params.head_dim) * sizeof(float));
+}
+
+// What a partial result holds behind its rows.
+static void save_sums(const AttentionParams &params, const AttentionWork &work, const State &state) {
   const int64_t rows = state.num_heads * state.rows;
-  for (int64_t i = 0; i < rows; ++i) {
-    __builtin_memcpy(work.partial + i * params.head_dim, state.acc + i * state.row_stride,
-                     static_cast<size_t>(params.head_dim) * sizeof(float));
-  }
   float *extra = work.partial + rows * params.head_dim;
   __builtin_memcpy(extra, state.row_max, static_cast<size_t>(rows) * sizeof(float));
   __builtin_memcpy(extra + rows, state.row_sum, static_cast<size_t>(rows) * sizeof(float));
@@ -67,54 +68,65 @@ static void merge_rows(const AttentionParams &params, const float *partials, int
   }
 }
 
-// Divides by the denominator, sinks included, and writes out and lse.
-static void finish_rows(const AttentionParams &params, const AttentionWork &work, State &state) {
+// Divides a row of a KV head, `acc`, by the denominator, sinks included, and writes out and lse.
+static void finish_row(const AttentionParams &params, const AttentionWork &work, const State &state, int64_t head,
+                       int64_t row, const float *acc) {
   // Copies, since the compiler thinks that a stored vector may change what lies in memory.
   const int head_dim = params.head_dim;
   const bool pair_order = state.pair_order;
-  for (int64_t head = 0; head < state.num_heads; ++head) {
-    const float v_scale = scale_of(params.v_scale, work.head_begin + head);
-    for (int64_t row = 0; row < state.rows; ++row) {
-      const int64_t i = head * state.rows + row;
-      const QueryRow at = query_row(state, work, head, row);
-      double shift = 0.0;
-      if (params.alibi_slopes != nullptr) {
-        const float slope = params.alibi_slopes[at.head];
-        const int64_t position = work.seq_len - work.query_len + (work.row_begin + row) / state.group;
-        shift = static_cast<double>(slope) * static_cast<double>(alibi_reference(state, row, slope) - position);
-      }
-      float origin = state.row_max[i];
-      float denominator = state.row_sum[i];
-      float weight = 1.0f;
-      if (params.sinks != nullptr) {
-        const double sink = (static_cast<double>(params.sinks[at.head]) - shift) / kLn2;
-        const float sink2 = static_cast<float>(sink);
-        origin = sink2 > origin ? sink2 : origin;
-        if (origin != -kInfinity) {
-          weight = exp2_nonpositive(broadcast(state.row_max[i] - origin))[0];
-          denominator = denominator * weight + exp2_nonpositive(broadcast(sink2 - origin))[0];
-        }
-      }
-      const float factor = denominator == 0.0f ? 0.0f : weight * v_scale / denominator;
-      const float *acc = state.acc + i * state.row_stride;
-      const int64_t offset = at.token * params.out.token_stride + at.head * params.out.head_stride;
-      with_dtype(params.q_dtype, [&](auto tag) {
-        using T = decltype(tag);
-        auto *out = static_cast<typename T::Storage *>(params.out.data) + offset;
-        int d = 0;
-        for (; pair_order && d + 2 * kWidth <= head_dim; d += 2 * kWidth) {
-          store_pair<T>(out + d, load(acc + d) * factor, load(acc + d + kWidth) * factor);
-        }
-        for (; d + kWidth <= head_dim; d += kWidth) T::store(out + d, load(acc + d) * factor);
-        if (d < head_dim) store_partial<T>(out + d, load(acc + d) * factor, head_dim - d);
-      });
-      if (params.lse != nullptr) {
-        const double log_sum = static_cast<double>(origin) * kLn2 + __builtin_log(static_cast<double>(denominator));
-        params.lse[at.token * params.lse_token_stride + at.head * params.lse_head_stride] =
-            denominator == 0.0f ? -kInfinity : static_cast<float>(log_sum + shift);
-      }
+  const int64_t i = head * state.rows + row;
+  const QueryRow at = query_row(state, work, head, row);
+  double shift = 0.0;
+  if (params.alibi_slopes != nullptr) {
+    const float slope = params.alibi_slopes[at.head];
+    const int64_t position = work.seq_len - work.query_len + (work.row_begin + row) / state.group;
+    shift = static_cast<double>(slope) * static_cast<double>(alibi_reference(state, row, slope) - position);
+  }
+  float origin = state.row_max[i];
+  float denominator = state.row_sum[i];
+  float weight = 1.0f;
+  if (params.sinks != nullptr) {
+    const double sink = (static_cast<double>(params.sinks[at.head]) - shift) / kLn2;
+    const float sink2 = static_cast<float>(sink);
+    origin = sink2 > origin ? sink2 : origin;
+    if (origin != -kInfinity) {
+      weight = exp2_nonpositive(broadcast(state.row_max[i] - origin))[0];
+      denominator = denominator * weight + exp2_nonpositive(broadcast(sink2 - origin))[0];
     }
   }
+  const float v_scale = scale_of(params.v_scale, work.head_begin + head);
+  const float factor = denominator == 0.0f ? 0.0f : weight * v_scale / denominator;
+  const int64_t offset = at.token * params.out.token_stride + at.head * params.out.head_stride;
+  with_dtype(params.q_dtype, [&](auto tag) {
+    using T = decltype(tag);
+    auto *out = static_cast<typename T::Storage *>(params.out.data) + offset;
+    int d = 0;
+    for (; pair_order && d + 2 * kWidth <= head_dim; d += 2 * kWidth) {
+      store_pair<T>(out + d, load(acc + d) * factor, load(acc + d + kWidth) * factor);
+    }
+    for (; d + kWidth <= head_dim; d += kWidth) T::store(out + d, load(acc + d) * factor);
+    if (d < head_dim) store_partial<T>(out + d, load(acc + d) * factor, head_dim - d);
+  });
+  if (params.lse != nullptr) {
+    const double log_sum = static_cast<double>(origin) * kLn2 + __builtin_log(static_cast<double>(denominator));
+    params.lse[at.token * params.lse_token_stride + at.head * params.lse_head_stride] =
+        denominator == 0.0f ? -kInfinity : static_cast<float>(log_sum + shift);
+  }
+}
+
+// All rows, from [num_heads * rows, row_stride].
+static void finish_rows(const AttentionParams &params, const AttentionWork &work, const State &state) {
+  for (int64_t head = 0; head < state.num_heads; ++head) {
+    for (int64_t row = 0; row < state.rows; ++row) {
+      finish_row(params, work, state, head, row, state.acc + (head * state.rows + row) * state.row_stride);
+    }
+  }
+}
+static void save_rows(const AttentionParams &params, const AttentionWork &work, const State &state) {
+  for (int64_t i = 0; i < state.num_heads * state.rows; ++i) {
+    save_row(params, work, i, state.acc + i * state.row_stride);
+  }
+  save_sums(params, work, state);
 }
 
 }  // namespace pagedattn::cpu::PAGEDATTN_ISA

@@ -9,8 +9,8 @@
 // of rows are the outer loop: a panel's queries and scores stay in L1 while keys and values stream from L2.
 #pragma once
 
+#include "kernels/attention_finish.h"
 #include "kernels/fetch.h"
-#include "kernels/softmax.h"
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
@@ -196,24 +196,33 @@ static void start_packed(const AttentionParams &params, const AttentionWork &wor
   __builtin_memset(state.acc, 0, static_cast<size_t>(size) * sizeof(float));
 }
 
-// The result back to rows, which take the queries' place.
-static void finish_packed(const AttentionParams &params, State &state) {
+// The result back to rows, a vector of them at a time, which go where they belong while they are in L1.
+static void finish_packed(const AttentionParams &params, const AttentionWork &work, const State &state) {
   const int head_dim = params.head_dim;
+  float *const row_of_lane = state.scores;
   for (int64_t head = 0; head < state.num_heads; ++head) {
-    const float *const acc = state.acc + head * state.lanes * head_dim;
+    const float *const acc = state.acc + head * state.lanes * state.lane_dims;
     for_row_vectors(state, [&](const Panel &panel, int lane, int rows) {
-      const float *const src = acc + panel.first_lane * head_dim + lane;
-      float *const dst = state.q + (head * state.rows + panel.first + lane) * state.row_stride;
+      const float *const src = acc + panel.first_lane * state.lane_dims + lane;
       for (int d = 0; d < head_dim; d += kWidth) {
         const int dims = head_dim - d < kWidth ? head_dim - d : kWidth;
         Vec square[kWidth] = {};
         for (int i = 0; i < dims; ++i) square[i] = load(src + (d + i) * panel.lanes);
         transpose(square);
-        for (int i = 0; i < rows; ++i) store(dst + i * state.row_stride + d, square[i]);
+        for (int i = 0; i < rows; ++i) store(row_of_lane + i * state.row_stride + d, square[i]);
+      }
+      for (int i = 0; i < rows; ++i) {
+        const int64_t row = panel.first + lane + i;
+        const float *const result = row_of_lane + i * state.row_stride;
+        if (work.partial != nullptr) {
+          save_row(params, work, head * state.rows + row, result);
+        } else {
+          finish_row(params, work, state, head, row, result);
+        }
       }
     });
   }
-  state.acc = state.q;
+  if (work.partial != nullptr) save_sums(params, work, state);
 }
 
 // Scores, softmax and values of one head.

@@ -14,26 +14,31 @@
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
 #if defined(PAGEDATTN_TILES)
-constexpr int kTileKeys = 128;  // keys whose scores are in flight, at most
-constexpr int kPackedVecs = 2;  // vectors of rows of a panel on packed tiles
+constexpr int kTileKeys = 128;      // keys whose scores are in flight, at most
+constexpr int kMaxChunkKeys = 512;  // keys located at once: those that tile registers go over, panel by panel
+constexpr int kPackedVecs = 2;      // vectors of rows of a panel on packed tiles
 constexpr int64_t kMaxStateRows = 288;
+// Rows of one KV head, which share what is unpacked: in fp32 and, on tile registers, bfloat16.  Processors with tiles
+// have an L2 of 2 MiB.
+constexpr int64_t kMaxHeadRows = 2 * kMaxStateRows;
+constexpr int64_t kMaxTiledHeadRows = 1024;
 #else
 constexpr int kTileKeys = 64;
+constexpr int kMaxChunkKeys = kTileKeys;
 constexpr int kPackedVecs = 3;
 constexpr int64_t kMaxStateRows =
     144;  // queries and accumulators of 128 dimensions then take 144 KiB, a part of any L2
+constexpr int64_t kMaxHeadRows = kMaxStateRows;
+constexpr int64_t kMaxTiledHeadRows = kMaxStateRows;
 #endif
 // Rows of a panel that reads the cache directly: the sums of two keys with them fill 16 registers.
 constexpr int kDirectRows = kWidth == 8 ? 6 : 4;
 constexpr int kMaxLanes = kPackedVecs * kWidth;
-constexpr int kMaxPanels = static_cast<int>(kMaxStateRows) / kMaxLanes + 1;
 // Up to here converting K and V again for each panel costs less than packing them.  float8_e4m3 takes longest.
 constexpr int64_t max_direct_rows(DType kv_dtype) {
   if (kWidth != 8) return 8;
   return kv_dtype == DType::kFloat8E4M3 ? 12 : 16;
 }
-// Rows padded to vectors, over all heads: at worst one row more than a vector, or than half a vector.
-constexpr int64_t kMaxStateLanes = 2 * kMaxStateRows;
 static_assert(kMaxStateRows % kMaxLanes == 0);
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -46,8 +51,8 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 struct TileKeys {
   int64_t first = 0;  // number of the first key
   int count = 0;
-  int64_t k[kTileKeys];
-  int64_t v[kTileKeys];
+  int64_t k[kMaxChunkKeys];
+  int64_t v[kMaxChunkKeys];
 };
 
 // Lanes of so many rows that read the cache directly.
@@ -70,6 +75,7 @@ struct Online {
   alignas(64) float max[kMaxLanes];
   float sum[kMaxLanes];
   float factor[kMaxLanes];  // what the last tile rescaled by
+  bool started;             // whether sums hold anything, on tile registers
 };
 
 struct State {
@@ -77,23 +83,40 @@ struct State {
   int64_t num_heads;  // KV heads
   int64_t group;
   int64_t row_stride;  // of q, acc and key_rows
+  int64_t lane_dims;   // packed: dimensions of q and acc, with those that tiles are padded by
   int num_panels;
   int64_t lanes;  // of all panels
   bool direct;
-  bool pair_order;         // whether rows of q and acc are in the cache type's pair order
-  float *q;                // direct: [num_heads * rows, row_stride]; packed: [num_heads][panel][head_dim][lanes]
-  float *acc;              // likewise
-  float *row_max;          // [num_heads * rows], at the end
-  float *row_sum;          // [num_heads * rows], at the end
-  float *scores;           // direct: [num_heads][panel][kTileKeys][lanes]; packed: one head's
-  float *key_rows;         // packed: [kTileKeys, row_stride], keys in fp32
-  float *value_columns;    // packed: [head_dim / kMicro][kTileKeys][kMicro], padded, values in fp32
+  bool pair_order;       // whether rows of q and acc are in the cache type's pair order
+  float *q;              // direct: [num_heads * rows, row_stride]; packed: [num_heads][panel][head_dim][lanes]
+  float *acc;            // likewise
+  float *row_max;        // [num_heads * rows], at the end
+  float *row_sum;        // [num_heads * rows], at the end
+  float *scores;         // direct: [num_heads][panel][kTileKeys][lanes]; packed: one head's
+  float *key_rows;       // packed: [kTileKeys, row_stride], keys in fp32
+  float *value_columns;  // packed: [head_dim / kMicro][kTileKeys][kMicro], padded, values in fp32
+  char *key_tiles;       // tile registers' operands, as attention_tiles.h lays them out
+  char *value_tiles;
   int64_t *visible_begin;  // [rows] keys that a row sees
   int64_t *visible_end;
   Panel *panels;
   Online *online;  // [num_heads][num_panels]
   TileKeys *keys;  // two tiles: the one at hand and the next
 };
+
+// Whether many rows take the way of attention_tiles.h.
+PA_INLINE bool tiles_serve([[maybe_unused]] const AttentionParams &params) {
+#if defined(PAGEDATTN_TILES)
+  return params.q_dtype == DType::kBFloat16 && params.kv_dtype == DType::kBFloat16 && params.scale > 0.0f;
+#else
+  return false;
+#endif
+}
+
+// Rows of an item with one KV head, at most.
+static int64_t max_head_rows(const AttentionParams &params) {
+  return tiles_serve(params) ? kMaxTiledHeadRows : kMaxHeadRows;
+}
 
 // Lays the arrays out from `base` on; with a null base only the size counts.
 static size_t lay_out(State &state, const AttentionParams &params, void *base) {
@@ -102,18 +125,29 @@ static size_t lay_out(State &state, const AttentionParams &params, void *base) {
     array = reinterpret_cast<decltype(+array)>(reinterpret_cast<uintptr_t>(base) + used);
     used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(*array)), 64));
   };
+  const bool tiles = tiles_serve(params);
+  const int64_t rows = max_head_rows(params);
+  // Rows padded to vectors, over all heads: at worst one row more than a vector, or than half a vector.  Tiles pad to
+  // whole panels, which are the more the fewer rows a head has.
+  const int64_t lanes = tiles ? kMaxTiledHeadRows : 2 * kMaxStateRows;
   state.row_stride = round_up(params.head_dim, kWidth);
-  take(state.q, kMaxStateLanes * state.row_stride);
-  take(state.acc, kMaxStateLanes * state.row_stride);
-  take(state.row_max, kMaxStateRows);
-  take(state.row_sum, kMaxStateRows);
-  take(state.scores, kMaxStateLanes * kTileKeys);
-  take(state.key_rows, kTileKeys * state.row_stride);
-  take(state.value_columns, (kTileKeys + 4) * state.row_stride);
-  take(state.visible_begin, kMaxStateRows);
-  take(state.visible_end, kMaxStateRows);
-  take(state.panels, kMaxPanels);
-  take(state.online, kMaxStateRows);
+  state.lane_dims = tiles ? round_up(params.head_dim, 32) : params.head_dim;
+  take(state.q, lanes * round_up(params.head_dim, 32));
+  take(state.acc, lanes * round_up(params.head_dim, 32));
+  take(state.row_max, rows);
+  take(state.row_sum, rows);
+  take(state.scores, 2 * kMaxStateRows * kTileKeys);
+  if (tiles) {
+    take(state.key_tiles, kMaxChunkKeys * state.lane_dims * 2);
+    take(state.value_tiles, kMaxChunkKeys * state.lane_dims * 2);
+  } else {
+    take(state.key_rows, kTileKeys * state.row_stride);
+    take(state.value_columns, (kTileKeys + 4) * state.row_stride);
+  }
+  take(state.visible_begin, rows);
+  take(state.visible_end, rows);
+  take(state.panels, rows / kMaxLanes + 1);
+  take(state.online, rows);
   take(state.keys, 2);
   return used;
 }
@@ -138,8 +172,8 @@ static float query_factor(const AttentionParams &params, int64_t kv_head) {
   return params.softcap > 0.0f ? factor / params.softcap : factor * kLog2e;
 }
 
-// Rows in panels of about equal size, of at most kDirectRows or kMaxLanes.
-static void make_panels(State &state) {
+// Rows in panels of about equal size, of at most kDirectRows or kMaxLanes.  Tiles have all of those lanes.
+static void make_panels(State &state, bool tiles) {
   const int64_t most = state.direct ? kDirectRows : kMaxLanes;
   const int64_t count = (state.rows + most - 1) / most;
   int64_t even = (state.rows + count - 1) / count;
@@ -151,7 +185,9 @@ static void make_panels(State &state) {
     panel.first = row;
     panel.first_lane = state.lanes;
     panel.rows = static_cast<int>(state.rows - row < even ? state.rows - row : even);
-    panel.lanes = static_cast<int>(state.direct ? direct_lanes(panel.rows) : round_up(panel.rows, kWidth));
+    panel.lanes = tiles          ? kMaxLanes
+                  : state.direct ? direct_lanes(panel.rows)
+                                 : static_cast<int>(round_up(panel.rows, kWidth));
     state.lanes += panel.lanes;
   }
 }
@@ -177,7 +213,7 @@ static State make_state(const AttentionParams &params, const AttentionWork &work
     state.visible_begin[row] = params.window > 0 && end > params.window ? end - params.window : 0;
     state.visible_end[row] = end;
   }
-  make_panels(state);
+  make_panels(state, !state.direct && tiles_serve(params));
   for (int64_t i = 0; i < state.num_heads * state.num_panels; ++i) {
     for (int lane = 0; lane < (state.direct ? kWidth : kMaxLanes); lane += kWidth) {
       store(state.online[i].max + lane, broadcast(-kInfinity));

@@ -1,230 +1,241 @@
-// A tile for many query rows over bfloat16 (prefill, large groups), on AMX's tile registers.
+// Many query rows over bfloat16 (prefill, large groups), on AMX's tile registers.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// The same two products as in attention_packed.h, S^T = K Q^T and O^T += V^T P^T, with query rows as columns of tiles.
-// Left operands are rows of 32 bfloat16: keys are that as they lie in the cache, values are transposed once a tile for
-// all rows.  Right operands hold pairs: queries once for all tiles, weights after each softmax.  A micro-kernel keeps 2
-// x 2 tiles of sums, so that each tile loaded is used twice.  Queries keep their 8 bits of precision: what multiplies a
-// score is left to the softmax.
+// Keys and values of a chunk are packed as tiles once, for all rows of the item: keys as they are, values transposed.
+// Then panel after panel of 32 rows goes over them, 64 keys at a time for scores and weights, up to 256 for values: so
+// what is written, scores, weights and sums, stays in L1, where storing a tile takes a quarter of the time that it does
+// to L2, while keys and values stream from L2.  Queries keep their 8 bits of precision: what multiplies a score is left
+// to the softmax.
+//
+// Of the time at 8192 keys on an Emerald Rapids core about half are the products, with their tiles' loads, and a
+// quarter the softmax.  Instructions of the two in turns gain nothing: a product keeps one of the two ports for
+// vectors.
 #pragma once
 
 #include "kernels/attention_packed.h"
-#include "kernels/tile_registers.h"
+#include "kernels/tile_pack.h"
+#include "kernels/tile_products.h"
+#include "kernels/tile_weights.h"
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
 #if defined(PAGEDATTN_TILES)
 
-constexpr int kTileRows = 16;
-constexpr int kTileDepth = 32;  // bfloat16 in a row of a tile
-// Bytes from one key, or dimension, to the next in packed keys and values: a line more than they take, so that a tile's
-// rows spread over the sets of L1.
-constexpr int64_t key_stride(int head_dim) { return 2 * head_dim + 64; }
-constexpr int64_t kValueStride = 2 * kTileKeys + 64;
+// Heads of few rows are padded to panels, the more of them the fewer rows they have.
+static_assert(kMaxStateRows / 9 * kMaxLanes <= kMaxTiledHeadRows && max_direct_rows(DType::kBFloat16) == 8);
 
-static bool tiles_serve(const AttentionParams &params) {
-  return params.q_dtype == DType::kBFloat16 && params.kv_dtype == DType::kBFloat16 && params.scale > 0.0f &&
-         params.head_dim % kTileDepth == 0;
-}
+// Keys that are packed at once.  Those of several heads are read together, so fewer stay in L2.
+static int64_t tile_chunk_keys(const State &state) { return state.num_heads == 1 ? kMaxChunkKeys : kTileKeys; }
 
-// Transposes a square of 16 x 16 pairs of bfloat16.
-PA_INLINE void transpose_pairs(VecU (&square)[kWidth]) {
-  Vec r[kWidth];
-#pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) r[i] = as_float(square[i]);
-  transpose(r);
-#pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) square[i] = as_bits(r[i]);
-}
-
-// Queries as pairs of dimensions, [pair][lane]; sums cleared.
 static void start_tiles(const AttentionParams &params, const AttentionWork &work, State &state) {
-  const int head_dim = params.head_dim;
   for (int64_t head = 0; head < state.num_heads; ++head) {
-    float *const q = state.q + head * state.lanes * head_dim;
-    for_row_vectors(state, [&](const Panel &panel, int lane, int rows) {
-      float *const dst = q + panel.first_lane * head_dim + lane;
-      for (int d = 0; d < head_dim; d += kTileDepth) {
-        VecU square[kWidth] = {};
-        for (int i = 0; i < rows; ++i) {
-          const QueryRow at = query_row(state, work, head, panel.first + lane + i);
-          square[i] = load_as<VecU>(static_cast<const uint16_t *>(params.q.data) + at.token * params.q.token_stride +
-                                    at.head * params.q.head_stride + d);
-        }
-        transpose_pairs(square);
-        for (int i = 0; i < kWidth; ++i) store_as(dst + (d / 2 + i) * panel.lanes, square[i]);
-      }
-    });
+    for (int p = 0; p < state.num_panels; ++p) {
+      pack_queries(params, work, state, head, state.panels[p]);
+      state.online[head * state.num_panels + p].started = false;
+    }
   }
-  const int64_t size = state.num_heads * state.lanes * head_dim;
-  __builtin_memset(state.acc, 0, static_cast<size_t>(size) * sizeof(float));
   constexpr TileShape kFull{16, 64};
   configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
 }
 
+// Panels that saw no key have no sums yet.
+static void clear_sums_of_no_key(const State &state) {
+  for (int64_t head = 0; head < state.num_heads; ++head) {
+    for (int p = 0; p < state.num_panels; ++p) {
+      if (state.online[head * state.num_panels + p].started) continue;
+      float *acc = state.acc + (head * state.lanes + state.panels[p].first_lane) * state.lane_dims;
+      __builtin_memset(acc, 0, static_cast<size_t>(kMaxLanes * state.lane_dims) * sizeof(float));
+    }
+  }
+}
+
 static void finish_tiles() { release_tiles(); }
 
-// Keys, one after the other, up to a multiple of 32: zeros behind the last.
-static void copy_keys(const uint16_t *k, const TileKeys &tile, int head_dim, char *keys, Fetch<BFloat16> &fetch) {
-  const int lines = fetch.lines_of_row(head_dim);
-  for (int j = 0; j < round_up(tile.count, 2 * kTileRows); ++j) {
-    char *const dst = keys + j * key_stride(head_dim);
-    fetch.lines(lines);
-    for (int d = 0; d < head_dim; d += kTileDepth) {
-      store_as(dst + 2 * d, j < tile.count ? load_as<VecU>(k + tile.k[j] + d) : VecU{});
+// A panel and up to kStepKeys keys of a chunk.
+struct Unit {
+  int panel;
+  int from, to;  // multiples of 32
+};
+// Keys that have weights for a panel, whose values are yet to be added.
+struct Batch {
+  int panel;
+  int from, to;
+};
+
+// Steps to the next unit; false behind the last.
+static bool next_unit(const State &state, Unit &unit) {
+  int from = unit.from + kStepKeys;
+  for (; unit.panel < state.num_panels; ++unit.panel) {
+    const Panel &panel = state.panels[unit.panel];
+    const int first = panel.any_begin / kStepKeys * kStepKeys;
+    if (from < first) from = first;
+    if (from < panel.any_end) {
+      const int end = static_cast<int>(round_up(panel.any_end, kTileDepth));
+      unit.from = from;
+      unit.to = end < from + kStepKeys ? end : from + kStepKeys;
+      return true;
     }
+    from = 0;
   }
+  return false;
 }
 
-// Values as [dimension][key], up to a multiple of 32 keys: zeros behind the last and for odd keys.
-static void transpose_values(const uint16_t *v, const TileKeys &tile, int head_dim, const bool *odd, char *values,
-                             Fetch<BFloat16> &fetch) {
-  const int lines = fetch.lines_of_row(head_dim);
-  for (int first = 0; first < tile.count; first += kTileDepth) {
-    fetch.lines(kTileDepth * lines);
-    for (int d = 0; d < head_dim; d += kWidth) {
-      const auto value = [&](int j) __attribute__((always_inline)) {
-        return j < tile.count && !odd[j] ? widen(load_as<VecU16>(v + tile.v[j] + d)) : VecU{};
-      };
-      VecU square[kWidth];
-      for (int i = 0; i < kWidth; ++i) square[i] = value(first + 2 * i) | (value(first + 2 * i + 1) << 16);
-      transpose_pairs(square);
-      for (int i = 0; i < kWidth; ++i) store_as(values + (d + i) * kValueStride + 2 * first, square[i]);
+// One head's way over a chunk.
+class ChunkOfHead {
+ public:
+  ChunkOfHead(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &chunk,
+              int64_t head, const bool *odd, bool any_odd, Fetch<BFloat16> &keys_ahead, Fetch<BFloat16> &values_ahead,
+              int lines)
+      : params_(params),
+        work_(work),
+        state_(state),
+        chunk_(chunk),
+        head_(head),
+        odd_(odd),
+        any_odd_(any_odd),
+        keys_ahead_(keys_ahead),
+        values_ahead_(values_ahead),
+        lines_(lines),
+        dims_(static_cast<int>(state.lane_dims)),
+        scale_(query_factor(params, work.head_begin + head)),
+        adjusted_(params.softcap > 0.0f || params.alibi_slopes != nullptr),
+        scores_(state.scores),
+        pairs_(state.scores + kStepKeys * kMaxLanes) {}
+
+  void run() {
+    Batch batch{};
+    for (Unit unit{0, -kStepKeys, 0}; next_unit(state_, unit);) {
+      if (unit.panel != batch.panel || unit.to - batch.from > kBatchKeys) {
+        add_values(batch);
+        batch = {unit.panel, unit.from, unit.from};
+      }
+      keys_ahead_.lines(lines_);
+      values_ahead_.lines(lines_);
+      score(unit);
+      weigh(unit, batch);
+    }
+    add_values(batch);
+  }
+
+ private:
+  // What scores are yet to be multiplied by once they are adjusted.
+  float factor() const { return adjusted_ ? 1.0f : scale_; }
+  Online &online_of(int panel) const { return state_.online[head_ * state_.num_panels + panel]; }
+  float *acc_of(int panel) const {
+    return state_.acc + (head_ * state_.lanes + state_.panels[panel].first_lane) * dims_;
+  }
+
+  // Scores of a unit, with softcap, ALiBi and masks.
+  __attribute__((noinline)) void score(const Unit &unit) const {
+    const Panel &panel = state_.panels[unit.panel];
+    const float *q = queries_of(state_, head_, panel);
+    multiply_keys(reinterpret_cast<const char *>(q), state_.key_tiles + unit.from * 2 * dims_, dims_,
+                  unit.to - unit.from, reinterpret_cast<char *>(scores_));
+    const int count = (unit.to - unit.from) * kMaxLanes;
+    if (adjusted_) scale_scores(scores_, count, scale_);
+    if (params_.softcap > 0.0f) cap_scores(scores_, count, params_.softcap);
+    float *const first = scores_ - unit.from * kMaxLanes;  // where the chunk's first key would have its scores
+    if (params_.alibi_slopes != nullptr) {
+      bias_scores(params_, work_, state_, chunk_, panel, head_, unit.from, unit.to, first);
+    }
+    if (panel.all_begin > unit.from || panel.all_end < unit.to) mask_scores(panel, unit.from, unit.to, first);
+  }
+
+  // Takes the weights of a unit into a batch.
+  void weigh(const Unit &unit, Batch &batch) const {
+    Online &online = online_of(unit.panel);
+    const int count = unit.to - unit.from;
+    const Scores largest = largest_scores(scores_, count);
+    if (asks_for_origin(largest, factor(), online)) {
+      add_values(batch);
+      raise_origin(largest, factor(), online);
+      if (online.started) rescale_lanes<kVecsOfPanel>(acc_of(unit.panel), dims_, online.factor);
+    }
+    weigh_pairs(scores_, count, factor(), online, pairs_ + (unit.from - batch.from) / 2 * kMaxLanes);
+    batch.to = unit.to;
+    if (any_odd_) {
+      add_values(batch);
+      add_odd(unit, online);
     }
   }
-}
 
-// Scores of 32 keys with a panel of 1 or 2 vectors of queries.
-template <int kVecs>
-PA_KERNEL void tile_scores(const float *q, const char *keys, int head_dim, float *s) {
-  constexpr int64_t kLaneStride = kVecs * kWidth * 4;
-  const int64_t stride = key_stride(head_dim);
-  tile_zero<0>();
-  tile_zero<2>();
-  if constexpr (kVecs == 2) {
-    tile_zero<1>();
-    tile_zero<3>();
+  // Adds the values of a batch, which is then empty.
+  __attribute__((noinline)) void add_values(Batch &batch) const {
+    if (batch.from == batch.to) return;
+    Online &online = online_of(batch.panel);
+    multiply_values(reinterpret_cast<char *>(acc_of(batch.panel)), !online.started,
+                    reinterpret_cast<const char *>(pairs_), state_.value_tiles + batch.from * 2 * kTileDepth,
+                    kValueStride, dims_, batch.to - batch.from);
+    online.started = true;
+    batch.from = batch.to;
   }
-  for (int d = 0; d < head_dim; d += kTileDepth) {
-    const float *pairs = q + d / 2 * kVecs * kWidth;
-    tile_load<6>(pairs, kLaneStride);
-    tile_load<4>(keys + 2 * d, stride);
-    tile_multiply<0, 4, 6>();
-    tile_load<5>(keys + kTileRows * stride + 2 * d, stride);
-    tile_multiply<2, 5, 6>();
-    if constexpr (kVecs == 2) {
-      tile_load<7>(pairs + kWidth, kLaneStride);
-      tile_multiply<1, 4, 7>();
-      tile_multiply<3, 5, 7>();
+
+  // The products of weights and values of odd keys, for the rows that see them.
+  void add_odd(const Unit &unit, const Online &online) const {
+    float *const acc = acc_of(unit.panel);
+    const Panel &panel = state_.panels[unit.panel];
+    const auto *v = head_data<BFloat16>(params_.v_cache, work_, head_);
+    for (int j = unit.from; j < unit.to && j < panel.any_end; ++j) {
+      if (!odd_[j]) continue;
+      for (int lane = 0; lane < panel.rows; ++lane) {
+        if (j < panel.begin[lane] || j >= panel.end[lane]) continue;
+        const float x = scores_[(j - unit.from) * kMaxLanes + lane] * factor() - online.max[lane];
+        const float weight = exp2_for_bfloat16(broadcast(x))[0];
+        for (int d = 0; d < params_.head_dim; ++d) {
+          acc[d * kMaxLanes + lane] += weight * load_partial<BFloat16>(v + chunk_.v[j] + d, 1)[0];
+        }
+      }
     }
   }
-  float *const below = s + kTileRows * kVecs * kWidth;
-  tile_store<0>(s, kLaneStride);
-  tile_store<2>(below, kLaneStride);
-  if constexpr (kVecs == 2) {
-    tile_store<1>(s + kWidth, kLaneStride);
-    tile_store<3>(below + kWidth, kLaneStride);
-  }
+
+  const AttentionParams &params_;
+  const AttentionWork &work_;
+  State &state_;
+  const TileKeys &chunk_;
+  const int64_t head_;
+  const bool *odd_;
+  const bool any_odd_;
+  Fetch<BFloat16> &keys_ahead_, &values_ahead_;
+  const int lines_;  // of keys and of values to fetch at each unit
+  const int dims_;
+  const float scale_;
+  const bool adjusted_;
+  float *const scores_;  // [kStepKeys][lane]
+  float *const pairs_;   // [kBatchKeys / 2][lane]
+};
+
+static int num_units(const State &state) {
+  int count = 0;
+  for (Unit unit{0, -kStepKeys, 0}; next_unit(state, unit);) ++count;
+  return count;
 }
 
-// 32 dimensions of the result [dimension][lane] of a panel, with weights in pairs of keys.
-template <int kVecs>
-PA_KERNEL void tile_values(float *acc, const float *pairs, const char *values, int num_keys) {
-  constexpr int64_t kLaneStride = kVecs * kWidth * 4;
-  float *const below = acc + kTileRows * kVecs * kWidth;
-  tile_load<0>(acc, kLaneStride);
-  tile_load<2>(below, kLaneStride);
-  if constexpr (kVecs == 2) {
-    tile_load<1>(acc + kWidth, kLaneStride);
-    tile_load<3>(below + kWidth, kLaneStride);
-  }
-  for (int j = 0; j < num_keys; j += kTileDepth) {
-    const float *right = pairs + j / 2 * kVecs * kWidth;
-    tile_load<6>(right, kLaneStride);
-    tile_load<4>(values + 2 * j, kValueStride);
-    tile_multiply<0, 4, 6>();
-    tile_load<5>(values + kTileRows * kValueStride + 2 * j, kValueStride);
-    tile_multiply<2, 5, 6>();
-    if constexpr (kVecs == 2) {
-      tile_load<7>(right + kWidth, kLaneStride);
-      tile_multiply<1, 4, 7>();
-      tile_multiply<3, 5, 7>();
-    }
-  }
-  tile_store<0>(acc, kLaneStride);
-  tile_store<2>(below, kLaneStride);
-  if constexpr (kVecs == 2) {
-    tile_store<1>(acc + kWidth, kLaneStride);
-    tile_store<3>(below + kWidth, kLaneStride);
-  }
-}
-
-// Weights [from, to) of [key][lane], in bfloat16 and in pairs of keys, to the front; zeros where no lane sees the key.
-template <int kVecs>
-PA_KERNEL void pair_weights(const Panel &panel, int from, int to, float *s) {
-  for (int j = from; j < to; j += 2) {
-    for (int c = 0; c < kVecs * kWidth; c += kWidth) {
-      const auto weight = [&](int key) __attribute__((always_inline)) {
-        const bool seen = key >= panel.any_begin && key < panel.any_end;
-        return seen ? load(s + key * kVecs * kWidth + c) : zero();
-      };
-      const Vec even = weight(j), odd = weight(j + 1);
-      store_pair<BFloat16>(reinterpret_cast<uint16_t *>(s + (j - from) / 2 * kVecs * kWidth + c), even, odd);
-    }
-  }
-}
-
-// Scores, softmax and values of all heads.
-static void tiles_tile(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &tile,
-                       const TileKeys &next) {
-  constexpr int kStep = 2 * kTileRows;
-  static_assert(kStep == kTileDepth && kWidth == kTileRows && kPackedVecs == 2);
+static void tiles_chunk(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &chunk,
+                        const TileKeys &next) {
   const int head_dim = params.head_dim;
-  char *const keys = reinterpret_cast<char *>(state.key_rows);
-  char *const values = reinterpret_cast<char *>(state.value_columns);
   Fetch<BFloat16> keys_ahead(params.k_cache, work, next.k, next.count, head_dim);
   Fetch<BFloat16> values_ahead(params.v_cache, work, next.v, next.count, head_dim);
+  const int lines = next.count * keys_ahead.lines_of_row(head_dim) / (num_units(state) + 1) + 1;
   for (int64_t head = 0; head < state.num_heads; ++head) {
-    const float scale = query_factor(params, work.head_begin + head);
     const auto *v = head_data<BFloat16>(params.v_cache, work, head);
-    bool odd[kTileKeys];
-    copy_keys(head_data<BFloat16>(params.k_cache, work, head), tile, head_dim, keys, keys_ahead);
-    find_odd_keys<BFloat16>(v, state, tile, head_dim, odd);
-    transpose_values(v, tile, head_dim, odd, values, values_ahead);
-    for (int p = 0; p < state.num_panels; ++p) {
-      const Panel &panel = state.panels[p];
-      if (panel.any_begin >= panel.any_end) continue;
-      const int64_t offset = (head * state.lanes + panel.first_lane) * head_dim;
-      float *const acc = state.acc + offset;
-      Online &online = state.online[head * state.num_panels + p];
-      const int from = panel.any_begin / kStep * kStep;
-      const int to = static_cast<int>(round_up(panel.any_end, kStep));
-      with_count<kPackedVecs>(panel.lanes / kWidth, [&](auto count) {
-        constexpr int kVecs = decltype(count)::value;
-        for (int j = from; j < to; j += kStep) {
-          tile_scores<kVecs>(state.q + offset, keys + j * key_stride(head_dim), head_dim,
-                             state.scores + j * kVecs * kWidth);
-        }
-        if (softmax_panel(params, work, state, tile, panel, head, scale, state.scores, online)) {
-          rescale_lanes<kVecs>(acc, head_dim, online.factor);
-        }
-        add_odd_keys<BFloat16>(panel, tile, head_dim, state.scores, v, odd, acc);
-        pair_weights<kVecs>(panel, from, to, state.scores);
-        for (int d = 0; d < head_dim; d += kStep) {
-          tile_values<kVecs>(acc + d * kVecs * kWidth, state.scores, values + d * kValueStride + 2 * from, to - from);
-        }
-      });
-    }
+    bool odd[kMaxChunkKeys];
+    find_odd_keys<BFloat16>(v, state, chunk, head_dim, odd);
+    bool any_odd = false;
+    for (int j = 0; j < chunk.count; ++j) any_odd |= odd[j];
+    pack_keys(head_data<BFloat16>(params.k_cache, work, head), chunk, head_dim, state.key_tiles);
+    pack_values(v, chunk, head_dim, odd, state.value_tiles);
+    ChunkOfHead(params, work, state, chunk, head, odd, any_odd, keys_ahead, values_ahead, lines).run();
   }
 }
 
 #else
 
 // No such registers.
-static bool tiles_serve(const AttentionParams &) { return false; }
+static int64_t tile_chunk_keys(const State &) { return kTileKeys; }
 static void start_tiles(const AttentionParams &, const AttentionWork &, State &) {}
-static void tiles_tile(const AttentionParams &, const AttentionWork &, State &, const TileKeys &, const TileKeys &) {}
+static void tiles_chunk(const AttentionParams &, const AttentionWork &, State &, const TileKeys &, const TileKeys &) {}
+static void clear_sums_of_no_key(const State &) {}
 static void finish_tiles() {}
 
 #endif

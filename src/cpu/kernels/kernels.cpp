@@ -55,10 +55,10 @@ static void attend(const AttentionParams &params, const AttentionWork &work, voi
     finish_direct(state);
   } else if (tiles_serve(params)) {
     start_tiles(params, work, state);
-    for_tiles(params, work, state, kTileKeys,
-              [&](const TileKeys &tile, const TileKeys &next) { tiles_tile(params, work, state, tile, next); });
+    for_tiles(params, work, state, tile_chunk_keys(state),
+              [&](const TileKeys &chunk, const TileKeys &next) { tiles_chunk(params, work, state, chunk, next); });
     finish_tiles();
-    finish_packed(params, state);
+    clear_sums_of_no_key(state);
   } else {
     start_packed(params, work, state);
     with_type([&](auto tag) {
@@ -66,11 +66,12 @@ static void attend(const AttentionParams &params, const AttentionWork &work, voi
         packed_tile<decltype(tag)>(params, work, state, tile, next);
       });
     });
-    finish_packed(params, state);
   }
   gather_rows(state);
-  if (work.partial != nullptr) {
-    save_partial(params, work, state);
+  if (!state.direct) {
+    finish_packed(params, work, state);
+  } else if (work.partial != nullptr) {
+    save_rows(params, work, state);
   } else {
     finish_rows(params, work, state);
   }
@@ -96,6 +97,7 @@ extern const Kernels kKernels = {
     "cpu_copy_blocks",
     "cpu_" PA_ISA_NAME "_gather_kv",
     kMaxStateRows,
+    max_head_rows,
     attention_scratch_size,
     attend,
     merge_partials,

@@ -46,8 +46,10 @@ struct Kernels {
   const char *copy_blocks_name;
   const char *gather_kv_name;
 
-  // Rows times KV heads of one work item, at most: it bounds the scratch memory.
+  // Rows times KV heads of one work item, at most, and rows of one with a single KV head: they bound the scratch
+  // memory.
   int64_t max_rows;
+  int64_t (*max_head_rows)(const AttentionParams &params);
   // Bytes of 64-byte aligned scratch memory of one thread.
   size_t (*attention_scratch_size)(const AttentionParams &params);
   void (*attend)(const AttentionParams &params, const AttentionWork &work, void *scratch);

@@ -1,0 +1,87 @@
+// The two products of attention on tile registers, for a panel of 32 query rows.
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// S^T = K Q^T and O^T += V^T P^T, with query rows as columns.  All operands are tiles of 16 rows of 32 bfloat16: left
+// ones lie one behind the other in the order of their use, right ones hold pairs, [pair][lane].  2 x 2 tiles of sums
+// stay in registers, so that each tile loaded is used twice: a product takes 16 cycles, loading a tile 8 from L1 and 19
+// from L2, storing one 15 to L1 and 58 to L2.
+#pragma once
+
+#include "kernels/attention_state.h"
+#include "kernels/tile_registers.h"
+
+#if defined(PAGEDATTN_TILES)
+
+namespace pagedattn::cpu::PAGEDATTN_ISA {
+
+constexpr int kTileRows = 16;
+constexpr int kTileDepth = 32;  // bfloat16 in a row of a tile
+constexpr int kTileBytes = 1024;
+constexpr int kStepKeys = 64;                // keys whose scores are in flight
+constexpr int kBatchKeys = 256;              // keys whose weights are multiplied with values at once
+constexpr int kPanelStride = 4 * kMaxLanes;  // bytes from one key, dimension or pair to the next, for all lanes
+static_assert(kMaxLanes == 2 * kTileRows && kWidth == kTileRows);
+
+// Adds to sums the products of 2 left and 2 right tiles.
+PA_INLINE void multiply_tiles(const char *left, const char *right) {
+  tile_load<6>(right, kPanelStride);
+  tile_load<4>(left, 64);
+  tile_multiply<0, 4, 6>();
+  tile_load<5>(left + kTileBytes, 64);
+  tile_multiply<2, 5, 6>();
+  tile_load<7>(right + 64, kPanelStride);
+  tile_multiply<1, 4, 7>();
+  tile_multiply<3, 5, 7>();
+}
+PA_INLINE void zero_sums() {
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+}
+PA_INLINE void load_sums(const char *p) {
+  tile_load<0>(p, kPanelStride);
+  tile_load<1>(p + 64, kPanelStride);
+  tile_load<2>(p + kTileRows * kPanelStride, kPanelStride);
+  tile_load<3>(p + kTileRows * kPanelStride + 64, kPanelStride);
+}
+PA_INLINE void store_sums(char *p) {
+  tile_store<0>(p, kPanelStride);
+  tile_store<1>(p + 64, kPanelStride);
+  tile_store<2>(p + kTileRows * kPanelStride, kPanelStride);
+  tile_store<3>(p + kTileRows * kPanelStride + 64, kPanelStride);
+}
+
+// Scores [key][lane] of a multiple of 32 keys, whose tiles lie as [32 keys][32 dimensions][2].
+static void multiply_keys(const char *q, const char *keys, int dims, int num_keys, char *scores) {
+  for (int j = 0; j < num_keys; j += kTileDepth) {
+    zero_sums();
+    for (int d = 0; d < dims; d += kTileDepth) {
+      multiply_tiles(keys, q + d / 2 * kPanelStride);
+      keys += 2 * kTileBytes;
+    }
+    store_sums(scores + j * kPanelStride);
+  }
+}
+
+// Adds to acc [dimension][lane] the products of a multiple of 32 keys, whose tiles lie as [32 dimensions][32
+// keys][2] with `stride` bytes from one 32 dimensions to the next.
+static void multiply_values(char *acc, bool first, const char *weights, const char *values, int64_t stride, int dims,
+                            int num_keys) {
+  for (int d = 0; d < dims; d += kTileDepth, values += stride) {
+    if (first) {
+      zero_sums();
+    } else {
+      load_sums(acc + d * kPanelStride);
+    }
+    for (int j = 0; j < num_keys; j += kTileDepth) {
+      multiply_tiles(values + j * 2 * kTileDepth, weights + j / 2 * kPanelStride);
+    }
+    store_sums(acc + d * kPanelStride);
+  }
+}
+
+}  // namespace pagedattn::cpu::PAGEDATTN_ISA
+
+#endif

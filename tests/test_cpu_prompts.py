@@ -1,0 +1,78 @@
+"""Long prompts on the CPU: more keys than are packed at once, more rows than share them, and scores that rise.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pagedattn
+import pytest
+from accuracy import assert_close
+from attention_check import check_batch
+from backends import BFLOAT16, DTYPES, NumpyBackend
+from batches import Batch, make_batch
+
+TOKENS = 1300
+
+
+# A prompt, a chunk behind what is cached, and a chunk that starts within a block.
+@pytest.mark.parametrize("options", [{}, {"window": 700}, {"softcap": 5.0}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("head_dim", [40, 128])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_long_prompts_match_the_reference_on_the_cpu(
+    rng: np.random.Generator, dtype: str, head_dim: int, options: dict[str, Any]
+) -> None:
+    shape: dict[str, Any] = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": head_dim, "dtype": DTYPES[dtype]}
+    batch = make_batch(rng, [TOKENS, 1031, 555], [TOKENS, 37, 300], **shape, **options)
+    check_batch(NumpyBackend(), batch, deterministic=bool(rng.integers(2)))
+
+
+def with_rising_scores(rng: np.random.Generator, rise: float) -> Batch:
+    """Return a prompt whose scores rise (or fall) by so much from its first key to its last."""
+    batch = make_batch(rng, [TOKENS], [TOKENS], num_q_heads=2, num_kv_heads=1, head_dim=64, dtype=BFLOAT16, scale=0.125)
+    positions = np.arange(TOKENS)
+    batch.q[..., 0] = 8.0
+    slots = batch.block_tables[0, positions // 16], positions % 16
+    batch.k_cache[(*slots, slice(None), 0)] = (positions * (rise / TOKENS)).astype(BFLOAT16)[:, None]
+    return batch
+
+
+# Weights are relative to a score that is only near the largest: slow rises stay below it, fast ones pass it often.
+@pytest.mark.parametrize("rise", [-200.0, 3.0, 30.0, 400.0])
+def test_scores_that_rise_along_a_prompt_match_the_reference(rng: np.random.Generator, rise: float) -> None:
+    check_batch(NumpyBackend(), with_rising_scores(rng, rise))
+
+
+@pytest.mark.parametrize("rise", [0.0, 400.0])
+def test_a_nan_far_into_a_prompt_reaches_only_the_rows_that_see_it(rng: np.random.Generator, rise: float) -> None:
+    batch = with_rising_scores(rng, rise)
+    expected, _ = batch.reference()
+    batch.v_cache[batch.block_tables[0, 900 // 16], 900 % 16] = np.nan
+    args, options = batch.on(NumpyBackend())
+    result = pagedattn.paged_attention(*args, **options)
+    assert_close(result[:900], expected[:900], BFLOAT16)
+    assert np.isnan(result[900].astype(np.float32)).all()
+
+
+def test_a_long_prompt_has_the_same_bits_whatever_else_is_in_the_batch(rng: np.random.Generator) -> None:
+    batch = with_rising_scores(rng, 30.0)
+    args, options = batch.on(NumpyBackend())
+    q, k_cache, v_cache, tables, _ = args
+    whole = pagedattn.paged_attention(*args, **options, deterministic=True)
+    again = pagedattn.paged_attention(*args, **options, deterministic=True)
+    np.testing.assert_array_equal(whole.view(np.uint16), again.view(np.uint16))
+    # A second sequence in the batch, of other lengths.
+    more = pagedattn.paged_attention(
+        np.concatenate([q, q[:77]]),
+        k_cache,
+        v_cache,
+        np.concatenate([tables, tables]),
+        np.array([TOKENS, 500], np.int32),
+        query_start_loc=np.array([0, TOKENS, TOKENS + 77], np.int32),
+        scale=0.125,
+        deterministic=True,
+    )
+    np.testing.assert_array_equal(whole.view(np.uint16), more[:TOKENS].view(np.uint16))
