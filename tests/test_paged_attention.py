@@ -455,6 +455,28 @@ def test_any_few_rows_match_the_reference_on_the_cpu(
         check_batch(NumpyBackend(), batch, deterministic=bool(rng.integers(2)))
 
 
+# Keys that lie evenly in groups of 16, of 8, and not at all; windows that begin anywhere in a block.
+@pytest.mark.parametrize("block_size", [1, 7, 8, 16, 24, 48, 128])
+@pytest.mark.parametrize("layout", ["NHD", "HND", "interleaved NHD", "padded", "odd rows"])
+def test_few_rows_over_bfloat16_are_served_from_any_blocks_on_the_cpu(
+    rng: np.random.Generator, block_size: int, layout: str
+) -> None:
+    for tokens in (1, 4):
+        batch = make_batch(
+            rng,
+            [int(rng.integers(96, 200)), 300, 257],
+            [tokens] * 3,
+            num_q_heads=int(rng.choice([3, 12, 15])),
+            num_kv_heads=3,
+            head_dim=int(rng.choice([32, 64, 96, 256])),
+            block_size=block_size,
+            layout=layout,
+            dtype=DTYPES["bfloat16"],
+            window=[None, int(rng.integers(1, 200))][int(rng.integers(2))],
+        )
+        check_batch(NumpyBackend(), batch)
+
+
 # Prompts, chunks and single tokens in one batch: more rows than one tile, and head sizes of whole and broken vectors.
 @pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
 @pytest.mark.parametrize("group", [1, 5, 8])
@@ -491,6 +513,21 @@ def test_a_value_that_is_no_number_reaches_on_the_cpu_only_the_rows_that_see_it(
     result = pagedattn.paged_attention(*args, **options)
     assert_close(result[:100], expected[:100], DTYPES[dtype])
     assert not np.isfinite(result[100:].astype(np.float32)).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("group", [1, 4, 8, 16])
+def test_an_infinite_value_reaches_on_the_cpu_only_its_dimension(
+    rng: np.random.Generator, group: int, dtype: str
+) -> None:
+    batch = make_batch(rng, [150, 130], num_q_heads=2 * group, num_kv_heads=2, head_dim=64, dtype=DTYPES[dtype])
+    expected, _ = batch.reference()
+    batch.v_cache[batch.block_tables[0, 100 // 16], 100 % 16, 1, 6] = np.inf
+    args, options = batch.on(NumpyBackend())
+    result = pagedattn.paged_attention(*args, **options).astype(np.float64)
+    assert np.isposinf(result[0, group:, 6]).all()
+    result[0, group:, 6] = expected[0, group:, 6]
+    assert_close(result.astype(DTYPES[dtype]), expected, DTYPES[dtype])
 
 
 def test_a_nan_in_one_sequence_stays_in_that_sequence(backend: NumpyBackend, rng: np.random.Generator) -> None:

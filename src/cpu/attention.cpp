@@ -39,9 +39,14 @@ constexpr int64_t kRangeStep = 64;
 // Longest range: sums of float32 lose what is small beside them, the more the longer they are.  So many keys keep them
 // within 1e-5, and what their partial result costs is nothing beside them.
 constexpr int64_t kMaxRange = 8192;
+// A work item begins with a multiple of so many keys where those lie in one block: kernels take keys in such groups,
+// and pass over those that nobody sees.
+constexpr int64_t kKeyGroup = 16;
 // Items for each thread, so that uneven ones even out; but none smaller than this many bytes of work, since setting one
 // up takes as long as reading some KiB.
-constexpr int64_t kItemsPerThread = 8;
+constexpr int64_t kItemsPerThread = 4;
+// Tiles of many rows for each thread, whose times differ with what they see.
+constexpr int64_t kTilesPerThread = 8;
 constexpr int64_t kMinItemWork = 48 * 1024;
 // Work of attention that is shared among threads: short calls follow each other closely, layer by layer, so that the
 // threads mostly watch for it and need not be woken.
@@ -98,7 +103,7 @@ int64_t most_rows(const AttentionParams &p) {
   const int64_t most = kernels().max_head_rows(p);
   if (p.deterministic) return most;
   const int64_t num_rows = p.num_tokens * p.num_q_heads;
-  return std::clamp(num_rows / (kItemsPerThread * num_threads()), std::min(kernels().max_rows, most), most);
+  return std::clamp(num_rows / (kTilesPerThread * num_threads()), std::min(kernels().max_rows, most), most);
 }
 
 void add_tiles(const AttentionParams &p, int32_t seq, int64_t most, std::vector<RowTile> &tiles) {
@@ -125,6 +130,7 @@ void add_tiles(const AttentionParams &p, int32_t seq, int64_t most, std::vector<
     const int64_t first_end = p.causal ? first_position + 1 : seq_len;
     w.kv_end = std::max<int64_t>(0, p.causal ? last_position + 1 : seq_len);
     w.kv_begin = p.window > 0 ? std::max<int64_t>(0, first_end - p.window) : 0;
+    if (p.block_size % kKeyGroup == 0) w.kv_begin = std::min(w.kv_begin, w.kv_end) / kKeyGroup * kKeyGroup;
     const int64_t shortest = std::clamp(rows * 16, kMinRange, std::max(kMaxMinRange, rows * 4));
     const int64_t even = ceil_div(w.kv_end - w.kv_begin, std::max<int64_t>(1, kMaxRanges / num_tiles));
     t.range = std::max(shortest, even);

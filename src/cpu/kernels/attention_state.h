@@ -39,6 +39,24 @@ constexpr int64_t max_direct_rows(DType kv_dtype) {
   if (kWidth != 8) return 8;
   return kv_dtype == DType::kFloat8E4M3 ? 12 : 16;
 }
+// How the rows of an item go: straight from the cache with vectors (attention_direct.h), straight from it with tile
+// registers (attention_tile_rows.h), or over copies of keys and values (attention_packed.h, attention_tiles.h).
+enum class Way { kDirect, kTileRows, kPacked };
+
+// Rows that fit into one tile register, and the shortest sequence for which tiles are faster for up to 4 rows.
+constexpr int kMaxTileRows = 16;
+constexpr int64_t kMinTileKeys = 96;
+
+static Way way_of(const AttentionParams &params, const AttentionWork &work) {
+  const int64_t rows = work.row_end - work.row_begin;
+#if defined(PAGEDATTN_TILES)
+  const bool bfloat16 = params.q_dtype == DType::kBFloat16 && params.kv_dtype == DType::kBFloat16;
+  // Scales wait for the softmax, which takes only positive ones.
+  const bool served = bfloat16 && params.scale > 0.0f && params.head_dim % 32 == 0;
+  if (served && rows <= kMaxTileRows && (rows > 4 || work.seq_len >= kMinTileKeys)) return Way::kTileRows;
+#endif
+  return rows <= max_direct_rows(params.kv_dtype) ? Way::kDirect : Way::kPacked;
+}
 static_assert(kMaxStateRows % kMaxLanes == 0);
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -57,6 +75,8 @@ struct TileKeys {
 
 // Lanes of so many rows that read the cache directly.
 constexpr int direct_lanes(int rows) { return rows > 4 ? kWidth : (rows == 3 ? 4 : rows); }
+// Lanes of so many rows on tile registers: the next power of two.
+constexpr int tile_lanes(int rows) { return rows > 8 ? 16 : (rows > 4 ? 8 : (rows == 3 ? 4 : rows)); }
 
 // Rows whose scores lie side by side, the same for each KV head.  Behind the last row, lanes repeat it.
 struct Panel {
@@ -86,16 +106,16 @@ struct State {
   int64_t lane_dims;   // packed: dimensions of q and acc, with those that tiles are padded by
   int num_panels;
   int64_t lanes;  // of all panels
-  bool direct;
+  Way way;
   bool pair_order;       // whether rows of q and acc are in the cache type's pair order
   float *q;              // direct: [num_heads * rows, row_stride]; packed: [num_heads][panel][head_dim][lanes]
-  float *acc;            // likewise
+  float *acc;            // likewise; tile rows: as direct
   float *row_max;        // [num_heads * rows], at the end
   float *row_sum;        // [num_heads * rows], at the end
   float *scores;         // direct: [num_heads][panel][kTileKeys][lanes]; packed: one head's
   float *key_rows;       // packed: [kTileKeys, row_stride], keys in fp32
   float *value_columns;  // packed: [head_dim / kMicro][kTileKeys][kMicro], padded, values in fp32
-  char *key_tiles;       // tile registers' operands, as attention_tiles.h lays them out
+  char *key_tiles;       // tile registers' operands, as attention_tiles.h lays them out; tile rows: copies, and weights
   char *value_tiles;
   int64_t *visible_begin;  // [rows] keys that a row sees
   int64_t *visible_end;
@@ -172,12 +192,20 @@ static float query_factor(const AttentionParams &params, int64_t kv_head) {
   return params.softcap > 0.0f ? factor / params.softcap : factor * kLog2e;
 }
 
-// Rows in panels of about equal size, of at most kDirectRows or kMaxLanes.  Tiles have all of those lanes.
+static int64_t panel_lanes(Way way, bool tiles, int rows) {
+  if (way == Way::kDirect) return direct_lanes(rows);
+  if (way == Way::kTileRows) return tile_lanes(rows);
+  return tiles ? kMaxLanes : round_up(rows, kWidth);
+}
+
+// Rows in panels of about equal size, of at most kDirectRows, kMaxTileRows or kMaxLanes.  Tiles have all of those
+// lanes.
 static void make_panels(State &state, bool tiles) {
-  const int64_t most = state.direct ? kDirectRows : kMaxLanes;
+  const int64_t most =
+      state.way == Way::kDirect ? kDirectRows : (state.way == Way::kTileRows ? kMaxTileRows : kMaxLanes);
   const int64_t count = (state.rows + most - 1) / most;
   int64_t even = (state.rows + count - 1) / count;
-  if (!state.direct) even = round_up(even, kWidth);
+  if (state.way == Way::kPacked) even = round_up(even, kWidth);
   state.num_panels = 0;
   state.lanes = 0;
   for (int64_t row = 0; row < state.rows; row += even) {
@@ -185,21 +213,19 @@ static void make_panels(State &state, bool tiles) {
     panel.first = row;
     panel.first_lane = state.lanes;
     panel.rows = static_cast<int>(state.rows - row < even ? state.rows - row : even);
-    panel.lanes = tiles          ? kMaxLanes
-                  : state.direct ? direct_lanes(panel.rows)
-                                 : static_cast<int>(round_up(panel.rows, kWidth));
+    panel.lanes = static_cast<int>(panel_lanes(state.way, tiles, panel.rows));
     state.lanes += panel.lanes;
   }
 }
 
-static State make_state(const AttentionParams &params, const AttentionWork &work, void *scratch) {
+static State make_state(const AttentionParams &params, const AttentionWork &work, Way way, void *scratch) {
   State state;
   lay_out(state, params, scratch);
   state.rows = work.row_end - work.row_begin;
   state.num_heads = work.head_end - work.head_begin;
   state.group = params.num_q_heads / params.num_kv_heads;
-  state.direct = state.rows <= max_direct_rows(params.kv_dtype);
-  state.pair_order = state.direct && params.kv_dtype == DType::kBFloat16;
+  state.way = way;
+  state.pair_order = state.way != Way::kPacked && params.kv_dtype == DType::kBFloat16;
   // Rows of one token see the same keys.
   int64_t position = work.seq_len - work.query_len + work.row_begin / state.group;
   int64_t left = state.group - work.row_begin % state.group;
@@ -213,9 +239,9 @@ static State make_state(const AttentionParams &params, const AttentionWork &work
     state.visible_begin[row] = params.window > 0 && end > params.window ? end - params.window : 0;
     state.visible_end[row] = end;
   }
-  make_panels(state, !state.direct && tiles_serve(params));
+  make_panels(state, state.way == Way::kPacked && tiles_serve(params));
   for (int64_t i = 0; i < state.num_heads * state.num_panels; ++i) {
-    for (int lane = 0; lane < (state.direct ? kWidth : kMaxLanes); lane += kWidth) {
+    for (int lane = 0; lane < (state.way == Way::kPacked ? kMaxLanes : kWidth); lane += kWidth) {
       store(state.online[i].max + lane, broadcast(-kInfinity));
       store(state.online[i].sum + lane, zero());
     }

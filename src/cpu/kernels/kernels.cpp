@@ -5,11 +5,12 @@
 // Flash-style attention.  The keys of the work item are taken in tiles, and inside a tile one KV head after another, so
 // that a block is read in one go whatever its layout.  Scores become weights relative to a running maximum of each row;
 // what was accumulated under an older maximum is rescaled.  Few rows go the direct way (attention_direct.h), many the
-// packed way (attention_packed.h), all in fp32; with tile registers, many rows over bfloat16 go attention_tiles.h's
-// way.
+// packed way (attention_packed.h), all in fp32; with tile registers, rows over bfloat16 go the ways of
+// attention_tile_rows.h, few, and attention_tiles.h, many.
 #include "kernels/attention_direct.h"
 #include "kernels/attention_finish.h"
 #include "kernels/attention_packed.h"
+#include "kernels/attention_tile_rows.h"
 #include "kernels/attention_tiles.h"
 #include "kernels/pairs.h"
 #include "kernels/rows.h"
@@ -39,12 +40,18 @@ PA_INLINE void for_tiles(const AttentionParams &params, const AttentionWork &wor
   }
 }
 
-static void attend(const AttentionParams &params, const AttentionWork &work, void *scratch) {
-  State state = make_state(params, work, scratch);
+// Accumulates the rows of an item, up to their maxima and sums.
+static State accumulate(const AttentionParams &params, const AttentionWork &work, Way way, void *scratch) {
+  State state = make_state(params, work, way, scratch);
   const auto with_type = [&](auto f) {
     if (work.kv_begin < work.kv_end) with_dtype(params.kv_dtype, f);
   };
-  if (state.direct) {
+  if (way == Way::kTileRows) {
+    start_tile_rows(params, work, state);
+    for_tiles(params, work, state, tile_rows_keys(params),
+              [&](const TileKeys &tile, const TileKeys &next) { tile_rows_tile(params, work, state, tile, next); });
+    finish_tiles();
+  } else if (way == Way::kDirect) {
     start_direct(params, work, state);
     with_type([&](auto tag) {
       using T = decltype(tag);
@@ -67,8 +74,16 @@ static void attend(const AttentionParams &params, const AttentionWork &work, voi
       });
     });
   }
+  return state;
+}
+
+static void attend(const AttentionParams &params, const AttentionWork &work, void *scratch) {
+  State state = accumulate(params, work, way_of(params, work), scratch);
+  if (state.way == Way::kTileRows && !tile_rows_hold(state)) {
+    state = accumulate(params, work, Way::kDirect, scratch);
+  }
   gather_rows(state);
-  if (!state.direct) {
+  if (state.way == Way::kPacked) {
     finish_packed(params, work, state);
   } else if (work.partial != nullptr) {
     save_rows(params, work, state);
@@ -79,7 +94,7 @@ static void attend(const AttentionParams &params, const AttentionWork &work, voi
 
 static void merge_partials(const AttentionParams &params, const AttentionWork &work, const float *partials,
                            int64_t num_partials, int64_t stride, void *scratch) {
-  State state = make_state(params, work, scratch);
+  State state = make_state(params, work, way_of(params, work), scratch);
   merge_rows(params, partials, num_partials, stride, state);
   finish_rows(params, work, state);
 }

@@ -64,12 +64,20 @@ static void mask_scores(const Panel &panel, int from, int to, float *s) {
 
 // Joins lanes that are `lanes` apart, so that each holds what all of its row do.
 PA_INLINE Vec max_over_keys(Vec v, int lanes) {
+#if defined(__AVX512F__)
+  // Not through memory, which would wait for two stores to be one load.
+  if (lanes <= 8) v = max(v, (Vec)_mm512_shuffle_f32x4((__m512)v, (__m512)v, _MM_SHUFFLE(1, 0, 3, 2)));
+  if (lanes <= 4) v = max(v, (Vec)_mm512_shuffle_f32x4((__m512)v, (__m512)v, _MM_SHUFFLE(2, 3, 0, 1)));
+  if (lanes <= 2) v = max(v, (Vec)_mm512_permute_ps((__m512)v, _MM_SHUFFLE(1, 0, 3, 2)));
+  if (lanes <= 1) v = max(v, (Vec)_mm512_permute_ps((__m512)v, _MM_SHUFFLE(2, 3, 0, 1)));
+#else
   for (int step = lanes; step < kWidth; step *= 2) {
     float twice[2 * kWidth];
     store(twice, v);
     store(twice + kWidth, v);
     v = max(v, load(twice + step));
   }
+#endif
   return v;
 }
 
