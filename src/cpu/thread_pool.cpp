@@ -206,7 +206,11 @@ class ThreadPool {
         std::unique_lock lock(mutex_);
         num_asleep_.fetch_add(1);
         worker.asleep = true;
-        wake_workers_.wait(lock, something_new);
+        wake_workers_.wait(lock, [&] {
+          if (something_new()) return true;
+          worker.whereabouts.release();  // woken too late: it sleeps on
+          return false;
+        });
         worker.asleep = false;
         num_asleep_.fetch_sub(1);
       }
