@@ -28,6 +28,30 @@ __device__ inline float rescale_factor(float m, float largest) {
   return exp2_fast(m - (largest == negative_infinity() ? 0.0f : largest));
 }
 
+// What a row has accumulated, in four columns.
+struct RowState {
+  float m = negative_infinity();
+  float l = 0.0f;
+  float4 o{0.0f, 0.0f, 0.0f, 0.0f};
+
+  // Brings the state to a larger m.
+  __device__ void raise(float largest) {
+    const float factor = rescale_factor(m, largest);
+    m = largest;
+    l *= factor;
+    o = {o.x * factor, o.y * factor, o.z * factor, o.w * factor};
+  }
+  // Adds a state of an m that is at most this one's.
+  __device__ void add(float other_m, float other_l, float4 x) {
+    const float factor = rescale_factor(other_m, m);
+    l += factor * other_l;
+    o.x += factor * x.x;
+    o.y += factor * x.y;
+    o.z += factor * x.z;
+    o.w += factor * x.w;
+  }
+};
+
 // What the sum of exp2(score - m) V of a query row is to be multiplied by; with `store_lse`, stores the row's
 // log-sum-exp where the call wants it.
 __device__ inline float end_row(const AttentionKernelParams &params, int64_t token, int head, int kv_head, float m,
@@ -132,7 +156,7 @@ class Epilogue {
       meet();
       for_each_quad(rows, first, kStateColumns, [&](int index, int column) {
         const TileRow row = rows.tile_row(index);
-        const State joined = join_parts((row.head << rows.tile_shift) + row.row, column - first, parts, part_rows);
+        const RowState joined = join_parts((row.head << rows.tile_shift) + row.row, column - first, parts, part_rows);
         if (plan.num_segments == 1) {
           write(item, row, column, joined);
         } else {
@@ -147,29 +171,6 @@ class Epilogue {
   }
 
  private:
-  struct State {  // of a row, four columns
-    float m = negative_infinity();
-    float l = 0.0f;
-    float4 o{0.0f, 0.0f, 0.0f, 0.0f};
-
-    // Brings the state to a larger m.
-    __device__ void raise(float largest) {
-      const float factor = rescale_factor(m, largest);
-      m = largest;
-      l *= factor;
-      o = {o.x * factor, o.y * factor, o.z * factor, o.w * factor};
-    }
-    // Adds a state of an m that is at most this one's.
-    __device__ void add(float other_m, float other_l, float4 x) {
-      const float factor = rescale_factor(other_m, m);
-      l += factor * other_l;
-      o.x += factor * x.x;
-      o.y += factor * x.y;
-      o.z += factor * x.z;
-      o.w += factor * x.w;
-    }
-  };
-
   __device__ void meet() const {
     if (barrier_ == 0) {  // the whole block
       __syncthreads();
@@ -210,8 +211,8 @@ class Epilogue {
     }
   }
 
-  __device__ State join_parts(int row, int column, int parts, int part_rows) const {
-    State sum;
+  __device__ RowState join_parts(int row, int column, int parts, int part_rows) const {
+    RowState sum;
 #pragma unroll
     for (int part = 0; part < kMaxParts; ++part) {
       if (part < parts) sum.m = fmaxf(sum.m, shared_.m[part * part_rows + row]);
@@ -227,7 +228,7 @@ class Epilogue {
   }
 
   // Normalises and stores four columns of a row, with the first of them the row's log-sum-exp.
-  __device__ void write(const WorkItem &item, TileRow place, int column, const State &state) const {
+  __device__ void write(const WorkItem &item, TileRow place, int column, const RowState &state) const {
     const int row = item.query_tile * kRows + place.row, group = static_cast<int>(params_.batch.group.divisor);
     const int query = params_.batch.group.divide(row), kv_head = item.kv_head + place.head;
     const int64_t token = item.seq.first_token + query;
@@ -251,7 +252,7 @@ class Epilogue {
     const int count = rows.heads * rows.of_head * kQuadsOfRow, quads = few ? kQuads : 1;
 #pragma unroll 1
     for (int begin = thread_; begin < count; begin += quads * kThreads) {
-      State sums[kQuads];  // of a quad each, or of some segments of one
+      RowState sums[kQuads];  // of a quad each, or of some segments of one
 #pragma unroll 1
       for (int first = 0; first < plan.num_segments; first += kJoinedAtOnce) {
         float2 state[kQuads][kSegments];

@@ -205,7 +205,7 @@ class PartJoin {
   // ends the sequence, or keeps it for join_parts.
   __device__ void finish(const ColumnSegment &segment) {
     if (row_ >= num_rows(params_.batch, segment.item.seq)) return;
-    const State sum = join_states();
+    const RowState sum = join_states();
     if (segment.num_ranks == 1) {
       write(segment.item, sum);
     } else if (segment.rank + 1 < segment.num_ranks) {
@@ -223,7 +223,7 @@ class PartJoin {
   // block that waits.
   __device__ void join_parts() const {
     if (num_parts_ == 0) return;
-    State sum;
+    RowState sum;
 #pragma unroll 1
     for (int first = num_parts_; first > 0; first -= kJoinedAtOnce) {
       float2 state[kJoinedAtOnce] = {};
@@ -266,31 +266,8 @@ class PartJoin {
  private:
   static constexpr int kJoinedAtOnce = 15;
 
-  struct State {  // of a row, four columns
-    float m = negative_infinity();
-    float l = 0.0f;
-    float4 o{0.0f, 0.0f, 0.0f, 0.0f};
-
-    // Brings the state to a larger m.
-    __device__ void raise(float largest) {
-      const float factor = rescale_factor(m, largest);
-      m = largest;
-      l *= factor;
-      o = {o.x * factor, o.y * factor, o.z * factor, o.w * factor};
-    }
-    // Adds a state of an m that is at most this one's.
-    __device__ void add(float other_m, float other_l, float4 x) {
-      const float factor = rescale_factor(other_m, m);
-      l += factor * other_l;
-      o.x += factor * x.x;
-      o.y += factor * x.y;
-      o.z += factor * x.z;
-      o.w += factor * x.w;
-    }
-  };
-
-  __device__ State join_states() const {
-    State sum;
+  __device__ RowState join_states() const {
+    RowState sum;
 #pragma unroll
     for (int warp = 0; warp < Traits::kWarps; ++warp) sum.m = fmaxf(sum.m, shared_.m[first_state(warp) + row_]);
 #pragma unroll
@@ -307,7 +284,7 @@ class PartJoin {
     return params_.announced + (block * kFewSequencesRows + row_) * place_row_floats(Traits::kHeadDim);
   }
 
-  __device__ void write(const WorkItem &item, const State &state) const {
+  __device__ void write(const WorkItem &item, const RowState &state) const {
     const int group = static_cast<int>(params_.batch.group.divisor), query = params_.batch.group.divide(row_);
     const int64_t token = item.seq.first_token + query;
     const int head = item.kv_head * group + row_ - query * group;
@@ -324,7 +301,7 @@ class PartJoin {
   int lane_;
   int row_;
   // What is kept for join_parts.
-  State own_;
+  RowState own_;
   WorkItem item_;
   int num_parts_ = 0;
 };

@@ -86,24 +86,6 @@ class Groups {
   int64_t stride_[kMaxGroups];  // elements
 };
 
-// Moves the highest `stages` bits of an element's number to its lowest, so that [a][b] becomes [b][a].
-template <int kVecs>
-PA_INLINE void rotate(Vec (&r)[kVecs], int stages) {
-  if constexpr (kVecs > 1) {
-#pragma GCC unroll 4
-    for (int stage = 0; stage < stages; ++stage) {
-      Vec t[kVecs];
-#pragma GCC unroll 16
-      for (int i = 0; i < kVecs / 2; ++i) {
-        t[2 * i] = interleave_low(r[i], r[i + kVecs / 2]);
-        t[2 * i + 1] = interleave_high(r[i], r[i + kVecs / 2]);
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < kVecs; ++i) r[i] = t[i];
-    }
-  }
-}
-
 // Calls f with Count<lanes>.
 template <class F>
 PA_INLINE void with_lanes(int lanes, F f) {

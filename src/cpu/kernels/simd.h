@@ -250,6 +250,25 @@ PA_INLINE Vec interleave_high(Vec a, Vec b) {
 #endif
 }
 #undef PA_SHUFFLE
+
+// Perfect shuffles of the vectors: they move the highest `stages` bits of an element's number to its lowest, so that
+// [a][b] becomes [b][a].
+template <int kVecs>
+PA_INLINE void rotate(Vec (&r)[kVecs], int stages) {
+  if constexpr (kVecs > 1) {
+#pragma GCC unroll 4
+    for (int stage = 0; stage < stages; ++stage) {
+      Vec t[kVecs];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVecs / 2; ++i) {
+        t[2 * i] = interleave_low(r[i], r[i + kVecs / 2]);
+        t[2 * i + 1] = interleave_high(r[i], r[i + kVecs / 2]);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kVecs; ++i) r[i] = t[i];
+    }
+  }
+}
 #endif
 
 // Transposes a square of kWidth vectors in place.
@@ -274,18 +293,7 @@ PA_INLINE void transpose(Vec (&r)[kWidth]) {
     r[i + 4] = (Vec)_mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
   }
 #else
-  // A perfect shuffle of the rows, repeated once for each bit of the index, is the transposition.
-#pragma GCC unroll 4
-  for (int stage = 1; stage < kWidth; stage *= 2) {
-    Vec t[kWidth];
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth / 2; ++i) {
-      t[2 * i] = interleave_low(r[i], r[i + kWidth / 2]);
-      t[2 * i + 1] = interleave_high(r[i], r[i + kWidth / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) r[i] = t[i];
-  }
+  rotate(r, __builtin_ctz(kWidth));
 #endif
 }
 
