@@ -108,6 +108,7 @@ void pa_attention_args_init(pa_attention_args *args) {
   args->scale = std::numeric_limits<double>::quiet_NaN();
   args->k_scale_value = 1.0;
   args->v_scale_value = 1.0;
+  args->q_scale_value = 1.0;
   args->causal = 1;
   args->check = -1;
 }

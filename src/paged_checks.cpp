@@ -35,13 +35,9 @@ DType wide_dtype(const Checker &check, const char *argument, const pa_tensor &te
   check.fail(argument, "float32, float16 or bfloat16", tensor_text(tensor));
 }
 
-Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value, DType kv_dtype,
-                  int32_t num_kv_heads) {
+Scale head_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value,
+                 int32_t num_kv_heads) {
   Scale scale;
-  if (!is_float8(kv_dtype) && (tensor != nullptr || value != 1.0)) {
-    check.fail(argument, std::string("absent: only float8 caches are scaled"),
-               std::string("a scale for a ") + dtype_name(static_cast<int32_t>(kv_dtype)) + " cache");
-  }
   if (tensor == nullptr) {
     scale.value = static_cast<float>(check.positive_finite(argument, value));
     return scale;
@@ -57,6 +53,15 @@ Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *t
   scale.ptr = static_cast<const float *>(tensor->data);
   scale.per_head = count == num_kv_heads && count > 1;
   return scale;
+}
+
+Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value, DType kv_dtype,
+                  int32_t num_kv_heads) {
+  if (!is_float8(kv_dtype) && (tensor != nullptr || value != 1.0)) {
+    check.fail(argument, std::string("absent: only float8 caches are scaled"),
+               std::string("a scale for a ") + dtype_name(static_cast<int32_t>(kv_dtype)) + " cache");
+  }
+  return head_scale(check, argument, tensor, value, num_kv_heads);
 }
 
 CacheView cache_view(const pa_tensor &tensor) {

@@ -50,7 +50,7 @@ struct AttentionParams {
   TokensView q;          // [T, Hq, D] of q_dtype
   CacheView k_cache;     // of kv_dtype
   CacheView v_cache;     // of kv_dtype
-  TokensView out;        // [T, Hq, D] of q_dtype
+  TokensView out;        // [T, Hq, D] of out_dtype
   float *lse = nullptr;  // [T, Hq] or null
   int64_t lse_token_stride = 0;
   int64_t lse_head_stride = 0;
@@ -60,6 +60,7 @@ struct AttentionParams {
   const int32_t *query_start_loc = nullptr;  // [B + 1], or null: one query token a sequence
   const float *alibi_slopes = nullptr;       // [Hq] or null
   const float *sinks = nullptr;              // [Hq] or null
+  Scale q_scale;                             // of a KV head's queries
   Scale k_scale;
   Scale v_scale;
   void *workspace = nullptr;  // CUDA only; zero at first use.  Null: allocate on the stream
@@ -75,7 +76,8 @@ struct AttentionParams {
   int32_t block_size = 0;
   int32_t max_blocks_per_seq = 0;
   DType q_dtype = DType::kFloat32;
-  DType kv_dtype = DType::kFloat32;
+  DType kv_dtype = DType::kFloat32;   // q_dtype, or float8 with 16-bit queries
+  DType out_dtype = DType::kFloat32;  // q_dtype, or 16-bit with float8 queries
 
   float scale = 1.0f;    // already the default where none was given
   float softcap = 0.0f;  // 0: off

@@ -13,6 +13,13 @@ namespace {
 
 constexpr int32_t kMaxHeadDim = 256;
 
+// Float8 queries are of the cache's type, so that `kv_dtype` names what both hold.
+DType query_dtype(const Checker &check, const pa_attention_args &args) {
+  const pa_tensor &q = *args.q;
+  const bool wide = (q.dtype >= PA_FLOAT32 && q.dtype <= PA_BFLOAT16) || q.dtype == PA_UINT16;
+  return wide ? wide_dtype(check, "q", q, args.kv_dtype) : cache_dtype(check, "q", q, args.kv_dtype);
+}
+
 void validate_heads(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
   check.shaped("q", args.q, {{"T"}, {"num_q_heads"}, {"head_dim"}});
   p->num_tokens = args.q->shape[0];
@@ -23,7 +30,7 @@ void validate_heads(const Checker &check, const pa_attention_args &args, Attenti
   }
   p->head_dim = static_cast<int32_t>(head_dim);
   check.unit_last_stride("q", *args.q);
-  p->q_dtype = wide_dtype(check, "q", *args.q, args.kv_dtype);
+  p->q_dtype = query_dtype(check, args);
   p->q = tokens_view(*args.q);
 }
 
@@ -33,13 +40,17 @@ void validate_caches(const Checker &check, const pa_attention_args &args, Attent
     check.fail("`q` must have a positive multiple of the " + std::to_string(p->num_kv_heads) +
                " KV heads of `k_cache` as query heads; got " + std::to_string(p->num_q_heads));
   }
-  const bool same = p->kv_dtype == p->q_dtype;
-  if (!same && !(is_float8(p->kv_dtype) && p->q_dtype != DType::kFloat32)) {
+  if (p->kv_dtype != p->q_dtype && !(is_float8(p->kv_dtype) && dtype_size(p->q_dtype) == 2)) {
     check.fail("k_cache",
                std::string("of the type of `q`, ") + dtype_name(static_cast<int32_t>(p->q_dtype)) +
-                   ", or float8 with a 16-bit `q`",
+                   (is_float8(p->q_dtype) ? "" : ", or float8 with a 16-bit `q`"),
                dtype_name(static_cast<int32_t>(p->kv_dtype)));
   }
+  if (!is_float8(p->q_dtype) && (args.q_scale != nullptr || args.q_scale_value != 1.0)) {
+    check.fail("q_scale", "absent: only float8 queries are scaled",
+               std::string("a scale for ") + dtype_name(static_cast<int32_t>(p->q_dtype)) + " queries");
+  }
+  p->q_scale = head_scale(check, "q_scale", args.q_scale, args.q_scale_value, p->num_kv_heads);
   p->k_scale = cache_scale(check, "k_scale", args.k_scale, args.k_scale_value, p->kv_dtype, p->num_kv_heads);
   p->v_scale = cache_scale(check, "v_scale", args.v_scale, args.v_scale_value, p->kv_dtype, p->num_kv_heads);
 }
@@ -97,6 +108,7 @@ void validate_written_apart(const Checker &check, const pa_attention_args &args)
   neighbours.read("query_start_loc", args.query_start_loc);
   neighbours.read("alibi_slopes", args.alibi_slopes);
   neighbours.read("sinks", args.sinks);
+  neighbours.read("q_scale", args.q_scale);
   neighbours.read("k_scale", args.k_scale);
   neighbours.read("v_scale", args.v_scale);
   neighbours.written(check, "out", args.out);
@@ -108,7 +120,11 @@ void validate_outputs(const Checker &check, const pa_attention_args &args, Atten
   const pa_tensor &q = *args.q;
   check.shaped("out", args.out, {{"T", q.shape[0]}, {"num_q_heads", q.shape[1]}, {"head_dim", q.shape[2]}});
   check.unit_last_stride("out", *args.out);
-  if (wide_dtype(check, "out", *args.out, args.kv_dtype) != p->q_dtype) {
+  p->out_dtype = wide_dtype(check, "out", *args.out, args.kv_dtype);
+  if (is_float8(p->q_dtype) && dtype_size(p->out_dtype) != 2) {
+    check.fail("out", "float16 or bfloat16 with a float8 `q`", tensor_text(*args.out));
+  }
+  if (!is_float8(p->q_dtype) && p->out_dtype != p->q_dtype) {
     check.fail("out", std::string("of the type of `q`, ") + dtype_name(q.dtype), tensor_text(*args.out));
   }
   check.output("out", *args.out);

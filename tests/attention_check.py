@@ -11,18 +11,21 @@ import numpy as np
 import pagedattn
 from accuracy import assert_close, assert_lse_close
 from backends import DTYPES, NumpyBackend
-from batches import LAYOUTS, SIXTEEN_BIT_KINDS, SLICES, Batch, make_batch, output, poison, scale_for
+from batches import LAYOUTS, SLICES, TENSOR_CORE_KINDS, Batch, make_batch, output, poison, scale_for
 
 
-def check_batch(backend: NumpyBackend, batch: Batch, *, strided_out: bool = False, **more: Any) -> None:
+def check_batch(
+    backend: NumpyBackend, batch: Batch, *, strided_out: bool = False, out_dtype: Any = None, **more: Any
+) -> None:
     """Run a batch into poisoned outputs; check outputs, log-sum-exps, gaps, and that no input has changed."""
     expected, expected_lse = batch.reference()
     args, options = batch.on(backend)
+    out_dtype = out_dtype or batch.out_dtype
     before = [backend.allocation(array) for array in args]
-    poisoned = output(batch.q.shape, batch.q.dtype, strided=strided_out)  # type: ignore[arg-type]
+    poisoned = output(batch.q.shape, out_dtype, strided=strided_out)  # type: ignore[arg-type]
     out, lse = backend.arrays(poisoned.view, poison(batch.q.shape[:2], np.float32))
     result = pagedattn.paged_attention(*args, out=out, lse=lse, **options, **more)
-    assert_close(backend.host(out), expected, batch.q.dtype)
+    assert_close(backend.host(out), expected, out_dtype)
     assert_lse_close(backend.host(lse), expected_lse)
     assert poisoned.gaps_untouched(backend.allocation(out))
     for array, bytes_before in zip(args, before, strict=True):
@@ -33,14 +36,14 @@ def check_batch(backend: NumpyBackend, batch: Batch, *, strided_out: bool = Fals
 def check_output_alone(backend: NumpyBackend, batch: Batch, **more: Any) -> None:
     """Run a batch without asking for log-sum-exps; check every element of a poisoned output."""
     args, options = batch.on(backend)
-    out = backend.array(poison(batch.q.shape, batch.q.dtype))
+    out = backend.array(poison(batch.q.shape, batch.out_dtype))
     pagedattn.paged_attention(*args, out=out, **options, **more)
-    assert_close(backend.host(out), batch.reference()[0], batch.q.dtype)
+    assert_close(backend.host(out), batch.reference()[0], batch.out_dtype)
 
 
 # Options of `check_case` that every shape is to meet, beside those of its own.
 COMMON_OPTIONS: dict[str, list[Any]] = {
-    "kind": list(SIXTEEN_BIT_KINDS),
+    "kind": list(TENSOR_CORE_KINDS),
     "head_dim": [8, 24, 64, 72, 80, 96, 112, 120, 128, 160, 192, 200, 256],
     "layout": [*LAYOUTS, *SLICES],
     "scales": ["absent", "number", "per head"],
@@ -56,9 +59,9 @@ COMMON_OPTIONS: dict[str, list[Any]] = {
 
 
 def types(rng: np.random.Generator, kind: tuple[str, str], num_kv_heads: int) -> dict[str, Any]:
-    """Return the types of a batch, and scales for a float8 cache."""
+    """Return the types of a batch, and scales for what is float8."""
     dtype, kv_dtype = (DTYPES[name] for name in kind)
-    return {"dtype": dtype, "kv_dtype": kv_dtype, **scale_for(kv_dtype, rng, num_kv_heads)}
+    return {"dtype": dtype, "kv_dtype": kv_dtype, **scale_for(kv_dtype, rng, num_kv_heads, dtype)}
 
 
 def check_case(
@@ -78,10 +81,11 @@ def check_case(
         "causal": case["causal"],
         "softcap": case["softcap"],
     }
-    if "k_scale" in options and case["scales"] != "per head":
-        del options["k_scale"], options["v_scale"]
-        if case["scales"] == "number":
-            options |= {"k_scale": 0.7, "v_scale": 1.3}
+    for name, number in (("q_scale", 1.2), ("k_scale", 0.7), ("v_scale", 1.3)):
+        if name in options and case["scales"] != "per head":
+            del options[name]
+            if case["scales"] == "number":
+                options[name] = number
     if case["alibi"]:
         options["alibi_slopes"] = rng.uniform(-0.02, 0.2, num_q_heads).astype(np.float32)
     if case["sinks"]:

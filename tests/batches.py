@@ -15,9 +15,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (registers the types with NumPy)
 import numpy as np
 import reference
-from backends import Array, NumpyBackend, allocation, is_float8, offset_in
+from backends import BFLOAT16, Array, NumpyBackend, allocation, is_float8, offset_in
 
-# Types of queries and cache that the tensor cores serve.
+# Types of queries and cache that the tensor cores serve: of 16-bit queries, and of all.
 SIXTEEN_BIT_KINDS = (
     ("float16", "float16"),
     ("bfloat16", "bfloat16"),
@@ -26,6 +26,7 @@ SIXTEEN_BIT_KINDS = (
     ("float16", "float8_e5m2"),
     ("bfloat16", "float8_e5m2"),
 )
+TENSOR_CORE_KINDS = (*SIXTEEN_BIT_KINDS, ("float8_e4m3", "float8_e4m3"), ("float8_e5m2", "float8_e5m2"))
 LAYOUTS = ("NHD", "HND", "interleaved NHD", "interleaved HND", "packed heads", "padded", "K NHD, V HND")
 # Slices of larger arrays: rows that vector loads and tensor maps can take, and rows that they cannot.
 SLICES = ("one layer of many", "8 bytes off", "odd rows", "K whole, V in odd rows")
@@ -131,6 +132,11 @@ class Batch:
     def num_tokens(self) -> int:
         return int(self.q.shape[0])
 
+    @property
+    def out_dtype(self) -> np.dtype[Any]:
+        """The type of the result where none is given."""
+        return BFLOAT16 if is_float8(self.q.dtype) else self.q.dtype
+
     def reference(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the float64 outputs and log-sum-exps."""
         return reference.paged_attention(
@@ -210,11 +216,13 @@ def needed_keys(seq_len: int, query_len: int, causal: bool, window: int | None) 
     return min((r[0] for r in ranges), default=0), max((r[1] for r in ranges), default=0)
 
 
-def scale_for(kv_dtype: Any, rng: np.random.Generator, num_kv_heads: int) -> dict[str, np.ndarray]:
-    """Return per-head k_scale and v_scale for a float8 cache, and nothing for others."""
-    if not is_float8(kv_dtype):
-        return {}
-    return {name: rng.uniform(0.3, 2.0, num_kv_heads).astype(np.float32) for name in ("k_scale", "v_scale")}
+def scale_for(
+    kv_dtype: Any, rng: np.random.Generator, num_kv_heads: int, dtype: Any = np.float16
+) -> dict[str, np.ndarray]:
+    """Return per-head k_scale and v_scale for a float8 cache, q_scale for float8 queries, and nothing for others."""
+    names = ("k_scale", "v_scale") if is_float8(kv_dtype) else ()
+    names += ("q_scale",) if is_float8(dtype) else ()
+    return {name: rng.uniform(0.3, 2.0, num_kv_heads).astype(np.float32) for name in names}
 
 
 def naming_poisoned_blocks(rng: np.random.Generator, batch: Batch) -> Batch:

@@ -60,7 +60,9 @@ class CapturedAttention:
     def __init__(self, cuda: CupyBackend, first: Batch, *, with_workspace: bool = True) -> None:
         self._cuda = cuda
         self._args, self._options = _resized(first).on(cuda)
-        self._out, self._lse = cuda.arrays(poison(first.q.shape, first.q.dtype), poison(first.q.shape[:2], np.float32))
+        self._out, self._lse = cuda.arrays(
+            poison(first.q.shape, first.out_dtype), poison(first.q.shape[:2], np.float32)
+        )
         if with_workspace:
             self._options["workspace"] = workspace_for(cuda, [(self._args, self._options)])
         self._replay = capture(cuda, self._call)
@@ -76,11 +78,11 @@ class CapturedAttention:
             refill(target, source)
         if batch.query_start_loc is not None:
             refill(self._options["query_start_loc"], batch.query_start_loc)
-        refill(self._out, poison(batch.q.shape, batch.q.dtype))
+        refill(self._out, poison(batch.q.shape, batch.out_dtype))
         refill(self._lse, poison(batch.q.shape[:2], np.float32))
         self._replay()
         expected, expected_lse = batch.reference()
-        assert_close(self._cuda.host(self._out), expected, batch.q.dtype)
+        assert_close(self._cuda.host(self._out), expected, batch.out_dtype)
         assert_lse_close(self._cuda.host(self._lse), expected_lse)
 
 

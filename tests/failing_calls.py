@@ -42,6 +42,11 @@ def float8_attention_call() -> Arguments:
     return call
 
 
+def float8_queries_call() -> Arguments:
+    call = float8_attention_call()
+    return {**call, "q": call["q"].astype(FLOAT8_E4M3)}
+
+
 def reshape_call() -> Arguments:
     rng = np.random.default_rng(0)
     return {

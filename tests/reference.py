@@ -48,6 +48,7 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
+    q_scale: Any = None,
     k_scale: Any = None,
     v_scale: Any = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +76,7 @@ def paged_attention(
                 continue
             keys, values = k[:, start - first : stop - first], v[:, start - first : stop - first]
             queries = q[row].astype(np.float64).reshape(num_kv_heads, group, head_dim)
+            queries = queries * per_head(q_scale, num_kv_heads)[:, None, None]
             scores = scale * np.einsum("hgd,hjd->hgj", queries, keys).reshape(num_q_heads, -1)
             if softcap:
                 scores = softcap * np.tanh(scores / softcap)

@@ -42,7 +42,7 @@ import sys
 sys.path.insert(0, ".")
 import numpy as np, pagedattn
 from backends import FLOAT8_E4M3, FLOAT8_E5M2, NumpyBackend
-import test_gather_kv, test_merge_states, test_paged_attention, test_reshape_and_cache
+import test_float8_queries, test_gather_kv, test_merge_states, test_paged_attention, test_reshape_and_cache
 
 assert pagedattn.config()["cpu"]["isa"] == {isa!r}
 backend, seed = NumpyBackend(), np.random.SeedSequence().entropy
@@ -68,7 +68,9 @@ for dtype in ("float32", "float16", "bfloat16"):
         test_gather_kv.test_float8_pages_are_dequantised_exactly(backend, rng, dtype, kv_dtype, "NHD")
 for kv_dtype in ("float8_e4m3", "float8_e5m2"):
     test_paged_attention.test_any_few_rows_match_the_reference_on_the_cpu(rng, ("float16", kv_dtype), 2)
+    test_paged_attention.test_any_few_rows_match_the_reference_on_the_cpu(rng, (kv_dtype, kv_dtype), 2)
     test_paged_attention.test_every_float8_code_is_decoded_exactly(backend, kv_dtype)
+    test_float8_queries.test_every_code_of_a_query_is_decoded_exactly(backend, kv_dtype, 90)
 """
 
 

@@ -12,14 +12,14 @@ import pagedattn
 import pytest
 from attention_check import check_batch
 from backends import DTYPES, CupyBackend
-from batches import SIXTEEN_BIT_KINDS, make_batch, scale_for
+from batches import TENSOR_CORE_KINDS, make_batch, scale_for
 from pairwise import case_id, pairwise
 
 pytestmark = pytest.mark.gpu
 
 PAIRWISE = pairwise(
     {
-        "kind": SIXTEEN_BIT_KINDS,
+        "kind": TENSOR_CORE_KINDS,
         "head_dim": [64, 72, 80, 96, 112, 128, 192, 256],
         "kv_heads": [2, 3, 4, 6, 8],
         # Query heads a KV head, and query tokens.
@@ -51,7 +51,7 @@ def test_heads_that_are_read_together_match_the_reference(
     seq_lens = lengths(rng, case["lengths"])
     # Rows of different numbers side by side.
     query_lens = [min(int(rng.integers(0, query_len + 1)), n) for n in seq_lens] if query_len > 1 else None
-    options: dict[str, Any] = scale_for(kv_dtype, rng, kv_heads)
+    options: dict[str, Any] = scale_for(kv_dtype, rng, kv_heads, dtype)
     if case["option"] == "window":
         options["window"] = 50
     elif case["option"] == "softcap":

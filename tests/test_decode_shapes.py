@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from attention_check import COMMON_OPTIONS, check_batch, check_case, types
 from backends import CupyBackend
-from batches import SIXTEEN_BIT_KINDS, make_batch, naming_poisoned_blocks, poison
+from batches import SIXTEEN_BIT_KINDS, TENSOR_CORE_KINDS, make_batch, naming_poisoned_blocks, poison
 from pairwise import case_id, pairwise
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +42,7 @@ def test_decode_of_any_group_matches_the_reference(
 def test_a_few_query_tokens_a_sequence_match_the_reference(
     cuda: CupyBackend, rng: np.random.Generator, query_len: int, group: int
 ) -> None:
-    kind = SIXTEEN_BIT_KINDS[(query_len + group) % len(SIXTEEN_BIT_KINDS)]
+    kind = TENSOR_CORE_KINDS[(query_len + group) % len(TENSOR_CORE_KINDS)]
     heads = {"num_q_heads": 2 * group, "num_kv_heads": 2, "head_dim": 128}
     batch = make_batch(rng, SEQ_LENS, queries(SEQ_LENS, query_len), **heads, **types(rng, kind, 2))
     check_batch(cuda, batch)

@@ -13,7 +13,15 @@ import numpy as np
 import pagedattn
 import pytest
 from backends import NumpyBackend
-from failing_calls import Arguments, Bad, attention_call, check_bad, float8_attention_call, on
+from failing_calls import (
+    Arguments,
+    Bad,
+    attention_call,
+    check_bad,
+    float8_attention_call,
+    float8_queries_call,
+    on,
+)
 from spoiling import (
     HOST,
     cast,
@@ -29,6 +37,7 @@ from spoiling import (
 )
 
 FP8 = {"start": float8_attention_call}
+FP8_Q = {"start": float8_queries_call}
 
 
 def attention(name: str, spoil: Any, argument: str, says: str, **more: Any) -> Bad:
@@ -220,6 +229,70 @@ ATTENTION_OPTIONS = [
     attention("a stream for host arrays", put("stream", 7), "stream", "host arrays; got 7", **HOST),
 ]
 
+FLOAT8_QUERIES = [
+    attention(
+        "float8 q over a cache of its type's sibling",
+        lambda call: call.update({n: call[n].view(ml_dtypes.float8_e5m2) for n in ("k_cache", "v_cache")}),
+        "k_cache",
+        "of the type of `q`, float8_e4m3; got float8_e5m2",
+        **FP8_Q,
+        **HOST,
+    ),
+    attention(
+        "float8 q over a 16-bit cache",
+        lambda call: call.update({n: call[n].astype(np.float16) for n in ("k_cache", "v_cache")}),
+        "k_cache",
+        "of the type of `q`, float8_e4m3; got float16",
+        **FP8_Q,
+        **HOST,
+    ),
+    attention(
+        "float8 q with another kv_dtype",
+        put("kv_dtype", "float8_e5m2"),
+        "q",
+        "`kv_dtype` float8_e5m2; got float8_e4m3",
+        **FP8_Q,
+        **HOST,
+    ),
+    attention(
+        "8-bit q without kv_dtype", change("q", lambda q: q.view(np.uint8)), "q", "uint8.*`kv_dtype`", **FP8_Q, **HOST
+    ),
+    attention(
+        "8-bit q over a 16-bit cache",
+        lambda call: call.update(
+            {n: call[n].astype(np.float16) for n in ("k_cache", "v_cache")},
+            q=call["q"].view(np.uint8),
+            kv_dtype="float16",
+        ),
+        "q",
+        "`kv_dtype` float16; got uint8",
+        **FP8_Q,
+    ),
+    attention("float32 out of float8 q", cast("out", np.float32), "out", "float16 or bfloat16.*got float32", **FP8_Q),
+    attention("float8 out", lambda call: call.update(out=call["q"].copy()), "out", "float16", **FP8_Q),
+    attention("q_scale of a float32 q", put("q_scale", 0.5), "q_scale", "float8 queries.*float32"),
+    attention("q_scale of a 16-bit q", put("q_scale", np.ones(2, np.float32)), "q_scale", "got .*float16", **FP8),
+    attention(
+        "q_scale of wrong length",
+        put("q_scale", np.ones(4, np.float32)),
+        "q_scale",
+        r"\(num_kv_heads,\) = \(2,\).*got float32 \(4,\)",
+        **FP8_Q,
+    ),
+    attention("q_scale of float64", put("q_scale", np.ones(2)), "q_scale", "float32.*got float64", **FP8_Q),
+    attention("q_scale of 0", put("q_scale", 0.0), "q_scale", "positive.*got 0", **FP8_Q),
+    attention(
+        "lse inside q_scale",
+        lambda call: (
+            call.update(both=np.ones(18, np.float32)),
+            call.update(q_scale=call["both"][:2], lse=call.pop("both")[1:17].reshape(4, 4)),
+        ),
+        "lse",
+        "`q_scale`.*overlap",
+        **FP8_Q,
+    ),
+]
+
 ATTENTION_OUTPUTS = [
     attention("out of another shape", change("out", lambda out: out[:3]), "out", r"got float32 \(3, 4, 8\)"),
     attention("out of another type", cast("out", np.float16), "out", "float16"),
@@ -298,7 +371,7 @@ ATTENTION_INDICES = [
 ]
 
 
-@pytest.mark.parametrize("bad", [*ATTENTION_ARRAYS, *ATTENTION_OPTIONS, *ATTENTION_OUTPUTS], ids=str)
+@pytest.mark.parametrize("bad", [*ATTENTION_ARRAYS, *ATTENTION_OPTIONS, *FLOAT8_QUERIES, *ATTENTION_OUTPUTS], ids=str)
 def test_a_wrong_argument_is_refused_by_name_and_nothing_is_written(backend: NumpyBackend, bad: Bad) -> None:
     check_bad(backend, bad)
 
@@ -308,7 +381,7 @@ def test_a_wrong_index_value_is_refused_by_name_and_nothing_is_written(backend: 
     check_bad(backend, bad, **({"check": True} if backend.is_cuda else {}))
 
 
-@pytest.mark.parametrize("start", [attention_call, float8_attention_call], ids=["float32", "float8"])
+@pytest.mark.parametrize("start", [attention_call, float8_attention_call, float8_queries_call])
 @pytest.mark.parametrize("check", [None, True, False])
 def test_the_unspoilt_call_passes(backend: NumpyBackend, start: Callable[[], Arguments], check: bool | None) -> None:
     call = on(backend, start())

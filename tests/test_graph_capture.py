@@ -29,7 +29,8 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_dtype"), [("float16", "float16"), ("bfloat16", "float8_e4m3"), ("float32", "float32")]
+    ("dtype", "kv_dtype"),
+    [("float16", "float16"), ("bfloat16", "float8_e4m3"), ("float8_e4m3", "float8_e4m3"), ("float32", "float32")],
 )
 @pytest.mark.parametrize("with_workspace", [True, False])
 def test_captured_attention_follows_new_lengths_and_tables(

@@ -19,6 +19,7 @@ from failing_calls import (
     attention_call,
     copy_call,
     float8_attention_call,
+    float8_queries_call,
     gather_call,
     merge_call,
     on,
@@ -30,6 +31,7 @@ from failing_calls import (
 CALLS: list[tuple[str, Callable[[], Arguments]]] = [
     ("paged_attention", attention_call),
     ("paged_attention", float8_attention_call),
+    ("paged_attention", float8_queries_call),
     ("reshape_and_cache", reshape_call),
     ("rope_and_cache", rope_call),
     ("copy_blocks", copy_call),

@@ -14,7 +14,7 @@ import reference
 from accuracy import assert_close, assert_lse_close, assert_same_bytes
 from attention_check import check_batch
 from backends import BFLOAT16, DTYPES, Array, NumpyBackend, is_float8
-from batches import LAYOUTS, SIXTEEN_BIT_KINDS, Batch, make_batch, normal, poison, scale_for
+from batches import LAYOUTS, TENSOR_CORE_KINDS, Batch, make_batch, normal, poison, scale_for
 from pairwise import case_id, pairwise
 
 # Decode, speculative decode, chunk, full prefill, a sequence without new tokens and an empty one.
@@ -24,7 +24,7 @@ MIXED_QUERY_LENS = [1, 4, 40, 33, 0, 0, 1]
 
 PAIRWISE = pairwise(
     {
-        "dtypes": [("float32", "float32"), *SIXTEEN_BIT_KINDS],
+        "dtypes": [("float32", "float32"), *TENSOR_CORE_KINDS],
         "head_dim": [8, 64, 72, 80, 128, 192, 256],
         "block_size": [1, 3, 8, 16, 17, 128],
         "group": [1, 3, 4, 5, 7, 8, 16],
@@ -53,7 +53,7 @@ def test_every_pair_of_options_matches_the_reference(
         "window": case["window"],
         "softcap": case["softcap"],
         "scale": case["scale"],
-        **scale_for(kv_dtype, rng, num_kv_heads),
+        **scale_for(kv_dtype, rng, num_kv_heads, dtype),
     }
     if case["alibi"]:
         options["alibi_slopes"] = rng.uniform(-0.2, 0.4, num_q_heads).astype(np.float32)
@@ -437,7 +437,7 @@ def test_attention_over_disjoint_keys_merges_to_attention_over_all(
 
 # Rows of a KV head that read the cache directly, in panels of up to 6, and one more; of one token and of several.
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5])
-@pytest.mark.parametrize("kind", [("float32", "float32"), *SIXTEEN_BIT_KINDS], ids="-".join)
+@pytest.mark.parametrize("kind", [("float32", "float32"), *TENSOR_CORE_KINDS], ids="-".join)
 def test_any_few_rows_match_the_reference_on_the_cpu(
     rng: np.random.Generator, kind: tuple[str, str], tokens: int
 ) -> None:
@@ -450,7 +450,7 @@ def test_any_few_rows_match_the_reference_on_the_cpu(
             "head_dim": int(rng.choice([40, 64, 128])),
         }
         seq_lens = [tokens, 61, 64, int(rng.integers(65, 400))]
-        shape |= {"dtype": dtype, "kv_dtype": kv_dtype, **scale_for(kv_dtype, rng, 2)}
+        shape |= {"dtype": dtype, "kv_dtype": kv_dtype, **scale_for(kv_dtype, rng, 2, dtype)}
         batch = make_batch(rng, seq_lens, [tokens] * 4, **shape, **choices[rng.integers(len(choices))])
         check_batch(NumpyBackend(), batch, deterministic=bool(rng.integers(2)))
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pagedattn
 from accuracy import assert_close, assert_lse_close, assert_same_bytes
-from backends import DTYPES, NumpyBackend, is_float8
-from batches import LAYOUTS, SIXTEEN_BIT_KINDS, make_batch, output, poison, scale_for
+from backends import DTYPES, NumpyBackend
+from batches import LAYOUTS, TENSOR_CORE_KINDS, make_batch, output, poison, scale_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +32,7 @@ def lengths(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    dtype, kv_dtype = draw(st.sampled_from([("float32", "float32"), *SIXTEEN_BIT_KINDS]))
+    dtype, kv_dtype = draw(st.sampled_from([("float32", "float32"), *TENSOR_CORE_KINDS]))
     num_kv_heads = draw(st.integers(1, 4))
     seq_lens, query_lens = draw(lengths())
     return {
@@ -67,15 +67,14 @@ def test_any_valid_call_matches_the_reference(backend: NumpyBackend, case: dict[
         case["alibi_slopes"] = rng.uniform(-0.1, 0.5, case["num_q_heads"]).astype(np.float32)
     if case.pop("sinks"):
         case["sinks"] = rng.uniform(-3, 3, case["num_q_heads"]).astype(np.float32)
-    if is_float8(case["kv_dtype"]):
-        case.update(scale_for(case["kv_dtype"], rng, case["num_kv_heads"]))
+    case.update(scale_for(case["kv_dtype"], rng, case["num_kv_heads"], case["dtype"]))
     batch = make_batch(rng, case.pop("seq_lens"), case.pop("query_lens"), **case)
     expected, expected_lse = batch.reference()
     args, options = batch.on(backend)
-    poisoned = output(batch.q.shape, batch.q.dtype, strided=strided_out)  # type: ignore[arg-type]
+    poisoned = output(batch.q.shape, batch.out_dtype, strided=strided_out)  # type: ignore[arg-type]
     out, lse = backend.arrays(poisoned.view, poison(batch.q.shape[:2], np.float32))
     pagedattn.paged_attention(*args, out=out, lse=lse, deterministic=deterministic, **options)
-    assert_close(backend.host(out), expected, batch.q.dtype)
+    assert_close(backend.host(out), expected, batch.out_dtype)
     assert_lse_close(backend.host(lse), expected_lse)
     assert poisoned.gaps_untouched(backend.allocation(out))
 

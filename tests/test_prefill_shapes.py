@@ -16,7 +16,7 @@ import pytest
 from accuracy import assert_same_bytes
 from attention_check import COMMON_OPTIONS, check_batch, check_case, types
 from backends import DTYPES, CupyBackend
-from batches import SIXTEEN_BIT_KINDS, make_batch, naming_poisoned_blocks, scale_for
+from batches import TENSOR_CORE_KINDS, make_batch, naming_poisoned_blocks, scale_for
 from cuda_graphs import CapturedAttention
 from pairwise import case_id, pairwise
 from test_decode_kernels import PREAMBLE, run
@@ -49,7 +49,7 @@ def test_every_pair_of_options_of_prefill_matches_the_reference(
     check_case(cuda, rng, case, case["group"], *lens(SEQUENCES))
 
 
-@pytest.mark.parametrize("kind", SIXTEEN_BIT_KINDS, ids="-".join)
+@pytest.mark.parametrize("kind", TENSOR_CORE_KINDS, ids="-".join)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128, 256])
 def test_prompts_behind_a_cache_match_the_reference(
@@ -158,7 +158,7 @@ def test_prefill_may_name_anything_outside_its_window(
     check_batch(cuda, naming_poisoned_blocks(rng, batch))
 
 
-@pytest.mark.parametrize("kind", SIXTEEN_BIT_KINDS[2:], ids="-".join)
+@pytest.mark.parametrize("kind", TENSOR_CORE_KINDS[2:], ids="-".join)
 @pytest.mark.parametrize("head_dim", [56, 64, 80, 128, 192, 256])
 @pytest.mark.parametrize(
     "options",
@@ -172,7 +172,7 @@ def test_prefill_over_float8_caches_takes_every_option(
     check_batch(cuda, make_batch(rng, *lens([(1500, 100), (700, 300), (90, 90)]), **options, **shape))
 
 
-@pytest.mark.parametrize("kind", SIXTEEN_BIT_KINDS[2:], ids="-".join)
+@pytest.mark.parametrize("kind", TENSOR_CORE_KINDS[2:], ids="-".join)
 def test_prefill_over_a_float8_cache_may_name_anything_outside_its_window(
     cuda: CupyBackend, rng: np.random.Generator, kind: tuple[str, str]
 ) -> None:

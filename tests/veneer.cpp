@@ -94,6 +94,24 @@ void paged_attention_takes_its_options() {
                                              tensor(out.data(), {1, 1, 8})) == 0);
 }
 
+void float8_queries_are_scaled() {
+  const pa::float8_e4m3 one{0x38}, two{0x40}, three{0x44};
+  std::vector<pa::float8_e4m3> q(8, one), k(8, one), v(8, two);
+  k.resize(16, two);
+  v.resize(16, three);
+  const pa::PagedCache<pa::float8_e4m3> cache{tensor(k.data(), {1, 2, 1, 8}), tensor(v.data(), {1, 2, 1, 8})};
+  pa::HostBuffer<pa::float16> out(8);
+  pa::HostBuffer<float> lse(1);
+  const std::int32_t table[] = {0}, length[] = {2};
+  pa::AttentionOptions options;
+  options.scale = 0.125;
+  options.q_scale = 3.0;
+  options.lse = tensor(lse.data(), {1, 1});
+  pa::paged_attention(tensor(q.data(), {1, 1, 8}), cache, tensor(table, {1, 1}), tensor(length, {1}),
+                      tensor(out.data(), {1, 1, 8}), options);
+  REQUIRE(close(lse[0], std::log(std::exp(3.0) + std::exp(6.0))));
+}
+
 void merge_states_weighs_by_the_log_sum_exp() {
   const float a[] = {1, 1}, b[] = {3, 3}, lse_a[] = {0}, lse_b[] = {0};
   pa::HostBuffer<float> out(2), lse(1);
@@ -203,6 +221,7 @@ void tensors_know_their_type_shape_and_strides() {
 int main() {
   reshape_and_cache_fills_the_slots();
   paged_attention_takes_its_options();
+  float8_queries_are_scaled();
   merge_states_weighs_by_the_log_sum_exp();
   blocks_are_copied_swapped_and_gathered();
   the_layers_of_a_model_are_written_in_one_call();

@@ -88,7 +88,7 @@ typedef struct pa_error {
 /** \brief Arguments of pa_paged_attention.  Tensors marked "optional" may be NULL. */
 typedef struct pa_attention_args {
   size_t struct_size;
-  const pa_tensor *q;               /**< [T, Hq, D] float32, float16 or bfloat16 */
+  const pa_tensor *q;               /**< [T, Hq, D] float32, float16, bfloat16 or float8 */
   const pa_tensor *k_cache;         /**< [N, S, Hkv, D] of q's type, or float8 with a 16-bit q */
   const pa_tensor *v_cache;         /**< like k_cache; its strides may differ */
   const pa_tensor *block_tables;    /**< [B, max_blocks] int32; entries past ceil(seq_len / S) are never read */
@@ -98,7 +98,8 @@ typedef struct pa_attention_args {
   const pa_tensor *sinks;           /**< optional [Hq] float32: exp(sink) is added to the softmax denominator */
   const pa_tensor *k_scale;         /**< optional [1] or [Hkv] float32: stored K times this is K; float8 caches only */
   const pa_tensor *v_scale;         /**< optional, like k_scale */
-  const pa_tensor *out;             /**< [T, Hq, D] of q's type; must not overlap an input */
+  const pa_tensor *out;             /**< [T, Hq, D] of q's type, or float16 or bfloat16 with a float8 q; must not
+                                         overlap an input */
   const pa_tensor *lse;             /**< optional [T, Hq] float32 output: natural log of the denominator */
   const pa_tensor *workspace;       /**< optional [bytes] uint8, CUDA only; see pa_paged_attention_workspace_size */
   double scale;                     /**< of the scores; NaN (the default): 1 / sqrt(D) */
@@ -115,6 +116,8 @@ typedef struct pa_attention_args {
   int64_t max_query_len;            /**< query tokens that no sequence has more of; 0: not known.  Where it is small,
                                          fewer kernels are launched.  One with more is an error where index values
                                          are verified, and gets no results elsewhere */
+  const pa_tensor *q_scale;         /**< optional [1] or [Hkv] float32: stored q times this is q; float8 q only */
+  double q_scale_value;             /**< used where q_scale is NULL; default 1 */
 } pa_attention_args;
 
 /** \brief Fills the defaults. */

@@ -267,6 +267,7 @@ struct CacheOptions {
 
 /// The optional arguments of paged_attention; pagedattn.h describes each.
 struct AttentionOptions : CacheOptions {
+  Scale q_scale;
   std::optional<Tensor<const std::int32_t, 1>> query_start_loc;
   std::optional<Tensor<const float, 1>> alibi_slopes;
   std::optional<Tensor<const float, 1>> sinks;
@@ -307,15 +308,24 @@ void set_cache(Args &args, const PagedCache<KV> &cache, const CacheOptions &opti
   args.stream = options.stream;
 }
 
-template <class Q, class KV>
+constexpr bool is_float8(pa_dtype type) { return type == PA_FLOAT8_E4M3 || type == PA_FLOAT8_E5M2; }
+constexpr bool output_fits(pa_dtype q, pa_dtype out) {
+  return is_float8(q) ? out == PA_FLOAT16 || out == PA_BFLOAT16 : out == q;
+}
+
+template <class Q, class KV, class Out>
 pa_attention_args attention_args(const Tensor<Q, 3> &q, const PagedCache<KV> &cache,
                                  const Tensor<const std::int32_t, 2> &block_tables,
-                                 const Tensor<const std::int32_t, 1> &seq_lens,
-                                 const Tensor<std::remove_const_t<Q>, 3> &out, const AttentionOptions &options) {
+                                 const Tensor<const std::int32_t, 1> &seq_lens, const Tensor<Out, 3> &out,
+                                 const AttentionOptions &options) {
+  static_assert(!std::is_const_v<Out> && output_fits(dtype_of<std::remove_const_t<Q>>, dtype_of<Out>),
+                "`out` has the type of `q`, or float16 or bfloat16 with a float8 `q`");
   pa_attention_args args;
   pa_attention_args_init(&args);
   detail::set_cache(args, cache, options);
   args.q = q.c();
+  args.q_scale = options.q_scale.c();
+  args.q_scale_value = options.q_scale.value();
   args.block_tables = block_tables.c();
   args.seq_lens = seq_lens.c();
   args.query_start_loc = optional(options.query_start_loc);
@@ -335,20 +345,19 @@ pa_attention_args attention_args(const Tensor<Q, 3> &q, const PagedCache<KV> &ca
 }  // namespace detail
 
 /// Attention of every query token over its sequence's paged keys and values.
-template <class Q, class KV>
+template <class Q, class KV, class Out>
 void paged_attention(const Tensor<Q, 3> &q, const PagedCache<KV> &cache,
                      const Tensor<const std::int32_t, 2> &block_tables, const Tensor<const std::int32_t, 1> &seq_lens,
-                     const Tensor<std::remove_const_t<Q>, 3> &out, const AttentionOptions &options = {}) {
+                     const Tensor<Out, 3> &out, const AttentionOptions &options = {}) {
   const pa_attention_args args = detail::attention_args(q, cache, block_tables, seq_lens, out, options);
   detail::call(pa_paged_attention, &args);
 }
 
 /// Bytes of `options.workspace` with which the same call runs on the GPU without allocating.
-template <class Q, class KV>
+template <class Q, class KV, class Out>
 std::size_t paged_attention_workspace_size(const Tensor<Q, 3> &q, const PagedCache<KV> &cache,
                                            const Tensor<const std::int32_t, 2> &block_tables,
-                                           const Tensor<const std::int32_t, 1> &seq_lens,
-                                           const Tensor<std::remove_const_t<Q>, 3> &out,
+                                           const Tensor<const std::int32_t, 1> &seq_lens, const Tensor<Out, 3> &out,
                                            const AttentionOptions &options = {}) {
   const pa_attention_args args = detail::attention_args(q, cache, block_tables, seq_lens, out, options);
   std::size_t bytes = 0;

@@ -109,6 +109,11 @@ def empty_like(operation: str, argument: str, array: Any, shape: tuple[int, ...]
     return empty(wanted, getattr(array.dtype, "name", array.dtype) if is_foreign(array) else array.dtype, array)
 
 
+def is_8bit(array: Any) -> bool:
+    """Whether an array has elements of one byte; False for what is no array."""
+    return getattr(getattr(array, "dtype", None), "itemsize", None) == 1 and hasattr(array, "shape")
+
+
 def is_foreign(array: Any) -> bool:
     """Whether an array is of a library other than NumPy, CuPy and torch."""
     return library_of(array) not in ("numpy", "cupy", "torch")

@@ -62,6 +62,7 @@ def paged_attention(
     query_start_loc: typing.Any,
     alibi_slopes: typing.Any,
     sinks: typing.Any,
+    q_scale: typing.Any,
     k_scale: typing.Any,
     v_scale: typing.Any,
     out: typing.Any,

@@ -19,7 +19,7 @@ from pagedattn._arguments import (
     too_large,
     whole_number,
 )
-from pagedattn._arrays import dtype_code, dtype_name, empty, empty_like
+from pagedattn._arrays import dtype_code, dtype_name, empty, empty_like, is_8bit
 from pagedattn._errors import InvalidArgumentError
 
 
@@ -38,6 +38,7 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    q_scale: Any = None,
     k_scale: Any = None,
     v_scale: Any = None,
     kv_dtype: Any = None,
@@ -57,10 +58,10 @@ def paged_attention(
     Parameters
     ----------
     q : array [T, Hq, D]
-        Queries, float32, float16 or bfloat16.  D is a multiple of 8, at most 256.
+        Queries, float32, float16, bfloat16 or float8 (e4m3, e5m2).  D is a multiple of 8, at most 256.
     k_cache, v_cache : array [N, S, Hkv, D]
-        The paged cache, of q's type, or float8 (e4m3, e5m2) with a 16-bit q.  Any strides with a contiguous last
-        dimension; Hq is a multiple of Hkv.
+        The paged cache, of q's type, or float8 with a 16-bit q.  Any strides with a contiguous last dimension; Hq is a
+        multiple of Hkv.
     block_tables : int32 array [B, max_blocks]
         Block of each run of S tokens.  Entries past ``ceil(seq_len / S)`` are never read.
     seq_lens : int32 array [B]
@@ -83,12 +84,16 @@ def paged_attention(
         ``slope * (key position - query position)`` is added to each score.
     sinks : float32 array [Hq], optional
         ``exp(sink)`` is added to each softmax denominator.
+    q_scale : float or float32 array [1] or [Hkv], optional
+        Stored queries times this are the real ones, those of the heads of a KV head times its own; float8 queries only.
     k_scale, v_scale : float or float32 array [1] or [Hkv], optional
         Stored keys and values times these are the real ones; float8 caches only.
     kv_dtype : str or dtype, optional
-        What uint8 or uint16 cache storage holds: "float8_e4m3", "float8_e5m2", "float16" or "bfloat16".
+        What uint8 or uint16 cache storage holds: "float8_e4m3", "float8_e5m2", "float16" or "bfloat16".  Queries in
+        uint8 storage are of that type too.
     out : array [T, Hq, D], optional
-        Where to write; allocated like q by default.  Must not overlap an input.
+        Where to write, float16 or bfloat16 with float8 queries, else of q's type; allocated like q, or as bfloat16, by
+        default.  Must not overlap an input.
     return_lse : bool
         Return ``(out, lse)``.
     lse : float32 array [T, Hq], optional
@@ -135,7 +140,7 @@ def paged_attention(
     """
     operation = "paged_attention"
     if out is None:
-        out = empty_like(operation, "q", q)
+        out = empty(tuple(q.shape), "bfloat16", q) if is_8bit(q) else empty_like(operation, "q", q)
     if return_lse and lse is None:
         lse = empty(shape_of(operation, "q", q, "T, num_q_heads, head_dim")[:2], "float32", q)
     _core.paged_attention(
@@ -147,6 +152,7 @@ def paged_attention(
         query_start_loc,
         alibi_slopes,
         sinks,
+        q_scale,
         k_scale,
         v_scale,
         out,

@@ -58,6 +58,15 @@ void run(pa_status (*call)(const Args *, pa_error *), const Args &args) {
   raise_on_error(status, error);
 }
 
+// Those of a cache.
+template <class Args>
+void give_scales(const ScaleArgument &k_scale, const ScaleArgument &v_scale, Args *args) {
+  args->k_scale = k_scale.array();
+  args->v_scale = v_scale.array();
+  args->k_scale_value = k_scale.value();
+  args->v_scale_value = v_scale.value();
+}
+
 // What attention reads, and the size of its workspace depends on.
 struct AttentionInputs {
   AttentionInputs(const Call &call, Object q, Object k_cache, Object v_cache, Object block_tables, Object seq_lens,
@@ -82,9 +91,9 @@ struct AttentionInputs {
 };
 
 void paged_attention(Object q, Object k_cache, Object v_cache, Object block_tables, Object seq_lens,
-                     Object query_start_loc, Object alibi_slopes, Object sinks, Object k_scale, Object v_scale,
-                     Object out, Object lse, Object workspace, Object max_query_len, Object scale, Object window,
-                     Object softcap, Object causal, Object kv_dtype, Object deterministic, Object check,
+                     Object query_start_loc, Object alibi_slopes, Object sinks, Object q_scale, Object k_scale,
+                     Object v_scale, Object out, Object lse, Object workspace, Object max_query_len, Object scale,
+                     Object window, Object softcap, Object causal, Object kv_dtype, Object deterministic, Object check,
                      Object stream) {
   constexpr const char *operation = "paged_attention";
   pa_attention_args args;
@@ -105,11 +114,10 @@ void paged_attention(Object q, Object k_cache, Object v_cache, Object block_tabl
   const Array slopes(call, "alibi_slopes", alibi_slopes), sink(call, "sinks", sinks);
   args.alibi_slopes = slopes.get();
   args.sinks = sink.get();
-  const ScaleArgument ks(call, "k_scale", k_scale), vs(call, "v_scale", v_scale);
-  args.k_scale = ks.array();
-  args.v_scale = vs.array();
-  args.k_scale_value = ks.value();
-  args.v_scale_value = vs.value();
+  const ScaleArgument qs(call, "q_scale", q_scale), ks(call, "k_scale", k_scale), vs(call, "v_scale", v_scale);
+  args.q_scale = qs.array();
+  args.q_scale_value = qs.value();
+  give_scales(ks, vs, &args);
   const Array result(call, "out", out), result_lse(call, "lse", lse), scratch(call, "workspace", workspace);
   args.out = result.get();
   args.lse = result_lse.get();
@@ -152,15 +160,6 @@ void merge_states(Object outs, Object lses, Object out, Object lse, Object strea
   args.lse = merged_lse.get();
   args.stream = as_stream(call);
   run(pa_merge_states, args);
-}
-
-// Where keys and values go, as reshape_and_cache and rope_and_cache are told.
-template <class Args>
-void give_scales(const ScaleArgument &k_scale, const ScaleArgument &v_scale, Args *args) {
-  args->k_scale = k_scale.array();
-  args->v_scale = v_scale.array();
-  args->k_scale_value = k_scale.value();
-  args->v_scale_value = v_scale.value();
 }
 
 void reshape_and_cache(Object key, Object value, Object k_cache, Object v_cache, Object slot_mapping, Object k_scale,
@@ -283,10 +282,7 @@ void gather_kv(Object k_cache, Object v_cache, Object block_tables, Object seq_l
   args.seq_lens = lens.get();
   args.seq_starts = starts.get();
   args.out_start_loc = rows.get();
-  args.k_scale = ks.array();
-  args.v_scale = vs.array();
-  args.k_scale_value = ks.value();
-  args.v_scale_value = vs.value();
+  give_scales(ks, vs, &args);
   args.k_out = ko.get();
   args.v_out = vo.get();
   args.stream = as_stream(call);
@@ -360,9 +356,9 @@ PyMethodDef operations[] = {
     positional<&paged_attention>(
         "paged_attention",
         "paged_attention(q: object, k_cache: object, v_cache: object, block_tables: object, seq_lens: object, "
-        "query_start_loc: object, alibi_slopes: object, sinks: object, k_scale: object, v_scale: object, out: object, "
-        "lse: object, workspace: object, max_query_len: int, scale: object, window: int, softcap: object, causal: "
-        "object, kv_dtype: int, deterministic: object, check: object, stream: object) -> None"),
+        "query_start_loc: object, alibi_slopes: object, sinks: object, q_scale: object, k_scale: object, v_scale: "
+        "object, out: object, lse: object, workspace: object, max_query_len: int, scale: object, window: int, softcap: "
+        "object, causal: object, kv_dtype: int, deterministic: object, check: object, stream: object) -> None"),
     positional<&paged_attention_workspace_size>(
         "paged_attention_workspace_size",
         "paged_attention_workspace_size(q: object, k_cache: object, v_cache: object, block_tables: object, seq_lens: "

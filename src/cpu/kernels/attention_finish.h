@@ -97,7 +97,7 @@ static void finish_row(const AttentionParams &params, const AttentionWork &work,
   const float v_scale = scale_of(params.v_scale, work.head_begin + head);
   const float factor = denominator == 0.0f ? 0.0f : weight * v_scale / denominator;
   const int64_t offset = at.token * params.out.token_stride + at.head * params.out.head_stride;
-  with_dtype(params.q_dtype, [&](auto tag) {
+  with_dtype(params.out_dtype, [&](auto tag) {
     using T = decltype(tag);
     auto *out = static_cast<typename T::Storage *>(params.out.data) + offset;
     int d = 0;

@@ -188,7 +188,7 @@ static float scale_of(const Scale &scale, int64_t kv_head) {
 
 // What multiplies a row of queries, so that products are scores in base 2 (or, with a softcap, arguments of tanh).
 static float query_factor(const AttentionParams &params, int64_t kv_head) {
-  const float factor = params.scale * scale_of(params.k_scale, kv_head);
+  const float factor = params.scale * scale_of(params.q_scale, kv_head) * scale_of(params.k_scale, kv_head);
   return params.softcap > 0.0f ? factor / params.softcap : factor * kLog2e;
 }
 
