@@ -189,7 +189,8 @@ CachePointer cache_pointer(const CacheView &view, int64_t element_size) {
 ScalePointer scale_pointer(const Scale &scale) { return {scale.ptr, scale.value, scale.per_head ? 1 : 0}; }
 
 AttentionKernelParams make_params(const AttentionParams &params) {
-  const int64_t q_size = dtype_size(params.q_dtype), kv_size = dtype_size(params.kv_dtype);
+  const int64_t q_size = dtype_size(params.q_dtype), kv_size = dtype_size(params.kv_dtype),
+                out_size = dtype_size(params.out_dtype);
   AttentionKernelParams p{};
   p.batch = make_batch(params);
   p.q = {params.q.data, params.q.token_stride, params.q.head_stride};
@@ -207,14 +208,17 @@ AttentionKernelParams make_params(const AttentionParams &params) {
   p.lse_head_stride = params.lse_head_stride;
   p.alibi_slopes = params.alibi_slopes;
   p.sinks = params.sinks;
+  p.q_scale = scale_pointer(params.q_scale);
   p.k_scale = scale_pointer(params.k_scale);
   p.v_scale = scale_pointer(params.v_scale);
   p.scale = params.scale;
   p.softcap = params.softcap;
   p.kv_copy_bytes = kv_copy_bytes(params, kv_size);
-  p.q_wide = access_bytes(params.q, q_size, params) >= 16;
-  p.out_bytes = static_cast<int32_t>(access_bytes(params.out, q_size, params));
+  p.q_wide = access_bytes(params.q, q_size, params) >= std::min<int64_t>(16, 8 * q_size);
+  p.out_bytes = static_cast<int32_t>(access_bytes(params.out, out_size, params));
   p.q_is_bfloat16 = params.q_dtype == DType::kBFloat16;
+  p.q_is_float8 = is_float8(params.q_dtype);
+  p.out_is_bfloat16 = params.out_dtype == DType::kBFloat16;
   return p;
 }
 

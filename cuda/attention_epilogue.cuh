@@ -100,7 +100,8 @@ __device__ inline void store_output(const AttentionKernelParams &params, int64_t
       out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
     }
   } else {
-    const bool bfloat16 = kType == OutputType::kBFloat16 || (kType == OutputType::kFromParams && params.q_is_bfloat16);
+    const bool bfloat16 =
+        kType == OutputType::kBFloat16 || (kType == OutputType::kFromParams && params.out_is_bfloat16);
     uint16_t *out = static_cast<uint16_t *>(params.out.data) + offset;
     const uint2 packed = bfloat16 ? uint2{pack<__nv_bfloat16>(x.x, x.y), pack<__nv_bfloat16>(x.z, x.w)}
                                   : uint2{pack<__half>(x.x, x.y), pack<__half>(x.z, x.w)};

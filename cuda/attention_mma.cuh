@@ -1,4 +1,4 @@
-// Paged attention by mma.sync for every sm_80+ device: 16-bit queries over 16-bit or float8 caches.
+// Paged attention by mma.sync for every sm_80+ device: 16-bit or float8 queries, 16-bit or float8 caches.
 //
 // SPDX-License-Identifier: Apache-2.0
 //

@@ -72,17 +72,21 @@ struct AttentionKernelParams {
   int64_t lse_head_stride;
   const float *alibi_slopes;  // [Hq] or null
   const float *sinks;         // [Hq] or null
+  ScalePointer q_scale;       // read by the float8 kernels alone
   ScalePointer k_scale;
   ScalePointer v_scale;
   float scale;
   float softcap;          // 0: off
   int32_t kv_copy_bytes;  // the widest copy that base, strides and D of both caches allow: 16, 8, or one element
-  bool q_wide;            // rows of q can be read 16 bytes at a time
+  bool q_wide;            // rows of q can be read eight elements at a time
   int32_t out_bytes;      // the widest access that rows of out allow, up to 16
-  bool q_is_bfloat16;     // read by the float8 kernels alone, which compute in float16 for either type
-  float *partials;        // unfinished results, see attention_epilogue.cuh
-  int32_t place_floats;   // that the place of one of them has
-  uint32_t *arrivals;     // [kMaxGrid] zero between launches
+  // Read by the float8 kernels alone, which compute in float16 whatever the type of q.
+  bool q_is_bfloat16;
+  bool q_is_float8;  // of the cache's type
+  bool out_is_bfloat16;
+  float *partials;       // unfinished results, see attention_epilogue.cuh
+  int32_t place_floats;  // that the place of one of them has
+  uint32_t *arrivals;    // [kMaxGrid] zero between launches
 };
 
 }  // namespace pagedattn::cuda

@@ -1,5 +1,5 @@
 // Paged decode on Hopper: sequences of at most 64 query rows a KV head, or 16 where four heads of the cache are read as
-// one row; 16-bit queries, 16-bit or float8 caches.
+// one row; 16-bit or float8 queries and caches.
 //
 // SPDX-License-Identifier: Apache-2.0
 //

@@ -1,4 +1,4 @@
-// The Hopper decode kernels for 16-bit queries over float8 e4m3 caches.
+// The Hopper decode kernels for 16-bit queries, and float8 ones, over float8 e4m3 caches.
 //
 // SPDX-License-Identifier: Apache-2.0
 #include "hopper_decode.cuh"

@@ -1,4 +1,4 @@
-// Paged prefill and append on Hopper: sequences of more than 64 query rows a KV head, 16-bit queries.
+// Paged prefill and append on Hopper: sequences of more than 64 query rows a KV head, 16-bit or float8 queries.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
@@ -154,11 +154,13 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
     Barrier *full = &shared.q_full[stage];
     if constexpr (Traits::kFloat8) full = &shared.raw.q[stage];
     if (threadIdx.x == 0) {
-      arrive_and_expect(full, Tile::kColumns * rows * 128);
+      const bool float8 = Traits::kFloat8 && params.q_is_float8;
+      arrive_and_expect(full, Tile::kColumns * rows * (float8 ? 64 : 128));
 #pragma unroll
       for (int column = 0; column < Tile::kColumns; ++column) {
         const int corner[5] = {column * 64, 0, segment.item.kv_head, token, 0};
-        copy_box(shared_address(shared.q[stage] + column * Tile::kColumnBytes), &params.maps.q, corner, full);
+        const int to = column * Tile::kColumnBytes + (float8 ? Traits::kRawQueryPlace : 0);
+        copy_box(shared_address(shared.q[stage] + to), &params.maps.q, corner, full);
       }
     }
     wait(&shared.wanted, number & 1);
@@ -175,9 +177,9 @@ __device__ void widen_data(const HopperParams &params, typename Traits::Shared &
     const PrefillSegment &segment = wait_segment<Traits>(shared, number);
     if (!segment.valid) return;
     const int tiles = segment.tiles.end - segment.tiles.begin;
-    const float k_scale = params.k_scale.of_head(segment.item.kv_head);
+    const int kv_head = segment.item.kv_head;
     release_segment<Traits>(shared, number);
-    widener.widen_segment(number, tiles, k_scale);
+    widener.widen_segment(number, tiles, params.q_scale.of_head(kv_head) * params.k_scale.of_head(kv_head));
   }
 }
 

@@ -4,8 +4,9 @@
 //
 // The tensor cores multiply float16, which holds every float8.  The copy engine brings a tile of K or V, as it lies in
 // the cache, to the end of the room that it will take.  Then this warpgroup writes it as float16 where the
-// 16-bit kernels' copy engine would, so that what computes sees no difference.  It also divides rows of bfloat16
-// queries by a power of two, so that they fit float16; a row's scores take that, and the scale of K, as a factor.
+// 16-bit kernels' copy engine would, so that what computes sees no difference.  It also widens float8 queries, and
+// divides rows of bfloat16 queries by a power of two, so that they fit float16; a row's scores take that, and the
+// scales of Q and K, as a factor.
 //
 // Bound: the time from a tile's room being free to its being float16.  One prompt of 8192 tokens, 32 heads of 128 over
 // 8: 978 us on an H100, 565 TFLOP/s.
@@ -49,8 +50,8 @@ class Widener {
   }
 
   // So many tiles of K, or of V, and the queries that meet them.
-  __device__ void widen_segment(uint32_t number, int tiles, float k_scale) {
-    if (!keys_) widen_queries(number % Traits::kQStages, number / Traits::kQStages & 1, k_scale);
+  __device__ void widen_segment(uint32_t number, int tiles, float scale) {
+    if (!keys_) widen_queries(number % Traits::kQStages, number / Traits::kQStages & 1, scale);
 #pragma unroll 1
     for (; tiles > 0; --tiles, ++tile_) {
       const uint32_t stage = tile_ % Traits::kKvStages;
@@ -93,19 +94,41 @@ class Widener {
     if (thread_ % 32 == 0) arrive(full);
   }
 
-  __device__ void widen_queries(uint32_t stage, uint32_t phase, float k_scale) {
+  __device__ void widen_queries(uint32_t stage, uint32_t phase, float scale) {
     float (&factors)[Traits::kRows] = shared_.raw.factors[stage];
     wait(&shared_.raw.q[stage], phase);
     if (params_.q_is_bfloat16) {
 #pragma unroll 1
       for (int row = thread_ / 8; row < Traits::kRows; row += kThreads / 8) {
         const float power = widen_query_row(shared_.q[stage], row);
-        if (thread_ % 8 == 0) factors[row] = power * k_scale;
+        if (thread_ % 8 == 0) factors[row] = power * scale;
       }
     } else {
-      for (int row = thread_; row < Traits::kRows; row += kThreads) factors[row] = k_scale;
+      if (params_.q_is_float8) widen_float8_queries(shared_.q[stage]);
+      for (int row = thread_; row < Traits::kRows; row += kThreads) factors[row] = scale;
     }
     publish(&shared_.q_full[stage]);
+  }
+
+  // They come to the end of each column's room.  Rows are widened from the first on, so that what a row takes the place
+  // of has been widened, or read, before.  Eight lanes have a row.
+  __device__ void widen_float8_queries(char *q) const {
+#pragma unroll 1
+    for (int row = thread_ / 8; row < Traits::kRows; row += kThreads / 8) {
+      uint2 raw[Queries::kColumns];
+#pragma unroll
+      for (int column = 0; column < Queries::kColumns; ++column) {
+        const char *const column_start = q + column * Queries::kColumnBytes + Traits::kRawQueryPlace;
+        raw[column] = *reinterpret_cast<const uint2 *>(column_start + row * 64 + thread_ % 8 * 8);
+      }
+      named_barrier<kThreads>(barrier_);
+#pragma unroll
+      for (int column = 0; column < Queries::kColumns; ++column) {
+        const QChunk wide = widen_q_chunk<typename Traits::CacheElement>(raw[column].x, raw[column].y);
+        *reinterpret_cast<uint4 *>(q + Queries::offset(row, column * 8 + thread_ % 8)) = {wide.pairs[0], wide.pairs[1],
+                                                                                          wide.pairs[2], wide.pairs[3]};
+      }
+    }
   }
 
   // Returns the power of two that it has been divided by.  Eight lanes have a row.

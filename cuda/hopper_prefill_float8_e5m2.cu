@@ -1,4 +1,4 @@
-// The Hopper prefill kernels for 16-bit queries over float8 e5m2 caches.
+// The Hopper prefill kernels for 16-bit queries, and float8 ones, over float8 e5m2 caches.
 //
 // SPDX-License-Identifier: Apache-2.0
 #include "hopper_prefill.cuh"

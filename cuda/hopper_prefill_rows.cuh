@@ -389,7 +389,7 @@ class WarpgroupRows {
         factor = end_row(params_, token, head, item.kv_head, sums.m[i], sums.l[i], lane == 0);
         offset = token * params_.out.token_stride + head * params_.out.head_stride;
       }
-      if (Traits::kFloat8 && params_.q_is_bfloat16) {
+      if (Traits::kFloat8 && params_.out_is_bfloat16) {
         write_row<__nv_bfloat16>(params_, o_, i, offset, factor);
       } else {
         write_row<Math>(params_, o_, i, offset, factor);

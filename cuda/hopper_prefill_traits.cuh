@@ -60,6 +60,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   // Where the copy engine brings a tile to, in its room: float8 ones to the end, from where they become float16.
   static constexpr int kRawBytes = Types::kFloat8 ? kTokens * kHeadDim : KvTile::kBytes;
   static constexpr int kRawPlace = KvTile::kBytes - kRawBytes;
+  static constexpr int kRawQueryPlace = QTile::kColumnBytes / 2;  // in each column of float8 queries
   static constexpr int kQStages = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kKvStages = kHeadDim <= 64 ? 4 : 2;  // of K, and of V
 

@@ -28,6 +28,27 @@ __device__ inline QChunk load_q_chunk(const AttentionKernelParams &params, const
   return x;
 }
 
+// Float8 ones as they come, in the first two words.
+__device__ inline QChunk load_float8_q_chunk(const AttentionKernelParams &params, const uint8_t *row, int chunk) {
+  if (params.q_wide) {
+    const uint2 x = *reinterpret_cast<const uint2 *>(row + chunk * 8);
+    return {{x.x, x.y, 0, 0}};
+  }
+  QChunk x{};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x.pairs[i / 4] |= static_cast<uint32_t>(row[chunk * 8 + i]) << i % 4 * 8;
+  return x;
+}
+
+// What has come so, as float16.
+template <class Float8>
+__device__ QChunk widen_q_chunk(uint32_t first, uint32_t second) {
+  QChunk wide;
+  widen<Float8>(first, wide.pairs[0], wide.pairs[1]);
+  widen<Float8>(second, wide.pairs[2], wide.pairs[3]);
+  return wide;
+}
+
 // Rounds bfloat16 pairs to float16 after dividing the row by the power of two below its largest element, which the
 // kLanes lanes that hold the row, kChunks each, find together; returns that power.
 template <int kLanes, int kChunks = 1>
@@ -80,8 +101,12 @@ class QueryChunks {
         const int query = params.batch.group.divide(packed_row);
         const int64_t token = item.seq.first_token + query;
         const int64_t head = (item.kv_head + place.head) * group + packed_row - query * group;
-        const auto *q = static_cast<const uint16_t *>(params.q.data);
-        chunks_[i] = load_q_chunk(params, q + token * params.q.token_stride + head * params.q.head_stride, chunk(i));
+        const int64_t offset = token * params.q.token_stride + head * params.q.head_stride;
+        if (Traits::kFloat8 && params.q_is_float8) {
+          chunks_[i] = load_float8_q_chunk(params, static_cast<const uint8_t *>(params.q.data) + offset, chunk(i));
+        } else {
+          chunks_[i] = load_q_chunk(params, static_cast<const uint16_t *>(params.q.data) + offset, chunk(i));
+        }
       }
     }
   }
@@ -93,6 +118,7 @@ class QueryChunks {
       float scale = 1.0f;
       if constexpr (Traits::kFloat8) {
         if (params.q_is_bfloat16) scale = normalise_bfloat16_row<kLanes>(&chunks_[i]);
+        if (params.q_is_float8) chunks_[i] = widen_q_chunk<typename Traits::CacheElement>(x.pairs[0], x.pairs[1]);
       }
       if (row(i) >= Traits::kRows || chunk(i) >= kChunks) continue;
       if constexpr (Traits::kFloat8) {

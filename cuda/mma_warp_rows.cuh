@@ -40,7 +40,8 @@ class WarpRows {
     visible_to_any_ = any ? Range{first.begin, last.end} : Range{0, 0};
     visible_to_all_ = {last.begin, first.end};
 
-    const float scale = params_.k_scale.of_head(item.kv_head + place.head) * params_.scale;
+    float scale = params_.k_scale.of_head(item.kv_head + place.head) * params_.scale;
+    if constexpr (Traits::kFloat8) scale *= params_.q_scale.of_head(item.kv_head + place.head);
     if constexpr (Traits::kTileHeads > 1) first_chunk_ = place.head * (Kv::kChunks / Traits::kTileHeads);
     pre_scale_ = params_.softcap > 0.0f ? scale / params_.softcap : scale * kLog2E;
     // The largest score is that of the largest product only if their ratio is positive.

@@ -15,7 +15,7 @@ struct RowTable {
   Range keys[kRows];     // that the row sees
   int position[kRows];   // in the sequence
   float slope[kRows];    // ALiBi's, in units of log 2
-  float q_scale[kRows];  // what the row was divided by (float8 caches)
+  float q_scale[kRows];  // what a bfloat16 row was divided by (float8 caches)
 };
 
 // Rows past the sequence's last are given its keys, so that they ask for no masks of their own.  To be called by

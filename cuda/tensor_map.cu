@@ -17,6 +17,7 @@ namespace pagedattn::cuda {
 namespace {
 
 constexpr int kColumnBytes = 128;
+constexpr cuuint32_t kQueryColumn = 64;  // elements
 constexpr int64_t kAlignment = 16;
 
 // The driver's encoder, found at run time: the library links no libcuda.
@@ -168,12 +169,11 @@ CUtensorMap encode_queries(const AttentionParams &params, int tokens) {
   Tensor tensor{};
   tensor.data = params.q.data;
   tensor.element_size = size;
-  tensor.is_cut = true;
+  tensor.is_cut = size == 2;  // float8 is put in its place by what widens it
   tensor.row = params.head_dim;
   tensor.extents = {params.head_dim, group, params.num_kv_heads, params.num_tokens, 1};
   tensor.strides = {params.q.head_stride, params.q.head_stride * group, params.q.token_stride, 0};
-  tensor.box = {static_cast<cuuint32_t>(kColumnBytes / size), static_cast<cuuint32_t>(group), 1,
-                static_cast<cuuint32_t>(tokens), 1};
+  tensor.box = {kQueryColumn, static_cast<cuuint32_t>(group), 1, static_cast<cuuint32_t>(tokens), 1};
   return encode(tensor);
 }
 
