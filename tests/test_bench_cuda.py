@@ -114,6 +114,7 @@ def test_the_ceilings_are_those_of_a_gpu(ceilings: Any) -> None:
         decode("decode", "skew:3:1000:5", heads=8, kv_heads=2, head_dim=64),
         decode("fp8", "3x100", kv_dtype="float8_e4m3"),
         decode("fp16 with e5m2", "3x100", dtype="float16", kv_dtype="float8_e5m2"),
+        decode("fp8 queries", "3x100", dtype="float8_e4m3", kv_dtype="float8_e4m3"),
         prefill("float32", "100+7", "100+300", dtype="float32", kv_dtype="float32"),
     ],
     ids=lambda case: case.name,

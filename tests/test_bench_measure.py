@@ -47,7 +47,7 @@ def chunks(dtype: str = "float32") -> Case:
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype"),
     [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3"),
-     ("float16", "float8_e5m2")],
+     ("float16", "float8_e5m2"), ("float8_e4m3", "float8_e4m3"), ("float8_e5m2", "float8_e5m2")],
 )  # fmt: skip
 def test_inputs_are_shuffled_and_poisoned_and_our_answer_is_right(dtype: str, kv_dtype: str) -> None:
     case = decode(dtype, kv_dtype)
@@ -63,7 +63,7 @@ def test_inputs_are_shuffled_and_poisoned_and_our_answer_is_right(dtype: str, kv
         assert np.isnan(values).sum() == (3 + 3) * 2 * 16  # of the first and the last sequence
     assert np.isnan(inputs.out.astype(np.float32)).all()
     error = check(inputs, inputs.attend(), inputs.out, reference_rows(inputs))
-    assert 0 <= error < {"float32": 1e-6, "float16": 1e-3, "bfloat16": 4e-3}[dtype]
+    assert 0 <= error < {"float32": 1e-6, "float16": 1e-3, "bfloat16": 4e-3}[case.out_dtype]
 
 
 def test_the_same_seed_gives_the_same_inputs() -> None:

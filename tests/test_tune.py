@@ -477,7 +477,10 @@ def test_fewer_and_shorter_requests_can_be_asked_for(azure: Path) -> None:
         (["--lengths", "40", "--batch", "0"], "--batch must be from 1 to 65536; got 0"),
         (["--lengths", "40", "--layers", "0"], "--layers must be at least 1; got 0"),
         (["--lengths", "40", "--heads", "3", "--kv-heads", "2"], "--heads must be a multiple of --kv-heads"),
-        (["--lengths", "40", "--dtype", "int8"], "--dtype must be one of float32, float16, bfloat16; got int8"),
+        (
+            ["--lengths", "40", "--dtype", "int8"],
+            "--dtype must be one of float32, float16, bfloat16, float8_e4m3, float8_e5m2; got int8",
+        ),
         (["--lengths", "40", "--backend", "abacus"], "--backend must be auto, cpu or cuda; got abacus"),
         (["--lengths", "40", "--plot", "/nowhere/at/all.svg"], "--plot must name a file in a directory that exists"),
         (["--lengths", "40", "--plot", "trade.txt"], "--plot must name a file that ends in .svg, .png, .pdf"),

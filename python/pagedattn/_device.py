@@ -35,6 +35,11 @@ ELEMENT: dict[str, Any] = {
 }
 
 
+def out_dtype(dtype: str) -> str:
+    """Type of the result of queries of a type, where none is given."""
+    return "bfloat16" if dtype in FP8_DTYPES else dtype
+
+
 class BackendError(ValueError):
     """The backend that was asked for is unknown, or cannot run here."""
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .inputs import Inputs, poison, to_host
 
-# Largest relative error, by the type of q and out.
+# Largest relative error, by the type of out.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3}
 # A peer that rounds more than the contract allows ours is shown with its error; beyond this it computes something else.
 PEER_ALLOWANCE = 10.0
@@ -57,14 +57,14 @@ def check(inputs: Inputs, call: Callable[[], None], out: Any, reference: Referen
     poison(out)
     call()
     inputs.device.synchronize()
-    whole = to_host(inputs.device, out, case.dtype)
+    whole = to_host(inputs.device, out, case.out_dtype)
     if not np.isfinite(whole).all():
         raise WrongResultError(f"{case.name}: {int((~np.isfinite(whole)).sum())} elements of out are not finite")
     rows, expected = reference
     norms = np.linalg.norm(expected, axis=(1, 2))
     errors = np.linalg.norm(whole[rows] - expected, axis=(1, 2)) / norms
     error = float(np.sqrt(np.mean(errors**2)))
-    allowed = allowance * TOLERANCE[case.dtype]
+    allowed = allowance * TOLERANCE[case.out_dtype]
     if not error <= allowed:
         raise WrongResultError(f"{case.name}: relative error {error:.2g}, allowed {allowed:.0e}")
     return error

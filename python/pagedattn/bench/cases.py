@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pagedattn._device import DTYPES, FP8_DTYPES, ITEM_SIZE
+from pagedattn._device import DTYPES, FP8_DTYPES, ITEM_SIZE, out_dtype
 
 from .lengths import parse_lengths
 from .model_shape import check_heads
@@ -32,9 +32,9 @@ class Case:
     heads, kv_heads, head_dim, block_size : int
         Query heads, KV heads, head dimension, tokens a block.
     dtype : str
-        Type of q and out.
+        Type of q and, unless it is float8, of out.
     kv_dtype : str
-        Type of the cache: `dtype`, float8_e4m3 or float8_e5m2.
+        Type of the cache: `dtype`, or float8_e4m3 or float8_e5m2 with a 16-bit one.
     causal : bool
         Whether a query token sees only the tokens up to its own.
     window : int, optional
@@ -66,15 +66,21 @@ class Case:
             if getattr(self, field) < 1:
                 raise CaseError(f"--{field.replace('_', '-')} must be at least 1; got {getattr(self, field)}")
         check_heads(self.heads, self.kv_heads, self.head_dim, CaseError)
-        if self.dtype not in DTYPES:
-            raise CaseError(f"--dtype must be one of {', '.join(DTYPES)}; got {self.dtype}")
-        if self.kv_dtype != self.dtype and (self.kv_dtype not in FP8_DTYPES or self.dtype == "float32"):
-            allowed = self.dtype if self.dtype == "float32" else ", ".join((self.dtype, *FP8_DTYPES))
+        if self.dtype not in (*DTYPES, *FP8_DTYPES):
+            raise CaseError(f"--dtype must be one of {', '.join((*DTYPES, *FP8_DTYPES))}; got {self.dtype}")
+        is_16bit = ITEM_SIZE[self.dtype] == 2
+        if self.kv_dtype != self.dtype and not (is_16bit and self.kv_dtype in FP8_DTYPES):
+            allowed = ", ".join((self.dtype, *FP8_DTYPES)) if is_16bit else self.dtype
             raise CaseError(f"--kv-dtype must be one of {allowed} with --dtype {self.dtype}; got {self.kv_dtype}")
         if self.window is not None and self.window < 1:
             raise CaseError(f"{self.name}: the window must be at least 1; got {self.window}")
         if self.layout not in LAYOUTS:
             raise CaseError(f"{self.name}: the layout must be one of {', '.join(LAYOUTS)}; got {self.layout}")
+
+    @property
+    def out_dtype(self) -> str:
+        """Type of out."""
+        return out_dtype(self.dtype)
 
     @property
     def num_blocks(self) -> int:
@@ -95,7 +101,8 @@ class Case:
     @property
     def bytes(self) -> int:
         """Bytes the call must move: K, V and q read once, out written once."""
-        return self.kv_bytes + 2 * sum(self.q_lens) * self.heads * self.head_dim * ITEM_SIZE[self.dtype]
+        rows = sum(self.q_lens) * self.heads
+        return self.kv_bytes + rows * self.head_dim * (ITEM_SIZE[self.dtype] + ITEM_SIZE[self.out_dtype])
 
     @property
     def flops(self) -> int:

@@ -29,7 +29,7 @@ class Inputs:
     ----------
     q : array [T, Hq, D]
     k_cache, v_cache : array [N, S, Hkv, D]
-        On CUDA, an 8-bit cache is uint8 with `kv_dtype` beside it: CuPy has no such type.
+        On CUDA, an 8-bit cache is uint8 with `kv_dtype` beside it, and so are 8-bit queries: CuPy has no such type.
     block_tables : array [B, max_blocks] int32
         Entries past a sequence's last block are -1.
     seq_lens : array [B] int32
@@ -52,7 +52,9 @@ class Inputs:
         self.host_block_tables = _block_tables(case, rng)
         _poison_unused_slots(case, self.host_block_tables, (self.k_cache, self.v_cache))
         q = rng.standard_normal((sum(case.q_lens), case.heads, case.head_dim), np.float32).astype(ELEMENT[case.dtype])
-        self.q = device.put(q.view(STORAGE[case.dtype])).view(ELEMENT[case.dtype])
+        self.q = device.put(q.view(STORAGE[case.dtype]))
+        if not (case.dtype in FP8_DTYPES and device.backend == "cuda"):
+            self.q = self.q.view(ELEMENT[case.dtype])
         self.block_tables = device.put(self.host_block_tables)
         self.seq_lens = device.put(np.array(case.kv_lens, np.int32))
         starts = np.concatenate([[0], np.cumsum(case.q_lens)]).astype(np.int32)
@@ -60,7 +62,7 @@ class Inputs:
         self.query_start_loc = None if max(case.q_lens) == 1 else self.query_starts
         if not (case.kv_dtype in FP8_DTYPES and device.backend == "cuda"):
             self.k_cache, self.v_cache = (c.view(ELEMENT[case.kv_dtype]) for c in (self.k_cache, self.v_cache))
-        self.out = xp.empty(q.shape, STORAGE[case.dtype]).view(ELEMENT[case.dtype])
+        self.out = xp.empty(q.shape, STORAGE[case.out_dtype]).view(ELEMENT[case.out_dtype])
         self.poison_out()
 
     def poison_out(self) -> None:
@@ -120,7 +122,12 @@ def check_memory(case: Case, device: Device) -> None:
     # The cache and what filling it takes; q as float32 and in its type, out, and the rows that are compared.
     rows = sum(case.q_lens) * case.heads * case.head_dim
     tables = 4 * len(case.kv_lens) * -(-max(case.kv_lens) // case.block_size)
-    needed = case.cache_bytes + 2 * _FILL_BYTES + rows * (2 * 4 + 2 * ITEM_SIZE[case.dtype]) + 2 * tables
+    needed = (
+        case.cache_bytes
+        + 2 * _FILL_BYTES
+        + rows * (2 * 4 + ITEM_SIZE[case.dtype] + ITEM_SIZE[case.out_dtype])
+        + 2 * tables
+    )
     if free is not None and needed > free:
         raise CaseError(
             f"{case.name}: the call's arrays take {show_bytes(needed)}, while {show_bytes(free)} are "

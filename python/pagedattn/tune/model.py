@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pagedattn._device import ITEM_SIZE
+from pagedattn._device import ITEM_SIZE, out_dtype
 from pagedattn.bench.cases import Case
 
 
@@ -38,7 +38,7 @@ class Model:
     @property
     def query_bytes(self) -> int:
         """Bytes of the query and the output of one token, and of the float32 numbers that the query is made from."""
-        return self.heads * self.head_dim * (2 * ITEM_SIZE[self.dtype] + 4)
+        return self.heads * self.head_dim * (ITEM_SIZE[self.dtype] + ITEM_SIZE[out_dtype(self.dtype)] + 4)
 
     def case(self, name: str, q_lens: Sequence[int], kv_lens: Sequence[int], block_size: int) -> Case:
         """One attention call of one layer."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pagedattn._device import Backend
+from pagedattn._device import FP8_DTYPES, Backend
 
 from ..inputs import Inputs
 from .base import Peer, Prepared, UnsupportedError, window_left
@@ -37,8 +37,8 @@ class FlashInfer(Peer):
 
     def prepare(self, inputs: Inputs) -> Prepared:
         case = inputs.case
-        if case.dtype == "float32":
-            raise UnsupportedError("no float32")
+        if case.dtype == "float32" or case.dtype in FP8_DTYPES:
+            raise UnsupportedError(f"no {case.dtype} queries")
         is_decode = max(case.q_lens) == 1
         if self.tensor_core_decode and not is_decode:
             raise UnsupportedError("decode only")

@@ -56,8 +56,8 @@ def as_tensor(array: Any, dtype: str) -> Any:
 def empty_out(inputs: Inputs) -> tuple[Any, Any]:
     """A result [T, Hq, D] as an array of the backend's module, and the same memory as a tensor."""
     case = inputs.case
-    array = inputs.device.xp.empty(inputs.q.shape, STORAGE[case.dtype]).view(ELEMENT[case.dtype])
-    return array, as_tensor(array, case.dtype)
+    array = inputs.device.xp.empty(inputs.q.shape, STORAGE[case.out_dtype]).view(ELEMENT[case.out_dtype])
+    return array, as_tensor(array, case.out_dtype)
 
 
 def valid_block_tables(inputs: Inputs) -> Any:
