@@ -30,30 +30,72 @@ def test_long_prompts_match_the_reference_on_the_cpu(
     check_batch(NumpyBackend(), batch, deterministic=bool(rng.integers(2)))
 
 
-def with_rising_scores(rng: np.random.Generator, rise: float) -> Batch:
+def with_rising_scores(rng: np.random.Generator, rise: float, dtype: Any = BFLOAT16) -> Batch:
     """Return a prompt whose scores rise (or fall) by so much from its first key to its last."""
-    batch = make_batch(rng, [TOKENS], [TOKENS], num_q_heads=2, num_kv_heads=1, head_dim=64, dtype=BFLOAT16, scale=0.125)
+    batch = make_batch(rng, [TOKENS], [TOKENS], num_q_heads=2, num_kv_heads=1, head_dim=64, dtype=dtype, scale=0.125)
     positions = np.arange(TOKENS)
     batch.q[..., 0] = 8.0
     slots = batch.block_tables[0, positions // 16], positions % 16
-    batch.k_cache[(*slots, slice(None), 0)] = (positions * (rise / TOKENS)).astype(BFLOAT16)[:, None]
+    batch.k_cache[(*slots, slice(None), 0)] = (positions * (rise / TOKENS)).astype(dtype)[:, None]
     return batch
 
 
 # Weights are relative to a score that is only near the largest: slow rises stay below it, fast ones pass it often.
-@pytest.mark.parametrize("rise", [-200.0, 3.0, 30.0, 400.0])
-def test_scores_that_rise_along_a_prompt_match_the_reference(rng: np.random.Generator, rise: float) -> None:
-    check_batch(NumpyBackend(), with_rising_scores(rng, rise))
+# Of a score of 400 float32 itself leaves more than results of float32 may be off.
+RISES = [
+    *((rise, "bfloat16") for rise in (-200.0, 3.0, 30.0, 400.0)),
+    *((rise, "float32") for rise in (-30.0, 3.0, 30.0)),
+]
 
 
-@pytest.mark.parametrize("rise", [0.0, 400.0])
-def test_a_nan_far_into_a_prompt_reaches_only_the_rows_that_see_it(rng: np.random.Generator, rise: float) -> None:
-    batch = with_rising_scores(rng, rise)
+@pytest.mark.parametrize(("rise", "dtype"), RISES)
+def test_scores_that_rise_along_a_prompt_match_the_reference(rng: np.random.Generator, dtype: str, rise: float) -> None:
+    check_batch(NumpyBackend(), with_rising_scores(rng, rise, DTYPES[dtype]))
+
+
+def float32_prompt(rng: np.random.Generator) -> Batch:
+    return make_batch(rng, [300], [300], num_q_heads=2, num_kv_heads=1, head_dim=64, dtype=DTYPES["float32"])
+
+
+# Products of float32 may be made of products in other types, which must not show: neither where those types end, nor
+# where the largest number of a kind, or what is left of a small one, has no room in them.
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-38, 1e-33, 1e-25, 1e15, 1e22, 1e30, 1e36])
+def test_float32_values_of_any_magnitude_match_the_reference(rng: np.random.Generator, magnitude: float) -> None:
+    batch = float32_prompt(rng)
+    batch.v_cache[...] = (batch.v_cache.astype(np.float64) * magnitude).astype(np.float32)
+    check_batch(NumpyBackend(), batch)
+
+
+@pytest.mark.parametrize("magnitude", [1e-36, 1e-28, 1e-18, 1e18, 1e28, 1e36])
+def test_float32_keys_and_queries_of_any_magnitude_match_the_reference(
+    rng: np.random.Generator, magnitude: float
+) -> None:
+    batch = float32_prompt(rng)
+    batch.k_cache[...] = (batch.k_cache.astype(np.float64) * magnitude).astype(np.float32)
+    batch.q[...] = (batch.q.astype(np.float64) / magnitude).astype(np.float32)
+    check_batch(NumpyBackend(), batch)
+
+
+@pytest.mark.parametrize("which", ["q", "k_cache", "v_cache"])
+@pytest.mark.parametrize("odd", [1e-45, 1e-36, -0.0])
+def test_a_tiny_number_among_others_changes_nothing(rng: np.random.Generator, which: str, odd: float) -> None:
+    batch = float32_prompt(rng)
+    getattr(batch, which)[..., ::5] = odd
+    check_batch(NumpyBackend(), batch)
+
+
+@pytest.mark.parametrize(
+    ("rise", "dtype"), [(0.0, "bfloat16"), (400.0, "bfloat16"), (0.0, "float32"), (30.0, "float32")]
+)
+def test_a_nan_far_into_a_prompt_reaches_only_the_rows_that_see_it(
+    rng: np.random.Generator, dtype: str, rise: float
+) -> None:
+    batch = with_rising_scores(rng, rise, DTYPES[dtype])
     expected, _ = batch.reference()
     batch.v_cache[batch.block_tables[0, 900 // 16], 900 % 16] = np.nan
     args, options = batch.on(NumpyBackend())
     result = pagedattn.paged_attention(*args, **options)
-    assert_close(result[:900], expected[:900], BFLOAT16)
+    assert_close(result[:900], expected[:900], DTYPES[dtype])
     assert np.isnan(result[900].astype(np.float32)).all()
 
 

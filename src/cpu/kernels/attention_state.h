@@ -39,13 +39,26 @@ constexpr int64_t max_direct_rows(DType kv_dtype) {
   if (kWidth != 8) return 8;
   return kv_dtype == DType::kFloat8E4M3 ? 12 : 16;
 }
-// How the rows of an item go: straight from the cache with vectors (attention_direct.h), straight from it with tile
-// registers (attention_tile_rows.h), or over copies of keys and values (attention_packed.h, attention_tiles.h).
-enum class Way { kDirect, kTileRows, kPacked };
+// How the rows of an item go: straight from the cache with vectors (attention_direct.h) or with tile registers
+// (attention_tile_rows.h), or over copies of keys and values, with vectors (attention_packed.h) or tile registers
+// (attention_tiles.h).
+enum class Way { kDirect, kTileRows, kPacked, kTiles };
 
 // Rows that fit into one tile register, and the shortest sequence for which tiles are faster for up to 4 rows.
 constexpr int kMaxTileRows = 16;
 constexpr int64_t kMinTileKeys = 96;
+// The fewest rows for which tiles are faster where keys and values are to be split into parts first.
+constexpr int64_t kMinSplitRows = 64;
+
+// Whether many rows take the way of attention_tiles.h.
+PA_INLINE bool tiles_serve([[maybe_unused]] const AttentionParams &params) {
+#if defined(PAGEDATTN_TILES)
+  if (params.kv_dtype == DType::kFloat32) return true;
+  return params.q_dtype == DType::kBFloat16 && params.kv_dtype == DType::kBFloat16 && params.scale > 0.0f;
+#else
+  return false;
+#endif
+}
 
 static Way way_of(const AttentionParams &params, const AttentionWork &work) {
   const int64_t rows = work.row_end - work.row_begin;
@@ -55,7 +68,9 @@ static Way way_of(const AttentionParams &params, const AttentionWork &work) {
   const bool served = bfloat16 && params.scale > 0.0f && params.head_dim % 32 == 0;
   if (served && rows <= kMaxTileRows && (rows > 4 || work.seq_len >= kMinTileKeys)) return Way::kTileRows;
 #endif
-  return rows <= max_direct_rows(params.kv_dtype) ? Way::kDirect : Way::kPacked;
+  if (rows <= max_direct_rows(params.kv_dtype)) return Way::kDirect;
+  const bool enough = params.kv_dtype == DType::kBFloat16 || rows >= kMinSplitRows;
+  return tiles_serve(params) && enough ? Way::kTiles : Way::kPacked;
 }
 static_assert(kMaxStateRows % kMaxLanes == 0);
 
@@ -103,10 +118,11 @@ struct State {
   int64_t num_heads;  // KV heads
   int64_t group;
   int64_t row_stride;  // of q, acc and key_rows
-  int64_t lane_dims;   // packed: dimensions of q and acc, with those that tiles are padded by
+  int64_t lane_dims;   // packed: dimensions of q and acc, on tiles with those that they are padded by
   int num_panels;
   int64_t lanes;  // of all panels
   Way way;
+  bool holds = true;     // whether the way could be gone to its end
   bool pair_order;       // whether rows of q and acc are in the cache type's pair order
   float *q;              // direct: [num_heads * rows, row_stride]; packed: [num_heads][panel][head_dim][lanes]
   float *acc;            // likewise; tile rows: as direct
@@ -123,15 +139,6 @@ struct State {
   Online *online;  // [num_heads][num_panels]
   TileKeys *keys;  // two tiles: the one at hand and the next
 };
-
-// Whether many rows take the way of attention_tiles.h.
-PA_INLINE bool tiles_serve([[maybe_unused]] const AttentionParams &params) {
-#if defined(PAGEDATTN_TILES)
-  return params.q_dtype == DType::kBFloat16 && params.kv_dtype == DType::kBFloat16 && params.scale > 0.0f;
-#else
-  return false;
-#endif
-}
 
 // Rows of an item with one KV head, at most.
 static int64_t max_head_rows(const AttentionParams &params) {
@@ -151,19 +158,19 @@ static size_t lay_out(State &state, const AttentionParams &params, void *base) {
   // whole panels, which are the more the fewer rows a head has.
   const int64_t lanes = tiles ? kMaxTiledHeadRows : 2 * kMaxStateRows;
   state.row_stride = round_up(params.head_dim, kWidth);
-  state.lane_dims = tiles ? round_up(params.head_dim, 32) : params.head_dim;
-  take(state.q, lanes * round_up(params.head_dim, 32));
-  take(state.acc, lanes * round_up(params.head_dim, 32));
+  const int64_t tile_dims = round_up(params.head_dim, 32);
+  take(state.q, lanes * tile_dims * 3 / 2);  // three parts of 2 bytes
+  take(state.acc, lanes * tile_dims);
   take(state.row_max, rows);
   take(state.row_sum, rows);
   take(state.scores, 2 * kMaxStateRows * kTileKeys);
   if (tiles) {
-    take(state.key_tiles, kMaxChunkKeys * state.lane_dims * 2);
-    take(state.value_tiles, kMaxChunkKeys * state.lane_dims * 2);
-  } else {
-    take(state.key_rows, kTileKeys * state.row_stride);
-    take(state.value_columns, (kTileKeys + 4) * state.row_stride);
+    // All of 2 bytes, or half of them in three parts.
+    take(state.key_tiles, kMaxChunkKeys * tile_dims * 3);
+    take(state.value_tiles, kMaxChunkKeys * tile_dims * 3);
   }
+  take(state.key_rows, kTileKeys * state.row_stride);
+  take(state.value_columns, (kTileKeys + 4) * state.row_stride);
   take(state.visible_begin, rows);
   take(state.visible_end, rows);
   take(state.panels, rows / kMaxLanes + 1);
@@ -192,20 +199,23 @@ static float query_factor(const AttentionParams &params, int64_t kv_head) {
   return params.softcap > 0.0f ? factor / params.softcap : factor * kLog2e;
 }
 
-static int64_t panel_lanes(Way way, bool tiles, int rows) {
+static int64_t panel_lanes(Way way, int rows) {
   if (way == Way::kDirect) return direct_lanes(rows);
   if (way == Way::kTileRows) return tile_lanes(rows);
-  return tiles ? kMaxLanes : round_up(rows, kWidth);
+  return way == Way::kTiles ? kMaxLanes : round_up(rows, kWidth);
 }
+
+// Whether keys and values are copied for the rows.
+constexpr bool packs(Way way) { return way == Way::kPacked || way == Way::kTiles; }
 
 // Rows in panels of about equal size, of at most kDirectRows, kMaxTileRows or kMaxLanes.  Tiles have all of those
 // lanes.
-static void make_panels(State &state, bool tiles) {
+static void make_panels(State &state) {
   const int64_t most =
       state.way == Way::kDirect ? kDirectRows : (state.way == Way::kTileRows ? kMaxTileRows : kMaxLanes);
   const int64_t count = (state.rows + most - 1) / most;
   int64_t even = (state.rows + count - 1) / count;
-  if (state.way == Way::kPacked) even = round_up(even, kWidth);
+  if (packs(state.way)) even = round_up(even, kWidth);
   state.num_panels = 0;
   state.lanes = 0;
   for (int64_t row = 0; row < state.rows; row += even) {
@@ -213,7 +223,7 @@ static void make_panels(State &state, bool tiles) {
     panel.first = row;
     panel.first_lane = state.lanes;
     panel.rows = static_cast<int>(state.rows - row < even ? state.rows - row : even);
-    panel.lanes = static_cast<int>(panel_lanes(state.way, tiles, panel.rows));
+    panel.lanes = static_cast<int>(panel_lanes(state.way, panel.rows));
     state.lanes += panel.lanes;
   }
 }
@@ -225,7 +235,7 @@ static State make_state(const AttentionParams &params, const AttentionWork &work
   state.num_heads = work.head_end - work.head_begin;
   state.group = params.num_q_heads / params.num_kv_heads;
   state.way = way;
-  state.pair_order = state.way != Way::kPacked && params.kv_dtype == DType::kBFloat16;
+  state.pair_order = !packs(way) && params.kv_dtype == DType::kBFloat16;
   // Rows of one token see the same keys.
   int64_t position = work.seq_len - work.query_len + work.row_begin / state.group;
   int64_t left = state.group - work.row_begin % state.group;
@@ -239,9 +249,10 @@ static State make_state(const AttentionParams &params, const AttentionWork &work
     state.visible_begin[row] = params.window > 0 && end > params.window ? end - params.window : 0;
     state.visible_end[row] = end;
   }
-  make_panels(state, state.way == Way::kPacked && tiles_serve(params));
+  state.lane_dims = way == Way::kTiles ? round_up(params.head_dim, 32) : params.head_dim;
+  make_panels(state);
   for (int64_t i = 0; i < state.num_heads * state.num_panels; ++i) {
-    for (int lane = 0; lane < (state.way == Way::kPacked ? kMaxLanes : kWidth); lane += kWidth) {
+    for (int lane = 0; lane < (packs(way) ? kMaxLanes : kWidth); lane += kWidth) {
       store(state.online[i].max + lane, broadcast(-kInfinity));
       store(state.online[i].sum + lane, zero());
     }

@@ -1,16 +1,19 @@
-// Many query rows over bfloat16 (prefill, large groups), on AMX's tile registers.
+// Many query rows (prefill, large groups), on AMX's tile registers.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
 // Keys and values of a chunk are packed as tiles once, for all rows of the item: keys as they are, values transposed.
 // Then panel after panel of 32 rows goes over them, 64 keys at a time for scores and weights, up to 256 for values: so
 // what is written, scores, weights and sums, stays in L1, where storing a tile takes a quarter of the time that it does
-// to L2, while keys and values stream from L2.  Queries keep their 8 bits of precision: what multiplies a score is left
-// to the softmax.
+// to L2, while keys and values stream from L2.  Queries of bfloat16 keep their 8 bits of precision: what multiplies a
+// score is left to the softmax.
 //
-// Of the time at 8192 keys on an Emerald Rapids core about half are the products, with their tiles' loads, and a
-// quarter the softmax.  Instructions of the two in turns gain nothing: a product keeps one of the two ports for
-// vectors.
+// Other types are sums of parts in bfloat16 (tile_parts.h), with what multiplies a score folded into the queries. Where
+// the parts are not exact, or something is not finite, the item is computed again without tiles.
+//
+// Of the time at 8192 keys of bfloat16 on an Emerald Rapids core about half are the products, with their tiles' loads,
+// and a quarter the softmax.  Instructions of the two in turns gain nothing there: a product keeps one of the two ports
+// for vectors.  The products of parts are many enough to hide the softmax.
 #pragma once
 
 #include "kernels/attention_packed.h"
@@ -26,17 +29,26 @@ namespace pagedattn::cpu::PAGEDATTN_ISA {
 static_assert(kMaxStateRows / 9 * kMaxLanes <= kMaxTiledHeadRows && max_direct_rows(DType::kBFloat16) == 8);
 
 // Keys that are packed at once.  Those of several heads are read together, so fewer stay in L2.
-static int64_t tile_chunk_keys(const State &state) { return state.num_heads == 1 ? kMaxChunkKeys : kTileKeys; }
+template <class T>
+static int64_t tile_chunk_keys(const State &state) {
+  return state.num_heads == 1 ? kChunkKeys<T> : kTileKeys;
+}
 
-static void start_tiles(const AttentionParams &params, const AttentionWork &work, State &state) {
+// Whether tiles can go on.
+template <class T>
+static bool start_tiles(const AttentionParams &params, const AttentionWork &work, State &state) {
+  constexpr int kParts = kPartsOf<T>;
+  Range range;
   for (int64_t head = 0; head < state.num_heads; ++head) {
+    const float factor = query_factor(params, work.head_begin + head);
     for (int p = 0; p < state.num_panels; ++p) {
-      pack_queries(params, work, state, head, state.panels[p]);
+      pack_queries<T, kParts>(params, work, state, head, state.panels[p], factor, range);
       state.online[head * state.num_panels + p].started = false;
     }
   }
   constexpr TileShape kFull{16, 64};
   configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
+  return range.holds();
 }
 
 // Panels that saw no key have no sums yet.
@@ -56,6 +68,7 @@ static void finish_tiles() { release_tiles(); }
 struct Unit {
   int panel;
   int from, to;  // multiples of 32
+  int number = 0;
 };
 // Keys that have weights for a panel, whose values are yet to be added.
 struct Batch {
@@ -72,6 +85,7 @@ static bool next_unit(const State &state, Unit &unit) {
     if (from < first) from = first;
     if (from < panel.any_end) {
       const int end = static_cast<int>(round_up(panel.any_end, kTileDepth));
+      ++unit.number;
       unit.from = from;
       unit.to = end < from + kStepKeys ? end : from + kStepKeys;
       return true;
@@ -82,11 +96,17 @@ static bool next_unit(const State &state, Unit &unit) {
 }
 
 // One head's way over a chunk.
+template <class T>
 class ChunkOfHead {
+  static constexpr int kParts = kPartsOf<T>;
+  // Whether weights are computed beside the next scores: those of one part have too few products to hide them.
+  static constexpr bool kBeside = kParts > 1;
+  // Keys whose weights are multiplied with values at once: L1 holds them beside a panel's sums.
+  static constexpr int kBatchKeys = kParts == 1 ? 256 : 128;
+
  public:
   ChunkOfHead(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &chunk,
-              int64_t head, const bool *odd, bool any_odd, Fetch<BFloat16> &keys_ahead, Fetch<BFloat16> &values_ahead,
-              int lines)
+              int64_t head, const bool *odd, bool any_odd, Fetch<T> &keys_ahead, Fetch<T> &values_ahead, int lines)
       : params_(params),
         work_(work),
         state_(state),
@@ -98,22 +118,40 @@ class ChunkOfHead {
         values_ahead_(values_ahead),
         lines_(lines),
         dims_(static_cast<int>(state.lane_dims)),
-        scale_(query_factor(params, work.head_begin + head)),
+        scale_(kParts == 1 ? query_factor(params, work.head_begin + head) : 1.0f),
         adjusted_(params.softcap > 0.0f || params.alibi_slopes != nullptr),
         scores_(state.scores),
-        pairs_(state.scores + kStepKeys * kMaxLanes) {}
+        pairs_(reinterpret_cast<char *>(state.scores + 2 * kStepKeys * kMaxLanes)) {}
 
   void run() {
-    Batch batch{};
-    for (Unit unit{0, -kStepKeys, 0}; next_unit(state_, unit);) {
-      if (unit.panel != batch.panel || unit.to - batch.from > kBatchKeys) {
-        add_values(batch);
-        batch = {unit.panel, unit.from, unit.from};
-      }
+    Unit unit{0, -kStepKeys, 0};
+    if (!next_unit(state_, unit)) return;
+    Batch batch{unit.panel, unit.from, unit.from};
+    score(unit);
+    adjust(unit);
+    for (bool more = true; more;) {
+      Unit next = unit;
+      more = next_unit(state_, next);
       keys_ahead_.lines(lines_);
       values_ahead_.lines(lines_);
-      score(unit);
-      weigh(unit, batch);
+      set_origin(unit, batch);
+      if (kBeside && more) {
+        score_and_weigh(next, unit, batch);
+      } else {
+        weigh(unit, batch);
+      }
+      if (any_odd_) {
+        add_values(batch);
+        add_odd(unit, online_of(unit.panel));
+      }
+      if (!more) break;
+      if (next.panel != batch.panel || next.to - batch.from > kBatchKeys) {
+        add_values(batch);
+        batch = {next.panel, next.from, next.from};
+      }
+      if (!kBeside) score(next);
+      adjust(next);
+      unit = next;
     }
     add_values(batch);
   }
@@ -126,47 +164,69 @@ class ChunkOfHead {
     return state_.acc + (head_ * state_.lanes + state_.panels[panel].first_lane) * dims_;
   }
 
-  // Scores of a unit, with softcap, ALiBi and masks.
+  // Where a unit's scores stand; those of the next one beside them.
+  float *scores_of(const Unit &unit) const { return scores_ + (kBeside ? unit.number % 2 * kStepKeys * kMaxLanes : 0); }
+  char *weights_of(const Unit &unit, const Batch &batch) const {
+    return pairs_ + (unit.from - batch.from) / kTileDepth * kParts * kRightBytes;
+  }
+
+  template <class Beside>
+  __attribute__((always_inline)) void score(const Unit &unit, Beside beside) const {
+    multiply_keys<kParts>(queries_of<kParts>(state_, head_, state_.panels[unit.panel]),
+                          state_.key_tiles + unit.from * 2 * kParts * dims_, dims_, unit.to - unit.from,
+                          reinterpret_cast<char *>(scores_of(unit)), beside);
+  }
   __attribute__((noinline)) void score(const Unit &unit) const {
+    score(unit, [] {});
+  }
+
+  // Softcap, ALiBi and masks.
+  void adjust(const Unit &unit) const {
     const Panel &panel = state_.panels[unit.panel];
-    const float *q = queries_of(state_, head_, panel);
-    multiply_keys(reinterpret_cast<const char *>(q), state_.key_tiles + unit.from * 2 * dims_, dims_,
-                  unit.to - unit.from, reinterpret_cast<char *>(scores_));
+    float *const scores = scores_of(unit);
     const int count = (unit.to - unit.from) * kMaxLanes;
-    if (adjusted_) scale_scores(scores_, count, scale_);
-    if (params_.softcap > 0.0f) cap_scores(scores_, count, params_.softcap);
-    float *const first = scores_ - unit.from * kMaxLanes;  // where the chunk's first key would have its scores
+    if (adjusted_ && kParts == 1) scale_scores(scores, count, scale_);
+    if (params_.softcap > 0.0f) cap_scores(scores, count, params_.softcap);
+    float *const first = scores - unit.from * kMaxLanes;  // where the chunk's first key would have its scores
     if (params_.alibi_slopes != nullptr) {
       bias_scores(params_, work_, state_, chunk_, panel, head_, unit.from, unit.to, first);
     }
     if (panel.all_begin > unit.from || panel.all_end < unit.to) mask_scores(panel, unit.from, unit.to, first);
   }
 
-  // Takes the weights of a unit into a batch.
-  void weigh(const Unit &unit, Batch &batch) const {
+  // Finds what the weights of a unit are relative to.
+  void set_origin(const Unit &unit, Batch &batch) const {
     Online &online = online_of(unit.panel);
-    const int count = unit.to - unit.from;
-    const Scores largest = largest_scores(scores_, count);
-    if (asks_for_origin(largest, factor(), online)) {
-      add_values(batch);
-      raise_origin(largest, factor(), online);
-      if (online.started) rescale_lanes<kVecsOfPanel>(acc_of(unit.panel), dims_, online.factor);
-    }
-    weigh_pairs(scores_, count, factor(), online, pairs_ + (unit.from - batch.from) / 2 * kMaxLanes);
+    const Scores largest = largest_scores(scores_of(unit), unit.to - unit.from);
+    if (!asks_for_origin(largest, factor(), online)) return;
+    add_values(batch);
+    raise_origin(largest, factor(), online);
+    if (online.started) rescale_lanes<kVecsOfPanel>(acc_of(unit.panel), dims_, online.factor);
+  }
+
+  // Takes the weights of a unit into a batch.
+  __attribute__((noinline)) void weigh(const Unit &unit, Batch &batch) const {
+    Online &online = online_of(unit.panel);
+    Weighing<kParts>(scores_of(unit), unit.to - unit.from, factor(), online, weights_of(unit, batch)).finish(online);
     batch.to = unit.to;
-    if (any_odd_) {
-      add_values(batch);
-      add_odd(unit, online);
-    }
+  }
+
+  // The same, beside the products of the next unit.
+  __attribute__((noinline)) void score_and_weigh(const Unit &next, const Unit &unit, Batch &batch) const {
+    Online &online = online_of(unit.panel);
+    Weighing<kParts> weighing(scores_of(unit), unit.to - unit.from, factor(), online, weights_of(unit, batch));
+    score(next, [&]() __attribute__((always_inline)) { weighing.next_pair(); });
+    weighing.finish(online);
+    batch.to = unit.to;
   }
 
   // Adds the values of a batch, which is then empty.
   __attribute__((noinline)) void add_values(Batch &batch) const {
     if (batch.from == batch.to) return;
     Online &online = online_of(batch.panel);
-    multiply_values(reinterpret_cast<char *>(acc_of(batch.panel)), !online.started,
-                    reinterpret_cast<const char *>(pairs_), state_.value_tiles + batch.from * 2 * kTileDepth,
-                    kValueStride, dims_, batch.to - batch.from);
+    multiply_values<kParts>(reinterpret_cast<char *>(acc_of(batch.panel)), !online.started, pairs_,
+                            state_.value_tiles + batch.from / kTileDepth * kParts * kLeftBytes, kValueStride<T>, dims_,
+                            batch.to - batch.from);
     online.started = true;
     batch.from = batch.to;
   }
@@ -175,15 +235,15 @@ class ChunkOfHead {
   void add_odd(const Unit &unit, const Online &online) const {
     float *const acc = acc_of(unit.panel);
     const Panel &panel = state_.panels[unit.panel];
-    const auto *v = head_data<BFloat16>(params_.v_cache, work_, head_);
+    const auto *v = head_data<T>(params_.v_cache, work_, head_);
     for (int j = unit.from; j < unit.to && j < panel.any_end; ++j) {
       if (!odd_[j]) continue;
       for (int lane = 0; lane < panel.rows; ++lane) {
         if (j < panel.begin[lane] || j >= panel.end[lane]) continue;
-        const float x = scores_[(j - unit.from) * kMaxLanes + lane] * factor() - online.max[lane];
-        const float weight = exp2_for_bfloat16(broadcast(x))[0];
+        const float x = scores_of(unit)[(j - unit.from) * kMaxLanes + lane] * factor() - online.max[lane];
+        const float weight = exp2_for_parts<kParts>(broadcast(x))[0];
         for (int d = 0; d < params_.head_dim; ++d) {
-          acc[d * kMaxLanes + lane] += weight * load_partial<BFloat16>(v + chunk_.v[j] + d, 1)[0];
+          acc[d * kMaxLanes + lane] += weight * load_partial<T>(v + chunk_.v[j] + d, 1)[0];
         }
       }
     }
@@ -196,13 +256,13 @@ class ChunkOfHead {
   const int64_t head_;
   const bool *odd_;
   const bool any_odd_;
-  Fetch<BFloat16> &keys_ahead_, &values_ahead_;
+  Fetch<T> &keys_ahead_, &values_ahead_;
   const int lines_;  // of keys and of values to fetch at each unit
   const int dims_;
   const float scale_;
   const bool adjusted_;
-  float *const scores_;  // [kStepKeys][lane]
-  float *const pairs_;   // [kBatchKeys / 2][lane]
+  float *const scores_;  // two times [kStepKeys][lane]
+  char *const pairs_;    // weights of up to kBatchKeys
 };
 
 static int num_units(const State &state) {
@@ -211,30 +271,46 @@ static int num_units(const State &state) {
   return count;
 }
 
-static void tiles_chunk(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &chunk,
+// Whether tiles can go on.
+template <class T>
+static bool tiles_chunk(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &chunk,
                         const TileKeys &next) {
   const int head_dim = params.head_dim;
-  Fetch<BFloat16> keys_ahead(params.k_cache, work, next.k, next.count, head_dim);
-  Fetch<BFloat16> values_ahead(params.v_cache, work, next.v, next.count, head_dim);
+  Fetch<T> keys_ahead(params.k_cache, work, next.k, next.count, head_dim);
+  Fetch<T> values_ahead(params.v_cache, work, next.v, next.count, head_dim);
   const int lines = next.count * keys_ahead.lines_of_row(head_dim) / (num_units(state) + 1) + 1;
   for (int64_t head = 0; head < state.num_heads; ++head) {
-    const auto *v = head_data<BFloat16>(params.v_cache, work, head);
-    bool odd[kMaxChunkKeys];
-    find_odd_keys<BFloat16>(v, state, chunk, head_dim, odd);
+    const auto *v = head_data<T>(params.v_cache, work, head);
+    bool odd[kMaxChunkKeys] = {};
     bool any_odd = false;
-    for (int j = 0; j < chunk.count; ++j) any_odd |= odd[j];
-    pack_keys(head_data<BFloat16>(params.k_cache, work, head), chunk, head_dim, state.key_tiles);
-    pack_values(v, chunk, head_dim, odd, state.value_tiles);
-    ChunkOfHead(params, work, state, chunk, head, odd, any_odd, keys_ahead, values_ahead, lines).run();
+    if constexpr (kPartsOf<T> == 1) {
+      find_odd_keys<T>(v, state, chunk, head_dim, odd);
+      for (int j = 0; j < chunk.count; ++j) any_odd |= odd[j];
+    }
+    Range range;
+    pack_keys<T>(head_data<T>(params.k_cache, work, head), chunk, head_dim, state.key_tiles, range);
+    pack_values<T>(v, chunk, head_dim, odd, state.value_tiles, range);
+    if (!range.holds()) return false;
+    ChunkOfHead<T>(params, work, state, chunk, head, odd, any_odd, keys_ahead, values_ahead, lines).run();
   }
+  return true;
 }
 
 #else
 
 // No such registers.
-static int64_t tile_chunk_keys(const State &) { return kTileKeys; }
-static void start_tiles(const AttentionParams &, const AttentionWork &, State &) {}
-static void tiles_chunk(const AttentionParams &, const AttentionWork &, State &, const TileKeys &, const TileKeys &) {}
+template <class T>
+static int64_t tile_chunk_keys(const State &) {
+  return kTileKeys;
+}
+template <class T>
+static bool start_tiles(const AttentionParams &, const AttentionWork &, State &) {
+  return true;
+}
+template <class T>
+static bool tiles_chunk(const AttentionParams &, const AttentionWork &, State &, const TileKeys &, const TileKeys &) {
+  return true;
+}
 static void clear_sums_of_no_key(const State &) {}
 static void finish_tiles() {}
 

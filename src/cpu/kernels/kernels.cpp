@@ -5,8 +5,9 @@
 // Flash-style attention.  The keys of the work item are taken in tiles, and inside a tile one KV head after another, so
 // that a block is read in one go whatever its layout.  Scores become weights relative to a running maximum of each row;
 // what was accumulated under an older maximum is rescaled.  Few rows go the direct way (attention_direct.h), many the
-// packed way (attention_packed.h), all in fp32; with tile registers, rows over bfloat16 go the ways of
-// attention_tile_rows.h, few, and attention_tiles.h, many.
+// packed way (attention_packed.h), all in fp32.  With tile registers few rows over bfloat16 go the way of
+// attention_tile_rows.h, many over bfloat16 or fp32 that of attention_tiles.h; what tiles cannot compute goes the way it
+// would go without them.
 #include "kernels/attention_direct.h"
 #include "kernels/attention_finish.h"
 #include "kernels/attention_packed.h"
@@ -51,6 +52,7 @@ static State accumulate(const AttentionParams &params, const AttentionWork &work
     for_tiles(params, work, state, tile_rows_keys(params),
               [&](const TileKeys &tile, const TileKeys &next) { tile_rows_tile(params, work, state, tile, next); });
     finish_tiles();
+    state.holds = tile_rows_hold(state);
   } else if (way == Way::kDirect) {
     start_direct(params, work, state);
     with_type([&](auto tag) {
@@ -60,10 +62,15 @@ static State accumulate(const AttentionParams &params, const AttentionWork &work
                 [&](const TileKeys &tile, const TileKeys &next) { direct_tile<T>(params, work, state, tile, next); });
     });
     finish_direct(state);
-  } else if (tiles_serve(params)) {
-    start_tiles(params, work, state);
-    for_tiles(params, work, state, tile_chunk_keys(state),
-              [&](const TileKeys &chunk, const TileKeys &next) { tiles_chunk(params, work, state, chunk, next); });
+  } else if (way == Way::kTiles) {
+    const auto with_tiles = [&](auto tag) {
+      using T = decltype(tag);
+      state.holds = start_tiles<T>(params, work, state);
+      for_tiles(params, work, state, tile_chunk_keys<T>(state), [&](const TileKeys &chunk, const TileKeys &next) {
+        state.holds = state.holds && tiles_chunk<T>(params, work, state, chunk, next);
+      });
+    };
+    params.kv_dtype == DType::kBFloat16 ? with_tiles(BFloat16{}) : with_tiles(Float32{});
     finish_tiles();
     clear_sums_of_no_key(state);
   } else {
@@ -79,11 +86,11 @@ static State accumulate(const AttentionParams &params, const AttentionWork &work
 
 static void attend(const AttentionParams &params, const AttentionWork &work, void *scratch) {
   State state = accumulate(params, work, way_of(params, work), scratch);
-  if (state.way == Way::kTileRows && !tile_rows_hold(state)) {
-    state = accumulate(params, work, Way::kDirect, scratch);
+  if (!state.holds) {
+    state = accumulate(params, work, state.way == Way::kTileRows ? Way::kDirect : Way::kPacked, scratch);
   }
   gather_rows(state);
-  if (state.way == Way::kPacked) {
+  if (packs(state.way)) {
     finish_packed(params, work, state);
   } else if (work.partial != nullptr) {
     save_rows(params, work, state);

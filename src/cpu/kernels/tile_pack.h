@@ -2,22 +2,38 @@
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// Dimensions are padded to a multiple of 32, keys too, with zeros.
+// Dimensions are padded to a multiple of 32, keys too, with zeros.  Which dimension stands where among 32 does not
+// matter as long as it is the same for queries and keys: those of bfloat16 stay as they lie, others pair with those 16
+// further on.
 #pragma once
 
 #include "kernels/fetch.h"
+#include "kernels/tile_parts.h"
 #include "kernels/tile_products.h"
 
 #if defined(PAGEDATTN_TILES)
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
-// Up to 32 bfloat16 of a row, zeros behind its end.
-PA_INLINE VecU load_depth(const uint16_t *row, int left) {
-  if (left >= kTileDepth) return load_as<VecU>(row);
-  VecU padded = {};
-  __builtin_memcpy(&padded, row, static_cast<size_t>(left) * sizeof(*row));
-  return padded;
+// Keys packed at once, at most: fewer where they take more memory, which is to be a part of L2.
+template <class T>
+constexpr int kChunkKeys = kPartsOf<T> == 1 ? kMaxChunkKeys : kMaxChunkKeys / 2;
+
+// Up to 32 elements of a row, zeros behind its end; those in parts times `factor`.
+template <class T, int kParts>
+PA_INLINE Depth<kParts> load_depth(const typename T::Storage *row, int left, float factor, Range &range) {
+  if constexpr (kParts == 1) {
+    if (left >= kTileDepth) return {{load_as<VecU>(row)}};
+    Depth<1> padded = {};
+    __builtin_memcpy(&padded, row, static_cast<size_t>(left) * sizeof(*row));
+    return padded;
+  } else {
+    const Vec first = load_tail<T>(row, left) * factor;
+    const Vec second = left > kWidth ? load_tail<T>(row + kWidth, left - kWidth) * factor : zero();
+    range.take(first);
+    range.take(second);
+    return split<kParts>(first, second);
+  }
 }
 
 // Transposes a square of 16 x 16 pairs of bfloat16.
@@ -30,66 +46,90 @@ PA_INLINE void transpose_pairs(VecU (&square)[kWidth]) {
   for (int i = 0; i < kWidth; ++i) square[i] = as_bits(r[i]);
 }
 
-// A panel's queries as [pair of dimensions][lane].
-PA_INLINE float *queries_of(const State &state, int64_t head, const Panel &panel) {
-  return state.q + (head * state.lanes + panel.first_lane) * state.lane_dims / 2;
+// A panel's queries as [32 dimensions][part][pair of dimensions][lane].
+template <int kParts>
+PA_INLINE char *queries_of(const State &state, int64_t head, const Panel &panel) {
+  const int64_t lane = head * state.lanes + panel.first_lane;
+  return reinterpret_cast<char *>(state.q) + lane * state.lane_dims * 2 * kParts;
 }
+template <class T, int kParts>
 static void pack_queries(const AttentionParams &params, const AttentionWork &work, const State &state, int64_t head,
-                         const Panel &panel) {
-  float *const dst = queries_of(state, head, panel);
+                         const Panel &panel, float factor, Range &range) {
+  char *const dst = queries_of<kParts>(state, head, panel);
   for (int lane = 0; lane < kMaxLanes; lane += kWidth) {
-    const uint16_t *rows[kWidth];
+    const typename T::Storage *rows[kWidth];
     const int count = panel.rows - lane < kWidth ? panel.rows - lane : kWidth;
     for (int i = 0; i < count; ++i) {
       const QueryRow at = query_row(state, work, head, panel.first + lane + i);
-      rows[i] = static_cast<const uint16_t *>(params.q.data) + at.token * params.q.token_stride +
+      rows[i] = static_cast<const typename T::Storage *>(params.q.data) + at.token * params.q.token_stride +
                 at.head * params.q.head_stride;
       // All rows at once: one after the other their lines would be waited for.
-      for (int d = 0; d < params.head_dim; d += kTileDepth) prefetch<Cache::kL1>(rows[i] + d);
+      for (int d = 0; d < params.head_dim; d += 64 / static_cast<int>(sizeof(typename T::Storage))) {
+        prefetch<Cache::kL1>(rows[i] + d);
+      }
     }
     for (int d = 0; d < params.head_dim; d += kTileDepth) {
-      VecU square[kWidth] = {};
-      for (int i = 0; i < count; ++i) square[i] = load_depth(rows[i] + d, params.head_dim - d);
-      transpose_pairs(square);
-      for (int i = 0; i < kWidth; ++i) store_as(dst + (d / 2 + i) * kMaxLanes + lane, square[i]);
+      VecU square[kParts][kWidth] = {};
+      for (int i = 0; i < count; ++i) {
+        const Depth<kParts> depth = load_depth<T, kParts>(rows[i] + d, params.head_dim - d, factor, range);
+        for (int p = 0; p < kParts; ++p) square[p][i] = depth.part[p];
+      }
+      for (int p = 0; p < kParts; ++p) {
+        transpose_pairs(square[p]);
+        char *const pairs = dst + (d / kTileDepth * kParts + p) * kRightBytes + lane * 4;
+        for (int i = 0; i < kWidth; ++i) store_as(pairs + i * kPanelStride, square[p][i]);
+      }
     }
   }
 }
 
-// Keys as tiles [32 keys][32 dimensions][2] of 16 keys.
-static void pack_keys(const uint16_t *k, const TileKeys &chunk, int head_dim, char *tiles) {
-  const int64_t tiles_of_keys = round_up(head_dim, kTileDepth) / kTileDepth * 2 * kTileBytes;
+// Keys as tiles [32 keys][32 dimensions][part][2] of 16 keys.
+template <class T>
+static void pack_keys(const typename T::Storage *k, const TileKeys &chunk, int head_dim, char *tiles, Range &range) {
+  constexpr int kParts = kPartsOf<T>;
+  const int64_t tiles_of_keys = round_up(head_dim, kTileDepth) / kTileDepth * kParts * kLeftBytes;
   for (int j = 0; j < round_up(chunk.count, kTileDepth); ++j) {
     char *dst = tiles + j / kTileDepth * tiles_of_keys + j % kTileDepth * 64;
-    for (int d = 0; d < head_dim; d += kTileDepth, dst += 2 * kTileBytes) {
-      store_as(dst, j < chunk.count ? load_depth(k + chunk.k[j] + d, head_dim - d) : VecU{});
+    for (int d = 0; d < head_dim; d += kTileDepth) {
+      Depth<kParts> depth = {};
+      if (j < chunk.count) depth = load_depth<T, kParts>(k + chunk.k[j] + d, head_dim - d, 1.0f, range);
+      for (int p = 0; p < kParts; ++p, dst += kLeftBytes) store_as(dst, depth.part[p]);
     }
   }
 }
 
-constexpr int64_t kValueStride = kMaxChunkKeys / kTileDepth * 2 * kTileBytes;
+// Values as tiles [32 dimensions][32 keys of the most in a chunk][part][2] of 16 dimensions; zeros for odd keys.
+template <class T>
+constexpr int64_t kValueStride = kChunkKeys<T> / kTileDepth * kPartsOf<T> * kLeftBytes;
 
-// Values as tiles [32 dimensions][32 keys of the most in a chunk][2] of 16 dimensions; zeros for odd keys.
-static void pack_values(const uint16_t *v, const TileKeys &chunk, int head_dim, const bool *odd, char *tiles) {
+template <class T>
+static void pack_values(const typename T::Storage *v, const TileKeys &chunk, int head_dim, const bool *odd, char *tiles,
+                        Range &range) {
+  constexpr int kParts = kPartsOf<T>;
   const int64_t dims = round_up(head_dim, kTileDepth);
   for (int first = 0; first < chunk.count; first += kTileDepth) {
-    char *const dst = tiles + first / kTileDepth * 2 * kTileBytes;
+    char *const dst = tiles + first / kTileDepth * kParts * kLeftBytes;
     for (int d = 0; d < dims; d += kWidth) {
       const auto value = [&](int j) __attribute__((always_inline)) {
-        if (j >= chunk.count || odd[j] || d >= head_dim) return VecU{};
-        VecU16 row = {};
-        if (head_dim - d >= kWidth) {
-          row = load_as<VecU16>(v + chunk.v[j] + d);
-        } else {
-          __builtin_memcpy(&row, v + chunk.v[j] + d, static_cast<size_t>(head_dim - d) * sizeof(*v));
-        }
-        return widen(row);
+        if (j >= chunk.count || odd[j] || d >= head_dim) return zero();
+        return load_tail<T>(v + chunk.v[j] + d, head_dim - d);
       };
-      VecU square[kWidth];
-      for (int i = 0; i < kWidth; ++i) square[i] = value(first + 2 * i) | (value(first + 2 * i + 1) << 16);
-      transpose_pairs(square);
-      char *const tile = dst + d / kTileDepth * kValueStride + d % kTileDepth / kWidth * kTileBytes;
-      for (int i = 0; i < kWidth; ++i) store_as(tile + 64 * i, square[i]);
+      VecU square[kParts][kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        const Vec left = value(first + 2 * i), right = value(first + 2 * i + 1);
+        if constexpr (kParts > 1) {
+          range.take(left);
+          range.take(right);
+        }
+        const Depth<kParts> depth = split<kParts>(left, right);
+        for (int p = 0; p < kParts; ++p) square[p][i] = depth.part[p];
+      }
+      for (int p = 0; p < kParts; ++p) {
+        transpose_pairs(square[p]);
+        char *const tile =
+            dst + d / kTileDepth * kValueStride<T> + p * kLeftBytes + d % kTileDepth / kWidth * kTileBytes;
+        for (int i = 0; i < kWidth; ++i) store_as(tile + 64 * i, square[p][i]);
+      }
     }
   }
 }

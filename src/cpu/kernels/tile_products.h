@@ -6,6 +6,9 @@
 // ones lie one behind the other in the order of their use, right ones hold pairs, [pair][lane].  2 x 2 tiles of sums
 // stay in registers, so that each tile loaded is used twice: a product takes 16 cycles, loading a tile 8 from L1 and 19
 // from L2, storing one 15 to L1 and 58 to L2.
+//
+// An operand of float32 is a sum of parts in bfloat16, each what rounding left of the one before.  Of the products of
+// parts those count that a product of the operands can tell from its own rounding, or nearly: 3 of 2 parts, 6 of 3.
 #pragma once
 
 #include "kernels/attention_state.h"
@@ -19,20 +22,63 @@ constexpr int kTileRows = 16;
 constexpr int kTileDepth = 32;  // bfloat16 in a row of a tile
 constexpr int kTileBytes = 1024;
 constexpr int kStepKeys = 64;                // keys whose scores are in flight
-constexpr int kBatchKeys = 256;              // keys whose weights are multiplied with values at once
 constexpr int kPanelStride = 4 * kMaxLanes;  // bytes from one key, dimension or pair to the next, for all lanes
 static_assert(kMaxLanes == 2 * kTileRows && kWidth == kTileRows);
 
-// Adds to sums the products of 2 left and 2 right tiles.
-PA_INLINE void multiply_tiles(const char *left, const char *right) {
-  tile_load<6>(right, kPanelStride);
+constexpr int kLeftBytes = 2 * kTileBytes;             // of a part, 32 rows
+constexpr int kRightBytes = kTileRows * kPanelStride;  // of a part, 16 pairs
+
+PA_INLINE void load_left(const char *left) {
   tile_load<4>(left, 64);
-  tile_multiply<0, 4, 6>();
   tile_load<5>(left + kTileBytes, 64);
-  tile_multiply<2, 5, 6>();
+}
+PA_INLINE void load_right(const char *right) {
+  tile_load<6>(right, kPanelStride);
   tile_load<7>(right + 64, kPanelStride);
+}
+PA_INLINE void multiply_loaded() {
+  tile_multiply<0, 4, 6>();
+  tile_multiply<2, 5, 6>();
   tile_multiply<1, 4, 7>();
   tile_multiply<3, 5, 7>();
+}
+
+// Adds to sums the products of 2 left and 2 right tiles, [part] each.  Left ones, which come from L2, are loaded once.
+// Other work is done `beside` some.
+template <int kParts, class Beside>
+PA_INLINE void multiply_tiles(const char *left, const char *right, Beside beside) {
+  static_assert(kParts >= 1 && kParts <= 3);
+  const auto with_left = [left](int part) __attribute__((always_inline)) {
+    load_left(left + part * kLeftBytes);
+    multiply_loaded();
+  };
+  const auto with_right = [right](int part) __attribute__((always_inline)) {
+    load_right(right + part * kRightBytes);
+    multiply_loaded();
+  };
+  load_left(left);
+  if constexpr (kParts == 3) {
+    with_right(2);
+    beside();
+    with_right(0);
+    beside();
+    with_right(1);
+    with_left(1);
+    beside();
+    with_right(0);
+    beside();
+    with_left(2);
+  } else if constexpr (kParts == 2) {
+    with_right(1);
+    beside();
+    with_right(0);
+    beside();
+    with_left(1);
+    beside();
+  } else {
+    with_right(0);
+    beside();
+  }
 }
 PA_INLINE void zero_sums() {
   tile_zero<0>();
@@ -53,20 +99,23 @@ PA_INLINE void store_sums(char *p) {
   tile_store<3>(p + kTileRows * kPanelStride + 64, kPanelStride);
 }
 
-// Scores [key][lane] of a multiple of 32 keys, whose tiles lie as [32 keys][32 dimensions][2].
-static void multiply_keys(const char *q, const char *keys, int dims, int num_keys, char *scores) {
+// Scores [key][lane] of a multiple of 32 keys, whose tiles lie as [32 keys][32 dimensions][part][2], with queries [32
+// dimensions][part][pair][lane].
+template <int kParts, class Beside>
+PA_INLINE void multiply_keys(const char *q, const char *keys, int dims, int num_keys, char *scores, Beside beside) {
   for (int j = 0; j < num_keys; j += kTileDepth) {
     zero_sums();
     for (int d = 0; d < dims; d += kTileDepth) {
-      multiply_tiles(keys, q + d / 2 * kPanelStride);
-      keys += 2 * kTileBytes;
+      multiply_tiles<kParts>(keys, q + d / kTileDepth * kParts * kRightBytes, beside);
+      keys += kParts * kLeftBytes;
     }
     store_sums(scores + j * kPanelStride);
   }
 }
 
 // Adds to acc [dimension][lane] the products of a multiple of 32 keys, whose tiles lie as [32 dimensions][32
-// keys][2] with `stride` bytes from one 32 dimensions to the next.
+// keys][part][2] with `stride` bytes from one 32 dimensions to the next, and weights [32 keys][part][pair][lane].
+template <int kParts>
 static void multiply_values(char *acc, bool first, const char *weights, const char *values, int64_t stride, int dims,
                             int num_keys) {
   for (int d = 0; d < dims; d += kTileDepth, values += stride) {
@@ -76,7 +125,8 @@ static void multiply_values(char *acc, bool first, const char *weights, const ch
       load_sums(acc + d * kPanelStride);
     }
     for (int j = 0; j < num_keys; j += kTileDepth) {
-      multiply_tiles(values + j * 2 * kTileDepth, weights + j / 2 * kPanelStride);
+      const int step = j / kTileDepth * kParts;
+      multiply_tiles<kParts>(values + step * kLeftBytes, weights + step * kRightBytes, [] {});
     }
     store_sums(acc + d * kPanelStride);
   }

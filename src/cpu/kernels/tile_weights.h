@@ -1,4 +1,4 @@
-// Softmax for tile registers: from scores [key][lane] to weights in pairs of keys, in bfloat16.
+// Softmax for tile registers: from scores [key][lane] to weights in pairs of keys, in parts of bfloat16.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels/softmax.h"
+#include "kernels/tile_parts.h"
 
 #if defined(PAGEDATTN_TILES)
 
@@ -23,6 +24,22 @@ PA_INLINE Vec exp2_for_bfloat16(Vec x) {
   p = fma(p, f, broadcast(6.9583356e-1f));
   p = fma(p, f, broadcast(9.9992520e-1f));
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+
+// 2**x to 9e-8, which is the rounding of float32.
+PA_INLINE Vec exp2_for_float32(Vec x) {
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+  // Minimax in relative error on [0, 1]; the constant term is 1 so that 2**0 is exact.
+  Vec p = fma(broadcast(1.8671302133e-3f), f, broadcast(9.0170300187e-3f));
+  p = fma(p, f, broadcast(5.5799913321e-2f));
+  p = fma(p, f, broadcast(2.4016445010e-1f));
+  p = fma(p, f, broadcast(6.9315131181e-1f));
+  p = fma(p, f, broadcast(1.0f));
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+template <int kParts>
+PA_INLINE Vec exp2_for_parts(Vec x) {
+  return kParts == 1 ? exp2_for_bfloat16(x) : exp2_for_float32(x);
 }
 
 // One score of each lane.
@@ -62,30 +79,56 @@ static void raise_origin(const Scores &largest, float factor, Online &online) {
   }
 }
 
-// Weights of scores [key][lane], once multiplied by `factor`, as pairs of keys [pair][lane]; and their sums.
-PA_KERNEL void weigh_pairs(const float *scores, int keys, float factor, Online &online, float *pairs) {
-  const Vec factors = broadcast(factor);
-  Vec minus_origin[kVecsOfPanel], sum[kVecsOfPanel];
-  for (int v = 0; v < kVecsOfPanel; ++v) {
-    // While every score is -inf the weights are to be 0, not NaN.
-    const Vec origin = load(online.max + v * kWidth);
-    minus_origin[v] = origin == broadcast(-kInfinity) ? zero() : -origin;
-    sum[v] = zero();  // of these keys alone, as small as what is added to it
-  }
-  for (int j = 0; j < keys; j += 2, scores += 2 * kMaxLanes, pairs += kMaxLanes) {
+// Makes scores [key][lane], once multiplied by `factor`, weights in pairs of keys, [32 keys][part][pair][lane], and
+// sums them up.
+template <int kParts>
+class Weighing {
+ public:
+  __attribute__((always_inline)) Weighing(const float *scores, int keys, float factor, const Online &online,
+                                          char *pairs)
+      : scores_(scores), pairs_(pairs), pairs_left_(keys / 2), factors_(broadcast(factor)) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVecsOfPanel; ++v) {
-      const Vec even = exp2_for_bfloat16(fma(load(scores + v * kWidth), factors, minus_origin[v]));
-      const Vec odd = exp2_for_bfloat16(fma(load(scores + kMaxLanes + v * kWidth), factors, minus_origin[v]));
-      sum[v] += even;
-      sum[v] += odd;
-      // Rounded to nearest, ties up; weights are no infinities, and NaN keeps a bit of its mantissa.
-      const VecU low = (as_bits(even) + 0x8000u) >> 16, high = as_bits(odd) + 0x8000u;
-      store_as(pairs + v * kWidth, low | (high & 0xffff0000u));
+      // While every score is -inf the weights are to be 0, not NaN.
+      const Vec origin = load(online.max + v * kWidth);
+      minus_origin_[v] = origin == broadcast(-kInfinity) ? zero() : -origin;
+      sum_[v] = zero();  // of these keys alone, as small as what is added to it
     }
   }
-  for (int v = 0; v < kVecsOfPanel; ++v) store(online.sum + v * kWidth, load(online.sum + v * kWidth) + sum[v]);
-}
+
+  // The next two keys, if any are left.
+  __attribute__((always_inline)) void next_pair() {
+    if (pairs_left_ == 0) return;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecsOfPanel; ++v) {
+      const Vec even = exp2_for_parts<kParts>(fma(load(scores_ + v * kWidth), factors_, minus_origin_[v]));
+      const Vec odd = exp2_for_parts<kParts>(fma(load(scores_ + kMaxLanes + v * kWidth), factors_, minus_origin_[v]));
+      sum_[v] += even;
+      sum_[v] += odd;
+      // Weights are no infinities, and NaN keeps a bit of its mantissa.
+      const Depth<kParts> weights = split<kParts>(even, odd);
+#pragma GCC unroll 3
+      for (int p = 0; p < kParts; ++p) store_as(pairs_ + p * kRightBytes + v * 64, weights.part[p]);
+    }
+    scores_ += 2 * kMaxLanes;
+    pairs_ += kPanelStride;
+    --pairs_left_;
+    if (pairs_left_ % kTileRows == 0) pairs_ += (kParts - 1) * kRightBytes;
+  }
+
+  // All that are left.
+  __attribute__((always_inline)) void finish(Online &online) {
+    while (pairs_left_ > 0) next_pair();
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecsOfPanel; ++v) store(online.sum + v * kWidth, load(online.sum + v * kWidth) + sum_[v]);
+  }
+
+ private:
+  const float *scores_;
+  char *pairs_;
+  int pairs_left_;
+  Vec factors_, minus_origin_[kVecsOfPanel], sum_[kVecsOfPanel];
+};
 
 }  // namespace pagedattn::cpu::PAGEDATTN_ISA
 
