@@ -1,36 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operations check in Python: plain numbers, flags, lists of arrays, and how large an output must be.
+"""What the operations check in Python: lists of arrays, and how large an output must be.
 
 Everything about arrays themselves is checked behind the C ABI.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from pagedattn import _core
 from pagedattn._arrays import is_on_cuda
 from pagedattn._errors import InvalidArgumentError, OutOfMemoryError
-
-_INT64_MAX = 2**63 - 1
-
-
-def whole_number(operation: str, argument: str, value: Any, least: int) -> int:
-    """Return a host integer of at least `least`, cut to what 64 bits hold."""
-    try:
-        if is_on_cuda(value):
-            raise TypeError
-        result = operator.index(value)
-    except TypeError:
-        result = least - 1
-    if result < least:
-        raise InvalidArgumentError(
-            f"{operation}: `{argument}` must be a whole number on the host of at least {least}; got {value!r}"
-        )
-    return min(result, _INT64_MAX)
 
 
 def array_list(operation: str, argument: str, arrays: Any) -> list[Any]:
@@ -55,7 +38,7 @@ def parts(operation: str, argument: str, given: Any, stacked_ndim: int) -> list[
                 f"got shape {tuple(given.shape)}"
             )
         listed = [given[i] for i in range(given.shape[0])]
-    elif isinstance(given, Sequence):
+    elif isinstance(given, (list, tuple, Sequence)):  # in this order: a list is known at once, a Sequence searched for
         listed = list(given)
     else:
         raise InvalidArgumentError(
@@ -85,7 +68,7 @@ def gathered_shape(
     )
     _, max_blocks = shape_of(operation, "block_tables", block_tables, "num_seqs, max_blocks")
     if total_tokens is not None:
-        return whole_number(operation, "total_tokens", total_tokens, 0), num_kv_heads, head_dim
+        return _core.whole_number(operation, "total_tokens", total_tokens, 0), num_kv_heads, head_dim
     if is_on_cuda(seq_lens):
         raise InvalidArgumentError(
             f"{operation}: `out` or `total_tokens` must be given for CUDA arrays, whose lengths are not read back; got "

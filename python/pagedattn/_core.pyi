@@ -13,6 +13,7 @@ __all__: list[str] = [
     "build_info",
     "copy_blocks",
     "cuda_device",
+    "cupy_layout_is_known",
     "device_count",
     "device_info",
     "gather_kv",
@@ -27,11 +28,13 @@ __all__: list[str] = [
     "rope_and_cache",
     "set_num_threads",
     "swap_blocks",
+    "whole_number",
 ]
 
 def build_info() -> dict[str, typing.Any]: ...
 def copy_blocks(caches: typing.Any, block_mapping: typing.Any, check: typing.Any, stream: typing.Any) -> None: ...
 def cuda_device(array: typing.Any) -> int | None: ...
+def cupy_layout_is_known() -> bool: ...
 def device_count() -> int: ...
 def device_info(device: int) -> dict[str, typing.Any]: ...
 def gather_kv(
@@ -68,9 +71,9 @@ def paged_attention(
     out: typing.Any,
     lse: typing.Any,
     workspace: typing.Any,
-    max_query_len: int,
+    max_query_len: typing.Any,
     scale: typing.Any,
-    window: int,
+    window: typing.Any,
     softcap: typing.Any,
     causal: typing.Any,
     kv_dtype: int,
@@ -85,7 +88,7 @@ def paged_attention_workspace_size(
     block_tables: typing.Any,
     seq_lens: typing.Any,
     query_start_loc: typing.Any,
-    max_query_len: int,
+    max_query_len: typing.Any,
     kv_dtype: int,
     deterministic: typing.Any,
 ) -> int: ...
@@ -128,3 +131,4 @@ def set_num_threads(num_threads: int) -> None: ...
 def swap_blocks(
     src: typing.Any, dst: typing.Any, block_mapping: typing.Any, event: typing.Any, stream: typing.Any
 ) -> None: ...
+def whole_number(operation: str, argument: str, value: typing.Any, least: int) -> int: ...

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pagedattn import _core
-from pagedattn._arguments import array_list, too_large, whole_number
+from pagedattn._arguments import array_list, too_large
 from pagedattn._arrays import numpy_dtype
 from pagedattn._errors import InvalidArgumentError
 
@@ -60,7 +60,7 @@ class HostCache:
 
     def __init__(self, caches: Any, num_blocks: int) -> None:
         like = array_list("HostCache", "caches", caches)
-        self.num_blocks = whole_number("HostCache", "num_blocks", num_blocks, 1)
+        self.num_blocks = _core.whole_number("HostCache", "num_blocks", num_blocks, 1)
         layouts = [_layout(cache, self.num_blocks, index) for index, cache in enumerate(like)]
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in layouts]
         starts = [0]

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pagedattn._arguments import too_large, whole_number
+from pagedattn import _core
+from pagedattn._arguments import too_large
 from pagedattn._arrays import host_dtype
 
 _HUGE_PAGE = 2 << 20
@@ -66,7 +67,7 @@ class KVCache:
             "head_dim": head_dim,
             "num_layers": num_layers,
         }
-        blocks, *block, layers = (whole_number("KVCache", name, value, 1) for name, value in given.items())
+        blocks, *block, layers = (_core.whole_number("KVCache", name, value, 1) for name, value in given.items())
         element = host_dtype("KVCache", "dtype", dtype)
         shape = (layers, blocks, 2, *block)
         self.nbytes = math.prod(shape) * element.itemsize

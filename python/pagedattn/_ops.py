@@ -17,7 +17,6 @@ from pagedattn._arguments import (
     parts,
     shape_of,
     too_large,
-    whole_number,
 )
 from pagedattn._arrays import dtype_code, dtype_name, empty, empty_like, is_8bit
 from pagedattn._errors import InvalidArgumentError
@@ -158,9 +157,9 @@ def paged_attention(
         out,
         lse,
         workspace,
-        0 if max_query_len is None else whole_number(operation, "max_query_len", max_query_len, 1),
+        max_query_len,
         scale,
-        0 if window is None else whole_number(operation, "window", window, 1),
+        window,
         softcap,
         causal,
         0 if kv_dtype is None else dtype_code(operation, "kv_dtype", kv_dtype),
@@ -204,7 +203,7 @@ def paged_attention_workspace_size(
         block_tables,
         seq_lens,
         query_start_loc,
-        0 if max_query_len is None else whole_number(operation, "max_query_len", max_query_len, 1),
+        max_query_len,
         0 if kv_dtype is None else dtype_code(operation, "kv_dtype", kv_dtype),
         deterministic,
     )

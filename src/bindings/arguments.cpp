@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "bindings/errors.h"
@@ -14,7 +15,7 @@ namespace pagedattn::bindings {
 
 namespace {
 
-[[noreturn]] void refuse(const char *operation, const char *argument, const char *expected, py::handle value) {
+[[noreturn]] void refuse(const char *operation, const char *argument, const std::string &expected, py::handle value) {
   raise_invalid(std::string(operation) + ": `" + argument + "` must be " + expected + "; got " +
                 py::repr(value).cast<std::string>());
 }
@@ -32,12 +33,36 @@ double as_double(py::handle value) {
   throw error;
 }
 
+// Nothing for what is no integer, or one that would have to be read back; cut to what 64 bits hold.
+std::optional<int64_t> as_integer(py::handle value) {
+  // To ask an int where it lies takes a microsecond.
+  if (!PyLong_Check(value.ptr()) && cuda_device(value)) return std::nullopt;
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  if (!index) {
+    py::error_already_set error;
+    if (error.matches(PyExc_TypeError)) return std::nullopt;
+    throw error;
+  }
+  int overflow = 0;
+  const long long result = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  using Limits = std::numeric_limits<int64_t>;
+  return overflow == 0 ? result : overflow > 0 ? Limits::max() : Limits::min();
+}
+
 }  // namespace
 
 double number(const char *operation, const char *argument, py::handle value) {
   const double result = as_double(value);
   if (!std::isfinite(result)) refuse(operation, argument, "a finite number on the host", value);
   return result;
+}
+
+int64_t whole_number(const char *operation, const char *argument, py::handle value, int64_t least) {
+  const std::optional<int64_t> result = as_integer(value);
+  if (!result || *result < least) {
+    refuse(operation, argument, "a whole number on the host of at least " + std::to_string(least), value);
+  }
+  return *result;
 }
 
 bool flag(const char *operation, const char *argument, py::handle value) {

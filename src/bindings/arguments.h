@@ -12,6 +12,9 @@ namespace pagedattn::bindings {
 // A finite host number; a CUDA scalar would have to be read back, and is refused.
 double number(const char *operation, const char *argument, pybind11::handle value);
 
+// A host integer of at least `least`, cut to what 64 bits hold.
+int64_t whole_number(const char *operation, const char *argument, pybind11::handle value, int64_t least);
+
 // A truth value that was meant as one.
 bool flag(const char *operation, const char *argument, pybind11::handle value);
 

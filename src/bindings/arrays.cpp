@@ -2,9 +2,12 @@
 #include "bindings/arrays.h"
 
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <string>
+#include <vector>
 
 #include "bindings/cupy.h"
 #include "bindings/dlpack_abi.h"
@@ -48,6 +51,22 @@ pa_dtype dtype_of(const py::dtype &dtype) {
   return PA_DTYPE_NONE;
 }
 
+// The same for a descriptor that was seen before.  NumPy and CuPy have one of each type, and descriptors never change.
+pa_dtype remembered_dtype_of(const py::dtype &dtype) {
+  struct Seen {
+    PyObject *descriptor;  // kept for the process's life
+    pa_dtype dtype;
+  };
+  static std::array<Seen, 16> all_seen;
+  static size_t count = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (all_seen[i].descriptor == dtype.ptr()) return all_seen[i].dtype;
+  }
+  const pa_dtype result = dtype_of(dtype);
+  if (count < all_seen.size()) all_seen[count++] = {py::object(dtype).release().ptr(), result};
+  return result;
+}
+
 pa_dtype dtype_of(const dlpack::DataType &type) {
   if (type.lanes != 1) return PA_DTYPE_NONE;
   switch (type.code) {
@@ -82,7 +101,7 @@ std::string subject(const Call &call, const Name &name) {
 }
 
 pa_dtype known_dtype(const Call &call, const Name &name, const py::dtype &dtype) {
-  const pa_dtype known = dtype_of(dtype);
+  const pa_dtype known = remembered_dtype_of(dtype);
   if (known == PA_DTYPE_NONE) raise_unknown_type(call, name, py::str(dtype).cast<std::string>());
   return known;
 }
@@ -120,13 +139,24 @@ Array::Array(const Call &call, const Name &name, py::handle object) : present_(!
   if (!present_) return;
   if (is_numpy(object)) {
     from_numpy(call, name, object);
-  } else if (is_cupy(object)) {
-    from_cupy(call, name, object);
+  } else if (const Cupy *const cupy = Cupy::of(object)) {
+    from_cupy(call, name, *cupy, object);
   } else if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
     from_dlpack(call, name, object);
   } else {
     raise_invalid(subject(call, name) + " must be a NumPy array, a CuPy array or an array with __dlpack__; got " +
                   py::str(py::type::of(object).attr("__name__")).cast<std::string>());
+  }
+}
+
+void Array::give_shape(const Call &call, const Name &name, py::ssize_t ndim, const py::ssize_t *shape) {
+  tensor_.ndim = checked_ndim(call, name, ndim);
+  std::copy_n(shape, tensor_.ndim, tensor_.shape);
+}
+
+void Array::give_strides(const Call &call, const Name &name, const py::ssize_t *bytes, int64_t item_size) {
+  for (int i = 0; i < tensor_.ndim; ++i) {
+    tensor_.strides[i] = element_stride(call, name, bytes[i], item_size, tensor_.shape[i]);
   }
 }
 
@@ -137,37 +167,32 @@ void Array::from_numpy(const Call &call, const Name &name, py::handle object) {
   tensor_.data = const_cast<void *>(array.data());
   tensor_.device_type = PA_CPU;
   tensor_.device_id = 0;
-  tensor_.ndim = checked_ndim(call, name, array.ndim());
   tensor_.flags = array.writeable() ? 0u : PA_TENSOR_READONLY;
-  const auto item_size = static_cast<int64_t>(dtype.itemsize());
-  for (int i = 0; i < tensor_.ndim; ++i) {
-    tensor_.shape[i] = array.shape()[i];
-    tensor_.strides[i] = element_stride(call, name, array.strides()[i], item_size, tensor_.shape[i]);
-  }
+  give_shape(call, name, array.ndim(), array.shape());
+  give_strides(call, name, array.strides(), dtype.itemsize());
 }
 
-void Array::from_cupy(const Call &call, const Name &name, py::handle object) {
-  const Cupy &cupy = *Cupy::find();
-  const auto dtype = py::reinterpret_steal<py::dtype>(cupy.dtype(object).release());
-  tensor_.dtype = known_dtype(call, name, dtype);
-  const py::object memory = cupy.data(object);
-  tensor_.data = pointer(cupy.ptr(memory));
+void Array::from_cupy(const Call &call, const Name &name, const Cupy &cupy, py::handle object) {
   tensor_.device_type = PA_CUDA;
-  tensor_.device_id = static_cast<int32_t>(integer(cupy.device_id(memory)));
   tensor_.flags = 0;
-  const py::tuple shape = cupy.shape(object);
-  tensor_.ndim = checked_ndim(call, name, PyTuple_GET_SIZE(shape.ptr()));
-  for (int i = 0; i < tensor_.ndim; ++i) tensor_.shape[i] = integer(PyTuple_GET_ITEM(shape.ptr(), i));
-  // A tuple is built at each reading, so one that says nothing new is not asked for.
-  if (cupy.c_contiguous && cupy.c_contiguous(object).ptr() == Py_True) {
-    make_dense(&tensor_);
-    return;
-  }
-  const py::tuple strides = cupy.strides(object);
-  const auto item_size = static_cast<int64_t>(dtype.itemsize());
-  for (int i = 0; i < tensor_.ndim; ++i) {
-    const int64_t bytes = integer(PyTuple_GET_ITEM(strides.ptr(), i));
-    tensor_.strides[i] = element_stride(call, name, bytes, item_size, tensor_.shape[i]);
+  if (const CupyArray *const array = cupy.fields(object)) {
+    const auto dtype = py::reinterpret_borrow<py::dtype>(array->dtype);
+    tensor_.dtype = known_dtype(call, name, dtype);
+    tensor_.data = reinterpret_cast<void *>(array->data->address);
+    tensor_.device_id = array->data->device_id;
+    give_shape(call, name, array->shape.size(), array->shape.data());
+    if (array->is_c_contiguous != 0) return make_dense(&tensor_);
+    give_strides(call, name, array->strides.data(), dtype.itemsize());
+  } else {
+    const py::dtype dtype = object.attr("dtype");
+    const py::object memory = object.attr("data");
+    const auto shape = object.attr("shape").cast<std::vector<py::ssize_t>>();
+    const auto strides = object.attr("strides").cast<std::vector<py::ssize_t>>();
+    tensor_.dtype = known_dtype(call, name, dtype);
+    tensor_.data = pointer(memory.attr("ptr"));
+    tensor_.device_id = static_cast<int32_t>(integer(memory.attr("device_id")));
+    give_shape(call, name, shape.size(), shape.data());
+    give_strides(call, name, strides.data(), dtype.itemsize());
   }
 }
 

@@ -13,6 +13,8 @@
 
 namespace pagedattn::bindings {
 
+struct Cupy;
+
 // Who asks, for messages, and the CUDA stream on which a DLPack producer must have its data ready.
 struct Call {
   const char *operation;
@@ -39,8 +41,10 @@ class Array {
 
  private:
   void from_numpy(const Call &call, const Name &name, pybind11::handle object);
-  void from_cupy(const Call &call, const Name &name, pybind11::handle object);
+  void from_cupy(const Call &call, const Name &name, const Cupy &cupy, pybind11::handle object);
   void from_dlpack(const Call &call, const Name &name, pybind11::handle object);
+  void give_shape(const Call &call, const Name &name, pybind11::ssize_t ndim, const pybind11::ssize_t *shape);
+  void give_strides(const Call &call, const Name &name, const pybind11::ssize_t *bytes, int64_t item_size);
 
   bool present_;
   pa_tensor tensor_;  // filled where present

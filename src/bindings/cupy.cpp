@@ -1,46 +1,77 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bindings/cupy.h"
 
+#include <pybind11/stl.h>
+
+#include <cstddef>
+
 namespace py = pybind11;
 
 namespace pagedattn::bindings {
 
-Property::Property(py::handle type, const char *name)
-    : descriptor_(py::object(py::getattr(type, name, py::handle())).release()),
-      type_(reinterpret_cast<PyTypeObject *>(type.ptr())) {
-  if (descriptor_ && Py_TYPE(descriptor_.ptr()) == &PyGetSetDescr_Type) {
-    definition_ = reinterpret_cast<PyGetSetDescrObject *>(descriptor_.ptr())->d_getset;
+namespace {
+
+PyTypeObject *as_type(py::handle type) { return reinterpret_cast<PyTypeObject *>(type.ptr()); }
+
+// Whether an array's fields are what its properties say.
+bool fields_tell(py::handle array) {
+  const auto &fields = *reinterpret_cast<const CupyArray *>(array.ptr());
+  const py::object data = array.attr("data");
+  return fields.dtype == array.attr("dtype").ptr() && reinterpret_cast<PyObject *>(fields.data) == data.ptr() &&
+         fields.data->address == data.attr("ptr").cast<std::intptr_t>() &&
+         fields.data->device_id == data.attr("device_id").cast<int>() &&
+         fields.shape == array.attr("shape").cast<std::vector<Py_ssize_t>>() &&
+         fields.strides == array.attr("strides").cast<std::vector<Py_ssize_t>>() &&
+         (fields.is_c_contiguous != 0) == array.attr("flags").attr("c_contiguous").cast<bool>();
+}
+
+// Tries it on two arrays, dense in C's order and in Fortran's, all of whose numbers differ.  Making them asks no
+// device.
+bool has_known_layout(py::handle cuda, py::handle ndarray) {
+  constexpr std::intptr_t kAddress = 0x7000;
+  constexpr int kOffset = 0x300, kDevice = 5;
+  const py::handle memory_pointer = cuda.attr("MemoryPointer");
+  if (as_type(memory_pointer)->tp_basicsize != sizeof(CupyMemoryPointer)) return false;
+  // What Python adds for its subclass, a dictionary, lies behind.
+  if (as_type(ndarray)->tp_base->tp_basicsize != sizeof(CupyArray)) return false;
+  try {
+    const py::object memory = cuda.attr("UnownedMemory")(kAddress, 0x1000, py::none(), kDevice);
+    for (const char *order : {"C", "F"}) {
+      const py::object pointer = memory_pointer(memory, kOffset);
+      if (!fields_tell(ndarray(py::make_tuple(2, 3, 4), "float16", pointer, py::none(), order))) return false;
+    }
+    return true;
+  } catch (const py::error_already_set &) {
+    return false;
   }
 }
 
-py::object Property::operator()(py::handle object) const {
-  PyObject *const descriptor = descriptor_.ptr();
-  PyTypeObject *const type = Py_TYPE(object.ptr());
-  PyObject *const value =
-      type == type_ && definition_ != nullptr
-          ? definition_->get(object.ptr(), definition_->closure)
-          : Py_TYPE(descriptor)->tp_descr_get(descriptor, object.ptr(), reinterpret_cast<PyObject *>(type));
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
+// A function that one of CuPy's modules has for others written in Cython.
+void *find_c_function(const char *module, const char *name, const char *signature) {
+  try {
+    const py::object capsule = py::module_::import(module).attr("__pyx_capi__")[name];
+    if (PyCapsule_IsValid(capsule.ptr(), signature)) return PyCapsule_GetPointer(capsule.ptr(), signature);
+  } catch (const py::error_already_set &) {
+    // Another version of CuPy.
+  }
+  return nullptr;
 }
 
-const Cupy *Cupy::find() {
+}  // namespace
+
+const Cupy *Cupy::search() {
   static Cupy cupy;
-  if (cupy.ndarray != nullptr) return &cupy;
   static PyObject *const name = PyUnicode_InternFromString("cupy");
   const auto module = py::reinterpret_steal<py::object>(PyImport_GetModule(name));
   if (!module || !py::hasattr(module, "ndarray") || !py::hasattr(module, "cuda")) return nullptr;
-  const py::object cuda = module.attr("cuda"), array = module.attr("ndarray"), memory = cuda.attr("MemoryPointer");
-  cupy.dtype = Property(array, "dtype");
-  cupy.data = Property(array, "data");
-  cupy.shape = Property(array, "shape");
-  cupy.strides = Property(array, "strides");
-  cupy.c_contiguous = Property(array, "_c_contiguous");
-  cupy.ptr = Property(memory, "ptr");
-  cupy.device_id = Property(memory, "device_id");
+  const py::object cuda = module.attr("cuda"), array = module.attr("ndarray");
+  cupy.memory_pointer = as_type(py::object(cuda.attr("MemoryPointer")).release());
+  cupy.has_known_layout = bindings::has_known_layout(cuda, array);
   cupy.get_current_stream = py::object(cuda.attr("get_current_stream")).release();
-  cupy.ndarray = reinterpret_cast<PyTypeObject *>(py::object(array).release().ptr());
-  return &cupy;
+  cupy.current_stream_of = reinterpret_cast<std::intptr_t (*)(int)>(
+      find_c_function("cupy_backends.cuda.stream", "get_stream_ptr", "intptr_t (int)"));
+  cupy.ndarray = as_type(py::object(array).release());
+  return found = &cupy;
 }
 
 }  // namespace pagedattn::bindings

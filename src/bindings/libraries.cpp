@@ -14,6 +14,11 @@ namespace pagedattn::bindings {
 namespace {
 
 std::intptr_t cupy_stream(const Cupy &cupy, int device) {
+  if (cupy.current_stream_of != nullptr) {
+    const std::intptr_t stream = cupy.current_stream_of(device);
+    if (stream == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return stream;
+  }
   static PyObject *const ptr = PyUnicode_InternFromString("ptr");
   const py::int_ id(device);
   PyObject *const arguments[] = {id.ptr()};
@@ -31,8 +36,8 @@ std::intptr_t torch_stream(int device) {
 }
 
 std::intptr_t current_stream(py::handle array, int device) {
+  if (Cupy::of(array) == nullptr && library_of(array) == "torch") return torch_stream(device);
   const Cupy *const cupy = Cupy::find();
-  if (!(cupy != nullptr && cupy->is_array(array)) && library_of(array) == "torch") return torch_stream(device);
   return cupy != nullptr ? cupy_stream(*cupy, device) : 0;
 }
 
@@ -40,13 +45,13 @@ std::intptr_t current_stream(py::handle array, int device) {
 
 void *given_handle(const char *operation, const char *argument, py::handle value) {
   auto handle = py::reinterpret_borrow<py::object>(value);
-  const std::string of_torch = std::string("cuda_") + argument;
-  if (PyLong_Check(value.ptr())) {
-    // the handle itself
-  } else if (py::hasattr(value, "ptr")) {
-    handle = value.attr("ptr");
-  } else if (py::hasattr(value, of_torch.c_str())) {
-    handle = value.attr(of_torch.c_str());
+  if (!PyLong_Check(value.ptr())) {  // which is the handle itself
+    const std::string of_torch = std::string("cuda_") + argument;
+    if (py::hasattr(value, "ptr")) {
+      handle = value.attr("ptr");
+    } else if (py::hasattr(value, of_torch.c_str())) {
+      handle = value.attr(of_torch.c_str());
+    }
   }
   const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(handle.ptr()));
   void *const result = number ? PyLong_AsVoidPtr(number.ptr()) : nullptr;
@@ -61,10 +66,9 @@ void *given_handle(const char *operation, const char *argument, py::handle value
 
 bool is_numpy(py::handle object) { return py::isinstance<py::array>(object); }
 
-bool is_cupy(py::handle object) {
-  const Cupy *const cupy = Cupy::find();
-  return cupy != nullptr && cupy->is_array(object);
-}
+bool is_cupy(py::handle object) { return Cupy::of(object) != nullptr; }
+
+bool cupy_layout_is_known() { return Cupy::find() != nullptr && Cupy::find()->has_known_layout; }
 
 std::string library_of(py::handle object) {
   const auto module = py::str(py::type::of(object).attr("__module__")).cast<std::string>();
@@ -73,8 +77,9 @@ std::string library_of(py::handle object) {
 
 std::optional<int> cuda_device(py::handle object) {
   if (is_numpy(object)) return std::nullopt;
-  if (const Cupy *const cupy = Cupy::find(); cupy != nullptr && cupy->is_array(object)) {
-    return static_cast<int>(integer(cupy->device_id(cupy->data(object))));
+  if (const Cupy *const cupy = Cupy::of(object)) {
+    const CupyArray *const array = cupy->fields(object);
+    return array != nullptr ? array->data->device_id : object.attr("data").attr("device_id").cast<int>();
   }
   const py::object query = py::getattr(object, "__dlpack_device__", py::none());
   if (query.is_none()) return std::nullopt;

@@ -13,6 +13,8 @@ namespace pagedattn::bindings {
 
 bool is_numpy(pybind11::handle object);
 bool is_cupy(pybind11::handle object);
+// Whether CuPy's arrays are read by their fields (cupy.h); for tests.
+bool cupy_layout_is_known();
 // Name of the package that an object's type comes from: "torch", "jaxlib", ...
 std::string library_of(pybind11::handle object);
 

@@ -99,8 +99,8 @@ void paged_attention(Object q, Object k_cache, Object v_cache, Object block_tabl
   pa_attention_args args;
   pa_attention_args_init(&args);
   if (!scale.is_none()) args.scale = number(operation, "scale", scale);
-  args.max_query_len = integer(max_query_len);
-  args.window = integer(window);
+  if (!max_query_len.is_none()) args.max_query_len = whole_number(operation, "max_query_len", max_query_len, 1);
+  if (!window.is_none()) args.window = whole_number(operation, "window", window, 1);
   args.softcap = number(operation, "softcap", softcap);
   args.causal = flag(operation, "causal", causal);
   args.kv_dtype = static_cast<int32_t>(integer(kv_dtype));
@@ -131,7 +131,7 @@ std::size_t paged_attention_workspace_size(Object q, Object k_cache, Object v_ca
   constexpr const char *operation = "paged_attention";
   pa_attention_args args;
   pa_attention_args_init(&args);
-  args.max_query_len = integer(max_query_len);
+  if (!max_query_len.is_none()) args.max_query_len = whole_number(operation, "max_query_len", max_query_len, 1);
   args.kv_dtype = static_cast<int32_t>(integer(kv_dtype));
   args.deterministic = flag(operation, "deterministic", deterministic);
   const Call call = call_on(operation, py::none(), q);
@@ -357,12 +357,13 @@ PyMethodDef operations[] = {
         "paged_attention",
         "paged_attention(q: object, k_cache: object, v_cache: object, block_tables: object, seq_lens: object, "
         "query_start_loc: object, alibi_slopes: object, sinks: object, q_scale: object, k_scale: object, v_scale: "
-        "object, out: object, lse: object, workspace: object, max_query_len: int, scale: object, window: int, softcap: "
-        "object, causal: object, kv_dtype: int, deterministic: object, check: object, stream: object) -> None"),
+        "object, out: object, lse: object, workspace: object, max_query_len: object, scale: object, window: object, "
+        "softcap: object, causal: object, kv_dtype: int, deterministic: object, check: object, stream: object) -> "
+        "None"),
     positional<&paged_attention_workspace_size>(
         "paged_attention_workspace_size",
         "paged_attention_workspace_size(q: object, k_cache: object, v_cache: object, block_tables: object, seq_lens: "
-        "object, query_start_loc: object, max_query_len: int, kv_dtype: int, deterministic: object) -> int"),
+        "object, query_start_loc: object, max_query_len: object, kv_dtype: int, deterministic: object) -> int"),
     positional<&merge_states>(
         "merge_states", "merge_states(outs: object, lses: object, out: object, lse: object, stream: object) -> None"),
     positional<&reshape_and_cache>(
@@ -394,6 +395,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The C ABI of pagedattn.";
   if (PyModule_AddFunctions(m.ptr(), operations) != 0) throw py::error_already_set();
   m.def("cuda_device", &cuda_device, py::arg("array"));
+  m.def("cupy_layout_is_known", &cupy_layout_is_known);
   m.def("host_memory", &host_memory, py::arg("num_bytes"), py::arg("device"));
   m.def("read_blocks", &read_blocks, py::arg("k_cache"), py::arg("v_cache"), py::arg("blocks"), py::arg("passes"));
   m.def("build_info", &build_info);
@@ -402,4 +404,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("last_kernel", &pa_last_kernel);
   m.def("get_num_threads", &pa_get_num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
+  m.def("whole_number", &whole_number, py::arg("operation"), py::arg("argument"), py::arg("value"), py::arg("least"));
 }
