@@ -17,6 +17,7 @@
 #include "attention_select.h"
 #include "cuda_backend.h"
 #include "hopper_params.cuh"
+#include "launch.h"
 #include "runtime.h"
 #include "status.h"
 #include "tensor_map.h"
@@ -234,8 +235,7 @@ TensorMaps encode_maps(const HopperKernel &hopper, const AttentionParams &params
   maps.box_columns = box.columns;
   maps.box_bytes = box.tokens * box.columns * hopper.rows.row_bytes;
   maps.heads_to_block = static_cast<int32_t>(box.heads_to_block);
-  maps.k = encode_cache(params, params.k_cache, box);
-  maps.v = encode_cache(params, params.v_cache, box);
+  encode_caches(params, box, &maps.k, &maps.v);
   if (hopper.kernel.whole_queries) maps.q = encode_queries(params, tile_queries(hopper.kernel, params));
   return maps;
 }
@@ -251,28 +251,6 @@ HopperParams make_hopper_params(const AttentionParams &params) {
 char *align_up(void *pointer) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   return reinterpret_cast<char *>((address + kAlignment - 1) / kAlignment * kAlignment);
-}
-
-// Blocks may start while the kernels before them end; they wait by themselves before they read (hopper_ptx.cuh).
-void launch_dependent(const AttentionKernel &kernel, const AttentionParams &params, void **arguments,
-                      cudaStream_t stream) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid_for(kernel, params);
-  config.blockDim = dim3(static_cast<unsigned>(kernel.num_threads));
-  config.dynamicSmemBytes = shared_memory_for(kernel, params);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelExC(&config, kernel.function, arguments), kernel.name);
-}
-
-void launch(const AttentionKernel &kernel, void **arguments, cudaStream_t stream) {
-  check_cuda(cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(grid_of(kernel))),
-                              dim3(static_cast<unsigned>(kernel.num_threads)), arguments, kernel.shared_memory, stream),
-             kernel.name);
 }
 
 }  // namespace
@@ -323,11 +301,10 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
     kernel_params.batch.max_head_shift = max_head_shift(*kernel, params);
     kernel_params.place_floats = place_floats(*kernel, params);
     kernel_params.maps = maps[i];
-    if (hopper != nullptr) {
-      launch_dependent(*kernel, params, arguments, stream);
-    } else {
-      launch(*kernel, arguments, stream);
-    }
+    const bool waits_by_itself = hopper != nullptr;
+    launch_kernel({kernel->name, grid_for(*kernel, params), dim3(static_cast<unsigned>(kernel->num_threads)),
+                   shared_memory_for(*kernel, params), stream, waits_by_itself},
+                  kernel->function, arguments);
   }
 }
 

@@ -11,6 +11,8 @@
 // skipped.
 #include "block_accesses.cuh"
 #include "cuda_backend.h"
+#include "launch.h"
+#include "overlap.cuh"
 #include "runtime.h"
 
 namespace pagedattn::cuda {
@@ -48,6 +50,7 @@ __device__ BlockPair find_pair(const Args &args) {
 
 template <class Access, bool kStrided>
 __global__ void __launch_bounds__(kThreadsPerBlock) copy_blocks_kernel(const __grid_constant__ Args args) {
+  wait_for_kernels_before();
   const BlockPair pair = find_pair(args);
   if (!pair.exists) return;
   const int64_t num_accesses = args.block.accesses_per_block;
@@ -73,18 +76,15 @@ __global__ void __launch_bounds__(kThreadsPerBlock) copy_blocks_kernel(const __g
 }
 
 template <class Access>
-void launch(const Args &args, dim3 grid, cudaStream_t stream, const char *name) {
+void launch(const Args &args, int64_t num_pairs, int64_t num_caches, cudaStream_t stream, const char *name) {
   // No more threads than a block has work for.
   const int64_t busy = ceil_div(ceil_div(args.block.accesses_per_block, kAccessesInFlight), 32) * 32;
   const auto threads = static_cast<unsigned>(std::min<int64_t>(busy, kThreadsPerBlock));
   const int64_t chunks = ceil_div(args.block.accesses_per_block, int64_t{threads} * kAccessesInFlight);
-  grid.z = static_cast<unsigned>(std::min(chunks, kMaxChunks));
-  if (args.block.num_dims == 0) {
-    copy_blocks_kernel<Access, false><<<grid, threads, 0, stream>>>(args);
-  } else {
-    copy_blocks_kernel<Access, true><<<grid, threads, 0, stream>>>(args);
-  }
-  check_launch(name);
+  const dim3 grid(checked_unsigned(num_pairs, "block pairs"), static_cast<unsigned>(num_caches),
+                  static_cast<unsigned>(std::min(chunks, kMaxChunks)));
+  const auto kernel = args.block.num_dims == 0 ? copy_blocks_kernel<Access, false> : copy_blocks_kernel<Access, true>;
+  launch_kernel({name, grid, dim3(threads), 0, stream, true}, kernel, args);
 }
 
 }  // namespace
@@ -108,8 +108,7 @@ void copy_blocks(const CopyBlocksParams &p, void *stream_pointer) {
       args.src[i] = static_cast<const char *>(p.src[first + i]);
       args.dst[i] = static_cast<char *>(p.dst[first + i]);
     }
-    const dim3 grid(checked_unsigned(p.num_pairs, "block pairs"), static_cast<unsigned>(count));
-    with_access(access_bytes, [&](auto access) { launch<decltype(access)>(args, grid, stream, name); });
+    with_access(access_bytes, [&](auto access) { launch<decltype(access)>(args, p.num_pairs, count, stream, name); });
   }
 }
 

@@ -16,6 +16,8 @@
 #include "cache_rows.cuh"
 #include "cuda_backend.h"
 #include "fast_divisor.cuh"
+#include "launch.h"
+#include "overlap.cuh"
 #include "runtime.h"
 
 namespace pagedattn::cuda {
@@ -152,6 +154,7 @@ template <class Convert>
 __global__ void __launch_bounds__(kThreadsPerBlock)
     gather_kv_kernel(const __grid_constant__ Args args, const __grid_constant__ FastDivisor lanes_per_row) {
   __shared__ RowToken rows[kThreadsPerBlock];
+  wait_for_kernels_before();
   const int64_t tile_start = static_cast<int64_t>(blockIdx.x) * args.rows_per_block;
   find_tokens(args, tile_start, rows);
 
@@ -176,6 +179,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 template <class Convert>
 __global__ void __launch_bounds__(kThreadsPerBlock) gather_few_rows_kernel(const __grid_constant__ Args args) {
   constexpr unsigned kAll = 0xffffffffu;
+  wait_for_kernels_before();
   const auto row = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x % 32);
   const int held = 1 << args.entries_shift;  // entries of each sequence
   const int seq_of_entry = lane >> args.entries_shift, index_of_entry = lane & (held - 1);
@@ -220,9 +224,9 @@ void launch(Args args, int64_t head_bytes, int64_t num_heads, cudaStream_t strea
   const dim3 threads = threads_over_rows(args.accesses_per_token);
   if (args.num_rows <= kFewRows && args.num_seqs <= 32) {
     while (args.num_seqs << (args.entries_shift + 1) <= 32) ++args.entries_shift;
-    gather_few_rows_kernel<Convert>
-        <<<static_cast<unsigned>(args.num_rows), std::max(threads.x, 32u), 0, stream>>>(args);
-    return check_launch(name);
+    const dim3 blocks(static_cast<unsigned>(args.num_rows));
+    return launch_kernel({name, blocks, dim3(std::max(threads.x, 32u)), 0, stream, true},
+                         gather_few_rows_kernel<Convert>, args);
   }
   // Rows that a thread takes one after the other amortise the walk, and there must be enough for all multiprocessors.
   const auto rows_at_once = static_cast<int64_t>(threads.y);
@@ -230,9 +234,8 @@ void launch(Args args, int64_t head_bytes, int64_t num_heads, cudaStream_t strea
   args.rows_per_block =
       static_cast<int>(std::clamp<int64_t>(share, rows_at_once, std::max<int64_t>(kRowsPerBlock, rows_at_once)));
   const unsigned blocks = blocks_over_rows(args.num_rows, args.rows_per_block);
-  gather_kv_kernel<Convert>
-      <<<blocks, kThreadsPerBlock, 0, stream>>>(args, FastDivisor::of(static_cast<int>(threads.x)));
-  check_launch(name);
+  launch_kernel({name, dim3(blocks), dim3(kThreadsPerBlock), 0, stream, true}, gather_kv_kernel<Convert>, args,
+                FastDivisor::of(static_cast<int>(threads.x)));
 }
 
 Args launch_arguments(const GatherKvParams &p) {

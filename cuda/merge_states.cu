@@ -16,6 +16,8 @@
 #include "convert.cuh"
 #include "cuda_backend.h"
 #include "index_divisor.cuh"
+#include "launch.h"
+#include "overlap.cuh"
 #include "runtime.h"
 
 namespace pagedattn::cuda {
@@ -72,6 +74,7 @@ __device__ void accumulate(float (&sums)[N], const Pack<T, N> &values, float fac
 
 template <class T, int N>
 __global__ void __launch_bounds__(kThreadsPerBlock) merge_states_kernel(const __grid_constant__ Args args) {
+  wait_for_kernels_before();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= args.num_rows) return;
   int64_t head = row;
@@ -162,8 +165,8 @@ int64_t widest_access(const MergeStatesParams &p) {
 template <class T, int N>
 void launch(const Args &args, cudaStream_t stream, const char *name) {
   const dim3 threads = threads_over_rows(args.head_dim / N);
-  merge_states_kernel<T, N><<<blocks_over_rows(args.num_rows, threads.y), threads, 0, stream>>>(args);
-  check_launch(name);
+  const dim3 blocks(blocks_over_rows(args.num_rows, threads.y));
+  launch_kernel({name, blocks, threads, 0, stream, true}, merge_states_kernel<T, N>, args);
 }
 
 }  // namespace

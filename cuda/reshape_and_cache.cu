@@ -17,6 +17,8 @@
 #include "cuda_backend.h"
 #include "fast_divisor.cuh"
 #include "index_divisor.cuh"
+#include "launch.h"
+#include "overlap.cuh"
 #include "runtime.h"
 
 namespace pagedattn::cuda {
@@ -58,6 +60,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     reshape_and_cache_kernel(const __grid_constant__ Args<kLayers> args) {
   using From = typename Convert::From;
   using To = typename Convert::To;
+  wait_for_kernels_before();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= args.num_tokens) return;
   const LayerPointers &layer = args.layers[kLayers == 1 ? 0 : blockIdx.y];
@@ -105,8 +108,7 @@ void launch_layers(const ReshapeAndCacheParams &p, int64_t first, int64_t count,
   args.accesses_per_token = checked_int(accesses_per_head * p.num_kv_heads, "elements a token");
   const dim3 threads = threads_over_rows(args.accesses_per_token);
   const dim3 blocks(blocks_over_rows(p.num_tokens, threads.y), static_cast<unsigned>(count));
-  reshape_and_cache_kernel<Convert, kLayers><<<blocks, threads, 0, stream>>>(args);
-  check_launch(name);
+  launch_kernel({name, blocks, threads, 0, stream, true}, reshape_and_cache_kernel<Convert, kLayers>, args);
 }
 
 template <class Convert>

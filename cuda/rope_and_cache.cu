@@ -16,6 +16,8 @@
 #include "cuda_backend.h"
 #include "fast_divisor.cuh"
 #include "index_divisor.cuh"
+#include "launch.h"
+#include "overlap.cuh"
 #include "runtime.h"
 
 namespace pagedattn::cuda {
@@ -142,6 +144,7 @@ __device__ TwoPacks<Source, N> load_unit(const Args &args, int64_t token, const 
 template <class Source, class Target, int N>
 __global__ void __launch_bounds__(kThreadsPerBlock, 4) rope_and_cache_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(16) float turns[];  // a token's cosines and then its sines
+  wait_for_kernels_before();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool exists = token < args.num_tokens;
   const auto lane = static_cast<int>(threadIdx.x), lanes = static_cast<int>(blockDim.x);
@@ -199,8 +202,8 @@ void launch(const RopeAndCacheParams &p, Args args, cudaStream_t stream, const c
   const dim3 threads = threads_over_rows(total);
   const unsigned blocks = blocks_over_rows(p.write.num_tokens, threads.y);
   const size_t shared_bytes = threads.y * 2 * static_cast<size_t>(args.half_rotary) * sizeof(float);
-  rope_and_cache_kernel<Source, Target, N><<<blocks, threads, shared_bytes, stream>>>(args);
-  check_launch(name);
+  launch_kernel({name, dim3(blocks), threads, shared_bytes, stream, true}, rope_and_cache_kernel<Source, Target, N>,
+                args);
 }
 
 Args launch_arguments(const RopeAndCacheParams &p) {

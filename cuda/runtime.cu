@@ -98,6 +98,7 @@ const std::vector<DeviceFacts> &all_devices() {
 
 // The device of the operation that the calling thread is in, so that nothing in it asks the runtime again.
 thread_local int guarded_device = 0;
+thread_local const DeviceFacts *guarded_facts = nullptr;
 
 void require_device(int device) {
   const int count = device_count();
@@ -173,9 +174,20 @@ void throw_cuda_error(cudaError_t error, const char *what) {
   throw Error(status_of(error), message);
 }
 
+void *find_driver_function(const char *name) {
+  void *entry = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  check_cuda(cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found),
+             "cudaGetDriverEntryPointByVersion");
+  if (entry == nullptr || found != cudaDriverEntryPointSuccess) {
+    throw Error(PA_ERROR_CUDA, std::string("the CUDA driver has no ") + name + "; update the driver");
+  }
+  return entry;
+}
+
 int current_device() { return guarded_device; }
 
-const DeviceFacts &device_facts() { return all_devices()[static_cast<size_t>(guarded_device)]; }
+const DeviceFacts &device_facts() { return *guarded_facts; }
 
 StreamMemory::StreamMemory(size_t bytes, cudaStream_t stream) : stream_(stream) {
   if (bytes == 0) return;
@@ -198,6 +210,7 @@ DeviceGuard::DeviceGuard(int device) {
   int current = 0;
   check_cuda(cudaGetDevice(&current), "cudaGetDevice");
   guarded_device = device;
+  guarded_facts = &all_devices()[static_cast<size_t>(device)];
   if (current == device) return;
   check_cuda(cudaSetDevice(device), "cudaSetDevice");
   previous_ = current;

@@ -17,6 +17,13 @@ inline void check_cuda(cudaError_t error, const char *what) {
   if (error != cudaSuccess) throw_cuda_error(error, what);
 }
 
+// A function of the driver, found at run time: the library links no libcuda.
+void *find_driver_function(const char *name);
+template <class Function>
+Function driver_function(const char *name) {
+  return reinterpret_cast<Function>(find_driver_function(name));
+}
+
 // To be called right behind a launch.
 inline void check_launch(const char *kernel) { check_cuda(cudaGetLastError(), kernel); }
 

@@ -33,9 +33,9 @@ struct CacheBox {
 // `whole`: of as many tokens as there are, even if rows have several columns.
 CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, int tile_tokens, bool whole);
 
-// The map of one cache: [N, Hkv / heads, columns, S, elements], or [N, Hkv, 1, S, D], or
+// The maps of both caches: [N, Hkv / heads, columns, S, elements], or [N, Hkv, 1, S, D], or
 // [N Hkv, S / 8, columns, 8, elements].  Throws PA_ERROR_CUDA.
-CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, const CacheBox &box);
+void encode_caches(const AttentionParams &params, const CacheBox &box, CUtensorMap *k, CUtensorMap *v);
 
 // The map of queries, [1, T, Hkv, Hq / Hkv, D], of which it takes 64 elements of so many tokens of one KV head at once.
 // Throws PA_ERROR_CUDA.

@@ -1,0 +1,33 @@
+// Launches kernels by the driver's own function, which costs the host less than the runtime's.
+//
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <type_traits>
+
+namespace pagedattn::cuda {
+
+struct Launch {
+  const char *name;  // for messages
+  dim3 grid;
+  dim3 block;
+  size_t shared_memory;  // bytes
+  cudaStream_t stream;
+  // The kernel waits by itself before it touches memory (wait_for_previous_kernels), so that its blocks may start while
+  // the kernels before it end.  That costs the host less, too.
+  bool waits_by_itself;
+};
+
+void launch_kernel(const Launch &launch, const void *kernel, void **arguments);
+
+template <class... Parameters>
+void launch_kernel(const Launch &launch, void (*kernel)(Parameters...),
+                   const std::type_identity_t<Parameters> &...arguments) {
+  void *pointers[] = {const_cast<Parameters *>(&arguments)...};
+  launch_kernel(launch, reinterpret_cast<const void *>(kernel), pointers);
+}
+
+}  // namespace pagedattn::cuda
