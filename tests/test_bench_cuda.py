@@ -131,4 +131,4 @@ def test_our_answer_is_right_and_the_host_makes_the_same_inputs(device: Device, 
     device.synchronize_all()
     # With out and workspace given, a call allocates nothing: it can be captured.
     assert timer.time({"": Prepared(call, inputs.out)})[""].method in ("graph", "difference of graphs")
-    assert 0 < timer.host_seconds(Prepared(call, inputs.out)) < 1e-3
+    assert 0 < timer.host_time(Prepared(call, inputs.out)).median < 1e-3

@@ -45,7 +45,7 @@ class FakeTimer(Timer):
         self.calls.append(list(calls))
         return {name: Timing((self.seconds[int(name)],) * 5, "told") for name in calls}
 
-    def host_seconds(self, prepared: Prepared) -> float:
+    def host_time(self, prepared: Prepared) -> Timing:
         raise NotImplementedError
 
 

@@ -23,7 +23,7 @@ _SAMPLES, _QUICK_SAMPLES = 15, 5
 _BUDGET_SECONDS = 3.0  # of device time a call, for calls of many milliseconds
 _FEWEST_SAMPLES = 5
 _WAKE_SECONDS = 0.4
-_HOST_TURNS = 5
+_HOST_TURNS = 15  # of up to 200 calls: the processor has better and worse moments
 _HEAD_START = 4  # readings of the buffer, some 60 µs each, during which the host enqueues what is timed
 _LEAST_COLD_BYTES = 192 << 20
 
@@ -108,7 +108,7 @@ class CudaTimer(Timer):
                         samples[name].append(self._sample(plan))
         return {name: Timing(tuple(samples[name]), plans[name].method) for name in calls}
 
-    def host_seconds(self, prepared: Prepared) -> float:
+    def host_time(self, prepared: Prepared) -> Timing:
         with self.stream:
             prepared.call()
             number = max(10, min(200, int(0.2 / max(self.elapsed(prepared.call), 1e-6))))
@@ -120,7 +120,7 @@ class CudaTimer(Timer):
                     prepared.call()
                 times.append((time.perf_counter() - begin) / number)
             self.stream.synchronize()
-        return min(times)
+        return Timing(tuple(times), "calls in a row")
 
     def graph_seconds(self, body: Callable[[], None], number: int = 1) -> float:
         """Least time of `body` as a graph, divided by `number`, as a ceiling wants it."""

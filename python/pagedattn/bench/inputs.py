@@ -78,16 +78,36 @@ class Inputs:
             Other lengths than the case's: of zeros, only the cost of calling is left.
         """
         lens = self.seq_lens if seq_lens is None else seq_lens
-        arrays = (self.q, self.k_cache, self.v_cache, self.block_tables, lens)
-        options: dict[str, Any] = {"query_start_loc": self.query_start_loc, "max_query_len": max(self.case.q_lens)}
-        if self.case.kv_dtype in FP8_DTYPES:
-            options["kv_dtype"] = self.case.kv_dtype
-        size = pagedattn.paged_attention_workspace_size(*arrays, **options)
+        q, k_cache, v_cache, block_tables, out = self.q, self.k_cache, self.v_cache, self.block_tables, self.out
+        starts, max_query_len, case = self.query_start_loc, max(self.case.q_lens), self.case
+        causal, window, kv_dtype = case.causal, case.window, case.kv_dtype if case.kv_dtype in FP8_DTYPES else None
+        size = pagedattn.paged_attention_workspace_size(
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            lens,
+            query_start_loc=starts,
+            max_query_len=max_query_len,
+            kv_dtype=kv_dtype,
+        )
         workspace = self.device.xp.zeros(size, np.uint8) if size else None
-        options |= {"causal": self.case.causal, "window": self.case.window, "out": self.out, "workspace": workspace}
 
-        def call() -> None:
-            pagedattn.paged_attention(*arrays, **options)
+        def call() -> None:  # as users write it: unpacking arguments would count as the call's
+            pagedattn.paged_attention(
+                q,
+                k_cache,
+                v_cache,
+                block_tables,
+                lens,
+                query_start_loc=starts,
+                max_query_len=max_query_len,
+                causal=causal,
+                window=window,
+                kv_dtype=kv_dtype,
+                out=out,
+                workspace=workspace,
+            )
 
         return call
 

@@ -131,8 +131,14 @@ def _measure_case(
             reasons[name] = f"after timing: {error}"
             continue
         host = _host_call(inputs, name, calls[name])
-        host_seconds = None if host is None else timer.host_seconds(host)
-        entry = {"peer": name, **_result(case, ceilings, timing), "error": errors[name], "host_seconds": host_seconds}
+        host_time = None if host is None else timer.host_time(host)
+        entry = {
+            "peer": name,
+            **_result(case, ceilings, timing),
+            "error": errors[name],
+            "host_seconds": None if host_time is None else host_time.least,
+            "host_median": None if host_time is None else host_time.median,
+        }
         if paged_rate is not None:
             entry["paged_share"] = case.bytes / paged_rate / timing.median
         results.append(entry)

@@ -69,7 +69,6 @@ def _table(document: Mapping[str, Any]) -> Table:
         ours = next(result["seconds"] for result in timed if result["peer"] == OURS)
         fastest = min(result["seconds"] for result in timed)
         for row, result in enumerate(timed):
-            host = result["host_seconds"]
             table.add_row(
                 case["name"] if row == 0 else "",
                 titles[result["peer"]],
@@ -80,11 +79,18 @@ def _table(document: Mapping[str, Any]) -> Table:
                 *([f"{100 * result['paged_share']:.0f} %" if "paged_share" in result else ""] * paged),
                 f"{result['seconds'] / ours:.2f}",
                 f"{result['error']:.1e}",
-                "" if host is None else microseconds(host),
+                _host(result),
                 style="bold" if several and result["seconds"] == fastest else None,
                 end_section=several and row + 1 == len(timed),
             )
     return table
+
+
+def _host(result: Mapping[str, Any]) -> str:
+    least, median = result["host_seconds"], result.get("host_median")  # no median in older documents
+    if least is None:
+        return ""
+    return microseconds(least) if median is None else f"{microseconds(least)}..{microseconds(median)}"
 
 
 def _reasons(document: Mapping[str, Any]) -> list[str]:

@@ -37,6 +37,11 @@ class Timing:
     method: str
 
     @property
+    def least(self) -> float:
+        """The least of the samples, seconds."""
+        return min(self.samples)
+
+    @property
     def median(self) -> float:
         """The middle of the samples, seconds."""
         return statistics.median(self.samples)
@@ -60,8 +65,8 @@ class Timer(ABC):
         """Time the calls in turns: one sample of each, then the next of each."""
 
     @abstractmethod
-    def host_seconds(self, prepared: Prepared) -> float:
-        """Time that the host spends in a call, seconds: all of it on the CPU, enqueueing on CUDA."""
+    def host_time(self, prepared: Prepared) -> Timing:
+        """Time that the host spends in a call among calls in a row: all of it on the CPU, enqueueing on CUDA."""
 
 
 def make_timer(device: Device, *, quick: bool = False) -> Timer:
@@ -94,8 +99,8 @@ class WallTimer(Timer):
                     samples[name].append(_wall(prepared.call, numbers[name]))
         return {name: Timing(tuple(values), "wall clock") for name, values in samples.items()}
 
-    def host_seconds(self, prepared: Prepared) -> float:
-        return self.time({"": prepared})[""].median
+    def host_time(self, prepared: Prepared) -> Timing:
+        return self.time({"": prepared})[""]
 
     def _sample_count(self, sample_seconds: float) -> int:
         if self._quick:
