@@ -331,3 +331,40 @@ def test_a_torch_tensor_that_requires_grad_is_refused_or_read_but_never_written(
     out = torch.zeros_like(args[0], requires_grad=True)
     with pytest.raises((BufferError, pagedattn.InvalidArgumentError)):
         pagedattn.paged_attention(*args, out=out)
+
+
+def test_torch_views_and_subclasses_are_read_with_their_strides(rng: np.random.Generator) -> None:
+    torch = pytest.importorskip("torch")
+    batch = make_batch(rng, [40, 9], num_q_heads=4, num_kv_heads=2)
+    q, k, v, tables, lens = (torch.from_numpy(a) for a in batch.on(NumpyBackend())[0])
+    expected = pagedattn.paged_attention(q, k, v, tables, lens)
+    apart = torch.full((2, 8, *q.shape[2:]), float("nan"))[:, 1::2]
+    apart.copy_(q)
+    parameter = torch.nn.Parameter(torch.stack([k, v], 1)[:, 0], requires_grad=False)
+    given = torch.zeros(2, 8, *q.shape[2:])
+    pagedattn.paged_attention(apart, parameter, v, tables, lens, out=given[:, ::2])
+    assert_same_bytes(given[:, ::2].numpy(), expected.numpy())
+    assert not given[:, 1::2].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("given", [False, True], ids=["current stream", "another stream"])
+def test_torch_tensors_are_ready_on_the_stream_of_the_call(rng: np.random.Generator, given: bool) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch serves no CUDA device")
+    batch = make_batch(rng, [40, 9], num_q_heads=4, num_kv_heads=2, dtype=np.float16)
+    args = [torch.from_numpy(a).cuda() for a in batch.on(NumpyBackend())[0]]
+    q, out = torch.zeros_like(args[0]), torch.zeros_like(args[0])
+    other = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        q.copy_(args[0])
+        pagedattn.paged_attention(q, *args[1:], out=out, stream=other if given else None)
+        # What is enqueued behind the call, on its stream, finds its result.
+        with torch.cuda.stream(other if given else torch.cuda.current_stream()):
+            result = out.clone()
+    torch.cuda.synchronize()
+    assert_close(result.cpu().numpy(), batch.reference()[0], np.float16)

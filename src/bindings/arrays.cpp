@@ -13,6 +13,7 @@
 #include "bindings/dlpack_abi.h"
 #include "bindings/errors.h"
 #include "bindings/libraries.h"
+#include "bindings/torch.h"
 
 namespace py = pybind11;
 
@@ -131,6 +132,11 @@ void make_dense(pa_tensor *tensor) {
   }
 }
 
+// Whether what is enqueued on the call's stream finds the tensor's data without waiting for torch's stream.
+bool is_ready(const Call &call, const dlpack::Tensor &tensor) {
+  return tensor.device.type != PA_CUDA || torch_stream(tensor.device.id) == call.stream;
+}
+
 }  // namespace
 
 void prepare() { MlDtypes::get(); }
@@ -141,6 +147,9 @@ Array::Array(const Call &call, const Name &name, py::handle object) : present_(!
     from_numpy(call, name, object);
   } else if (const Cupy *const cupy = Cupy::of(object)) {
     from_cupy(call, name, *cupy, object);
+  } else if (const auto tensor = view_of_torch_tensor(object); tensor && is_ready(call, *tensor)) {
+    tensor_.flags = 0;
+    from_tensor(call, name, *tensor);
   } else if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
     from_dlpack(call, name, object);
   } else {
@@ -230,19 +239,23 @@ void Array::from_dlpack(const Call &call, const Name &name, py::handle object) {
   }
   // JAX arrays are immutable, but their capsules do not say so.
   if (library_of(object).starts_with("jax")) tensor_.flags = PA_TENSOR_READONLY;
-  tensor_.dtype = dtype_of(source->dtype);
+  from_tensor(call, name, *source);
+}
+
+void Array::from_tensor(const Call &call, const Name &name, const dlpack::Tensor &source) {
+  tensor_.dtype = dtype_of(source.dtype);
   if (tensor_.dtype == PA_DTYPE_NONE) {
-    raise_unknown_type(call, name,
-                       "DLPack type code " + std::to_string(source->dtype.code) + " of " +
-                           std::to_string(source->dtype.bits) + " bits");
+    raise_unknown_type(
+        call, name,
+        "DLPack type code " + std::to_string(source.dtype.code) + " of " + std::to_string(source.dtype.bits) + " bits");
   }
-  tensor_.data = static_cast<char *>(source->data) + source->byte_offset;
-  tensor_.device_type = source->device.type;
-  tensor_.device_id = source->device.id;
-  tensor_.ndim = checked_ndim(call, name, source->ndim);
-  std::copy_n(source->shape, tensor_.ndim, tensor_.shape);
-  if (source->strides != nullptr) {
-    std::copy_n(source->strides, tensor_.ndim, tensor_.strides);
+  tensor_.data = static_cast<char *>(source.data) + source.byte_offset;
+  tensor_.device_type = source.device.type;
+  tensor_.device_id = source.device.id;
+  tensor_.ndim = checked_ndim(call, name, source.ndim);
+  std::copy_n(source.shape, tensor_.ndim, tensor_.shape);
+  if (source.strides != nullptr) {
+    std::copy_n(source.strides, tensor_.ndim, tensor_.strides);
   } else {
     make_dense(&tensor_);
   }

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "bindings/dlpack_abi.h"
 #include "pagedattn/pagedattn.h"
 
 namespace pagedattn::bindings {
@@ -43,6 +44,7 @@ class Array {
   void from_numpy(const Call &call, const Name &name, pybind11::handle object);
   void from_cupy(const Call &call, const Name &name, const Cupy &cupy, pybind11::handle object);
   void from_dlpack(const Call &call, const Name &name, pybind11::handle object);
+  void from_tensor(const Call &call, const Name &name, const dlpack::Tensor &source);
   void give_shape(const Call &call, const Name &name, pybind11::ssize_t ndim, const pybind11::ssize_t *shape);
   void give_strides(const Call &call, const Name &name, const pybind11::ssize_t *bytes, int64_t item_size);
 

@@ -52,4 +52,15 @@ struct ManagedTensorVersioned {
   Tensor tensor;
 };
 
+// The table of C functions that a type of tensors may have, as a capsule.  The functions return 0, or -1 with a Python
+// exception set.
+struct ExchangeTable {
+  static constexpr const char *kAttribute = "__dlpack_c_exchange_api__", *kCapsule = "dlpack_exchange_api";
+  Version version;
+  ExchangeTable *older;
+  void *allocate, *export_owned, *import_owned;
+  int (*view)(void *object, Tensor *tensor);  // null where there is none; does not order streams
+  int (*current_stream)(int32_t device_type, int32_t device_id, void **stream);
+};
+
 }  // namespace pagedattn::dlpack

@@ -5,6 +5,7 @@
 
 #include "bindings/cupy.h"
 #include "bindings/errors.h"
+#include "bindings/torch.h"
 #include "pagedattn/pagedattn.h"
 
 namespace py = pybind11;
@@ -28,11 +29,6 @@ std::intptr_t cupy_stream(const Cupy &cupy, int device) {
   const auto handle = py::reinterpret_steal<py::object>(PyObject_GetAttr(stream.ptr(), ptr));
   if (!handle) throw py::error_already_set();
   return reinterpret_cast<std::intptr_t>(pointer(handle));
-}
-
-std::intptr_t torch_stream(int device) {
-  const py::object stream = py::module_::import("torch").attr("cuda").attr("current_stream")(device);
-  return reinterpret_cast<std::intptr_t>(pointer(stream.attr("cuda_stream")));
 }
 
 std::intptr_t current_stream(py::handle array, int device) {
@@ -80,6 +76,9 @@ std::optional<int> cuda_device(py::handle object) {
   if (const Cupy *const cupy = Cupy::of(object)) {
     const CupyArray *const array = cupy->fields(object);
     return array != nullptr ? array->data->device_id : object.attr("data").attr("device_id").cast<int>();
+  }
+  if (const std::optional<dlpack::Tensor> tensor = view_of_torch_tensor(object)) {
+    return tensor->device.type == PA_CUDA ? std::optional<int>(tensor->device.id) : std::nullopt;
   }
   const py::object query = py::getattr(object, "__dlpack_device__", py::none());
   if (query.is_none()) return std::nullopt;
