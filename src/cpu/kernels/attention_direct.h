@@ -33,6 +33,7 @@ PA_KERNEL void direct_scores(const float *q, const typename T::Storage *k, const
   // Accumulators, and beside them the parts of each key: what fits into the registers.
   constexpr int kKeys = kRows <= 2 || kRegisters == 32 ? 4 : 2;
   const int lines = kKeys * fetch.lines_of_row(head_dim);
+  constexpr int kBytes = kKeys * kWidth * static_cast<int>(sizeof(typename T::Storage));
   for (int j = begin; j < end; j += kKeys) {
     const typename T::Storage *key[kKeys];
     const float *query[kKeys];
@@ -44,7 +45,7 @@ PA_KERNEL void direct_scores(const float *q, const typename T::Storage *k, const
       // With few registers each key multiplies with queries in memory, which costs no instruction of its own.
       if constexpr (kRegisters < 32) hide(query[i]);
     }
-    fetch.lines(lines);
+    fetch.before_steps(lines);
     Vec sum[kKeys][kRows] = {};
     const auto add = [&](const Vec(&part)[kKeys]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -59,12 +60,14 @@ PA_KERNEL void direct_scores(const float *q, const typename T::Storage *k, const
       Vec part[2][kKeys];
 #pragma GCC unroll 4
       for (int i = 0; i < kKeys; ++i) load_pair<T>(key[i] + d, part[0][i], part[1][i]);
+      fetch.template in_step<2 * kBytes>();
       add(part[0]);
       add(part[1]);
     }
     for (; d < head_dim; d += kWidth) {
       Vec part[kKeys];
       for (int i = 0; i < kKeys; ++i) part[i] = load_tail<T>(key[i] + d, head_dim - d);
+      fetch.template in_step<kBytes>();
       add(part);
     }
     float *out = s + j * direct_lanes(kRows);
@@ -124,16 +127,18 @@ PA_KERNEL void direct_values(float *acc, int rows, const float *weights, int lan
   // Enough sums to hide how long one takes.
   constexpr int kPairs = kRows == 1 ? 4 : (kRows == 2 || kRegisters == 32 ? 2 : 1);
   const int lines_of_row = fetch.lines_of_row(head_dim);
+  constexpr int kBytes = kWidth * static_cast<int>(sizeof(typename T::Storage));
   for (int from = begin; from < end; from += kValueKeys) {
     const int to = end < from + kValueKeys ? end : from + kValueKeys;
     int d = 0;
     const auto pairs = [&](auto count) __attribute__((always_inline)) {
       constexpr int kCount = decltype(count)::value;
-      fetch.lines((kValueKeys * lines_of_row * kCount * 2 * kWidth + head_dim - 1) / head_dim);
+      fetch.before_steps((kValueKeys * lines_of_row * kCount * 2 * kWidth + head_dim - 1) / head_dim);
       const auto *column = v + d;
       accumulate_values<kRows, 2 * kCount>(acc + d * rows, rows, weights, lanes, from, to,
                                            [&](int j, Vec(&value)[2 *kCount]) __attribute__((always_inline)) {
                                              const auto *at = column + tile.v[j];
+                                             fetch.template in_step<2 * kCount * kBytes>();
 #pragma GCC unroll 4
                                              for (int c = 0; c < kCount; ++c) {
                                                load_pair<T>(at + c * 2 * kWidth, value[2 * c], value[2 * c + 1]);
@@ -145,6 +150,7 @@ PA_KERNEL void direct_values(float *acc, int rows, const float *weights, int lan
     while (d + 2 * kWidth <= head_dim) pairs(Count<1>{});
     for (; d < head_dim; d += kWidth) {
       accumulate_values<kRows, 1>(acc + d * rows, rows, weights, lanes, from, to, [&](int j, Vec(&value)[1]) {
+        fetch.template in_step<kBytes>();
         value[0] = load_tail<T>(v + tile.v[j] + d, head_dim - d);
       });
     }

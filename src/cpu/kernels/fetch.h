@@ -39,6 +39,23 @@ class Fetch {
     return (head_dim * static_cast<int>(sizeof(typename T::Storage)) + kLine - 1) / kLine;
   }
 
+  // What a loop asks for.  Wide vectors ask in each step for as much as it uses, since a burst fills the buffers that
+  // loads of the lines at hand need too; narrow ones, which take more steps for a line, for many steps at once.
+  __attribute__((always_inline)) void before_steps(int num_lines) {
+    if constexpr (!kInSteps) lines(num_lines);
+  }
+  template <int kBytes>
+  __attribute__((always_inline)) void in_step() {
+    if constexpr (!kInSteps) return;
+    if constexpr (kBytes % kLine == 0) {
+      lines(kBytes / kLine);
+    } else {
+      due_ += kBytes;
+      lines(due_ / kLine);
+      due_ %= kLine;
+    }
+  }
+
   // The next `n` lines.
   __attribute__((always_inline)) void lines(int n) {
     while (n > 0 && lines_left_ > 0) {
@@ -54,6 +71,7 @@ class Fetch {
 
  private:
   static constexpr int kLine = 64;
+  static constexpr bool kInSteps = kWidth == 16;
 
   void begin_run() {
     if (runs_left_ == 0) return;
@@ -68,6 +86,7 @@ class Fetch {
   }
 
   const char *next_ = nullptr;
+  int due_ = 0;         // bytes that steps asked for and that make no line yet
   int lines_left_ = 0;  // of the run at hand
   int runs_left_ = 0;
   int lines_of_run_ = 0;
