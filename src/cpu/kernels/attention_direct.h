@@ -263,7 +263,7 @@ static void direct_tile(const AttentionParams &params, const AttentionWork &work
     });
   });
   for_panels([&](int64_t head, const Panel &panel, int64_t row, float *s, Online &online) {
-    if (softmax_panel(params, work, state, tile, panel, head, 1.0f, s, online)) {
+    if (softmax_panel(params, work, state, tile, panel, head, s, online)) {
       rescale_panel(state.acc + row, state.row_stride, panel.rows, online.factor);
     }
   });

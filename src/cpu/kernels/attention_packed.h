@@ -248,7 +248,7 @@ static void packed_head(const AttentionParams &params, const AttentionWork &work
       for (int j = panel.any_begin / kMicro * kMicro; j < panel.any_end; j += kMicro) {
         packed_scores<kVecs>(state.q + offset, keys + j, head_dim, state.scores + j * kLanes);
       }
-      if (softmax_panel(params, work, state, tile, panel, head, 1.0f, state.scores, online)) {
+      if (softmax_panel(params, work, state, tile, panel, head, state.scores, online)) {
         rescale_lanes<kVecs>(acc, head_dim, online.factor);
       }
       for (int d = 0; d < head_dim; d += kMicro) {

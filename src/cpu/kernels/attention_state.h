@@ -131,8 +131,9 @@ struct State {
   float *scores;         // direct: [num_heads][panel][kTileKeys][lanes]; packed: one head's
   float *key_rows;       // packed: [kTileKeys, row_stride], keys in fp32
   float *value_columns;  // packed: [head_dim / kMicro][kTileKeys][kMicro], padded, values in fp32
-  char *key_tiles;       // tile registers' operands, as attention_tiles.h lays them out; tile rows: copies, and weights
+  char *key_tiles;       // tile registers' operands, as attention_tiles.h lays them out; tile rows: copies
   char *value_tiles;
+  uint32_t *weights;       // tile rows: [num_heads][kTileKeys / 16][2][lanes][16], operands of products with values
   int64_t *visible_begin;  // [rows] keys that a row sees
   int64_t *visible_end;
   Panel *panels;
@@ -168,6 +169,7 @@ static size_t lay_out(State &state, const AttentionParams &params, void *base) {
     // All of 2 bytes, or half of them in three parts.
     take(state.key_tiles, kMaxChunkKeys * tile_dims * 3);
     take(state.value_tiles, kMaxChunkKeys * tile_dims * 3);
+    take(state.weights, 2 * 2 * kMaxStateRows * kTileKeys);
   }
   take(state.key_rows, kTileKeys * state.row_stride);
   take(state.value_columns, (kTileKeys + 4) * state.row_stride);

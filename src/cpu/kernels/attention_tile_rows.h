@@ -12,22 +12,23 @@
 // Such a zero does not cancel what is not finite in a neighbouring dimension.  An item with such a result is computed
 // again without tiles.
 //
-// Memory is the bound: during the scores the values of the same tile are fetched, during the values the keys of the
-// next.
+// Memory is the bound, and rests soon after nothing is asked of it: a core has some 16 lines in flight, which are there
+// within 40 to 70 ns.  So lines are fetched in all parts of the work, about as many as are used: during the scores the
+// values of the same tile, during weights and values the keys of the next.  The processor's own prefetchers help along
+// as long as few pages are in use at once, so scores go block by block.
 #pragma once
 
 #include "kernels/attention_direct.h"
 #include "kernels/attention_tiles.h"
+#include "kernels/tile_row_weights.h"
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
 #if defined(PAGEDATTN_TILES)
 
-// Groups of keys whose scores are summed at once.
-constexpr int kTileGroups = 4;
-// Of keys, or of values, in a tile: enough for each head's part to hide how long products take, and no more, since the
-// next ones are fetched that much ahead.
-constexpr int64_t kTileRowsBytes = 64 * 1024;
+// Of keys, or of values, in a tile: what is loaded and stored once a tile and head, sums above all, then counts little,
+// and what is used and what is fetched fit into half an L2 of 2 MiB.
+constexpr int64_t kTileRowsBytes = 128 * 1024;
 constexpr int kMaxGroups = kTileKeys / (kTileRows / 2);
 
 // Keys of a tile; a function of the call's shape, as sums follow it.
@@ -101,6 +102,11 @@ PA_INLINE void with_lanes(int lanes, F f) {
     f(Count<16>{});
 }
 
+static float *scores_of(const State &state, int64_t head) { return state.scores + head * state.lanes * kTileKeys; }
+static uint32_t *weights_of(const State &state, int64_t head) {
+  return state.weights + head * 2 * state.lanes * kTileKeys;
+}
+
 // Queries as pairs of dimensions, [head][pair][lane], with zeros in lanes behind the last row; sums cleared.
 static void start_tile_rows(const AttentionParams &params, const AttentionWork &work, State &state) {
   const int head_dim = params.head_dim;
@@ -128,64 +134,25 @@ static void start_tile_rows(const AttentionParams &params, const AttentionWork &
   __builtin_memset(state.acc, 0, static_cast<size_t>(size) * sizeof(float));
 }
 
-// Scores of kGroups times `size` keys, [key][lane].
-template <int kGroups>
-PA_KERNEL void row_scores(const float *q, const TileSource *keys, int size, int head_dim, int lanes, float *s,
+// Scores of a group of keys, [key][lane].
+PA_KERNEL void row_scores(const float *q, const TileSource &keys, int size, int head_dim, int lanes, float *s,
                           Fetch<BFloat16> &fetch) {
   const int64_t lane_stride = 4 * lanes;
   tile_zero<0>();
-  if constexpr (kGroups > 1) tile_zero<1>();
-  if constexpr (kGroups > 2) tile_zero<2>();
-  if constexpr (kGroups > 3) tile_zero<3>();
   for (int d = 0; d < head_dim; d += kTileDepth) {
-    tile_load<4>(q + d / 2 * lanes, lane_stride);
-    tile_load<6>(keys[0].data + d, keys[0].stride);
-    tile_multiply<0, 6, 4>();
+    tile_load<1>(q + d / 2 * lanes, lane_stride);
+    tile_load<2>(keys.data + d, keys.stride);
+    tile_multiply<0, 2, 1>();
     fetch.lines(size);
-    if constexpr (kGroups > 1) {
-      tile_load<7>(keys[1].data + d, keys[1].stride);
-      tile_multiply<1, 7, 4>();
-      fetch.lines(size);
-    }
-    if constexpr (kGroups > 2) {
-      tile_load<6>(keys[2].data + d, keys[2].stride);
-      tile_multiply<2, 6, 4>();
-      fetch.lines(size);
-    }
-    if constexpr (kGroups > 3) {
-      tile_load<7>(keys[3].data + d, keys[3].stride);
-      tile_multiply<3, 7, 4>();
-      fetch.lines(size);
-    }
   }
-  const int64_t group = size * lanes;
   tile_store<0>(s, lane_stride);
-  if constexpr (kGroups > 1) tile_store<1>(s + group, lane_stride);
-  if constexpr (kGroups > 2) tile_store<2>(s + 2 * group, lane_stride);
-  if constexpr (kGroups > 3) tile_store<3>(s + 3 * group, lane_stride);
 }
 
-// Weights of 16 keys, [key][lane] in fp32, to left operands: first [lane][key] in bfloat16 with a zero behind each,
-// then the same with a zero before each.
-template <int kLanes>
-PA_KERNEL void spread_weights(const float *s, uint32_t *dst) {
-  Vec rows[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) rows[i] = load(s + i * kWidth);
-  rotate(rows, 4);
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    const VecU rounded = round_to_bfloat16(rows[i]);
-    store_as(dst + i * kWidth, rounded >> 16);
-    store_as(dst + (kLanes + i) * kWidth, rounded & 0xffff0000u);
-  }
-}
-
-// acc[row] += weights * values of the groups [from, to), for kBlocks times 32 dimensions
-// from `d` on.
+// acc[row] += weights * values of the groups [from, to), for kBlocks times 32 dimensions from `d` on.
 template <int kBlocks>
 PA_KERNEL void add_row_values(float *acc, int64_t acc_stride, const uint32_t *weights, int lanes,
                               const TileSource *values, int size, int from, int to, int d, Fetch<BFloat16> &fetch) {
+  const int lines = size * kValuesShare / kFetchShares;
   tile_load<0>(acc, acc_stride);
   tile_load<1>(acc + kWidth, acc_stride);
   if constexpr (kBlocks > 1) {
@@ -200,12 +167,12 @@ PA_KERNEL void add_row_values(float *acc, int64_t acc_stride, const uint32_t *we
     tile_load<6>(values[g].data + d, values[g].stride);
     tile_multiply<0, 4, 6>();
     tile_multiply<1, 5, 6>();
-    fetch.lines(size);
+    fetch.lines(lines);
     if constexpr (kBlocks > 1) {
       tile_load<7>(values[g].data + d + kTileDepth, values[g].stride);
       tile_multiply<2, 4, 7>();
       tile_multiply<3, 5, 7>();
-      fetch.lines(size);
+      fetch.lines(lines);
     }
   }
   tile_store<0>(acc, acc_stride);
@@ -230,13 +197,6 @@ static void add_values_alone(const uint16_t *v, const TileKeys &tile, int begin,
   }
 }
 
-static void rescale_rows(float *acc, int64_t row_stride, int rows, const float *factor) {
-  for (int r = 0; r < rows; ++r, acc += row_stride) {
-    const Vec by = broadcast(factor[r]);
-    for (int64_t d = 0; d < row_stride; d += kWidth) store(acc + d, load(acc + d) * by);
-  }
-}
-
 static TileShape lane_shape(const Panel &panel, int rows) {
   return {static_cast<uint8_t>(rows), static_cast<uint16_t>(4 * panel.lanes)};
 }
@@ -247,52 +207,67 @@ static void score_rows(const AttentionParams &params, const AttentionWork &work,
   const Panel &panel = state.panels[0];
   const Groups groups(params, tile.k, panel.any_begin, panel.any_end);
   const TileShape queries = lane_shape(panel, kTileRows), scores = lane_shape(panel, groups.size());
-  const TileShape keys_shape{static_cast<uint8_t>(groups.size()), 64};
-  configure_tiles({scores, scores, scores, scores, queries, queries, keys_shape, keys_shape});
-  uint16_t *const copies = reinterpret_cast<uint16_t *>(state.key_tiles);
-  for (int64_t head = 0; head < state.num_heads; ++head) {
-    const uint16_t *const k = head_data<BFloat16>(params.k_cache, work, head);
-    const float *const q = state.q + head * state.lanes * (head_dim / 2);
-    float *const s = state.scores + head * state.lanes * kTileKeys;
-    for (int g = groups.first(); g < groups.last(); g += kTileGroups) {
-      const int num = groups.last() - g < kTileGroups ? groups.last() - g : kTileGroups;
-      TileSource keys[kTileGroups];
-      for (int i = 0; i < num; ++i) {
-        keys[i] = groups.source(k, g + i, head_dim, copies + i * groups.size() * head_dim);
-      }
-      with_count<kTileGroups>(num, [&](auto count) {
-        row_scores<decltype(count)::value>(q, keys, groups.size(), head_dim, panel.lanes,
-                                           s + g * groups.size() * panel.lanes, fetch);
-      });
+  const TileShape keys{static_cast<uint8_t>(groups.size()), 64}, unused = keys;
+  configure_tiles({scores, queries, keys, unused, unused, unused, unused, unused});
+  uint16_t *const copy = reinterpret_cast<uint16_t *>(state.key_tiles);
+  for (int g = groups.first(); g < groups.last(); ++g) {
+    for (int64_t head = 0; head < state.num_heads; ++head) {
+      const uint16_t *const k = head_data<BFloat16>(params.k_cache, work, head);
+      row_scores(state.q + head * state.lanes * (head_dim / 2), groups.source(k, g, head_dim, copy), groups.size(),
+                 head_dim, panel.lanes, scores_of(state, head) + g * groups.size() * panel.lanes, fetch);
     }
   }
 }
 
-// The products of weights and values that all rows see; what only some see has been added, and becomes zeros.
+// Scores of one head to left operands.  What only some rows see is added alone, and becomes zeros.
 template <int kLanes>
-static void multiply_values(const uint16_t *v, const State &state, const Groups &groups, int head_dim, float *s,
-                            float *acc, Fetch<BFloat16> &fetch) {
-  const int begin = state.panels[0].all_begin, end = state.panels[0].all_end;
-  const int from = begin / kTileRows * kTileRows, to = static_cast<int>(round_up(end, kTileRows));
-  __builtin_memset(s + from * kLanes, 0, static_cast<size_t>((begin - from) * kLanes) * sizeof(float));
-  __builtin_memset(s + end * kLanes, 0, static_cast<size_t>((to - end) * kLanes) * sizeof(float));
-  uint32_t *const weights = reinterpret_cast<uint32_t *>(state.value_tiles);
-  for (int j = from; j < to; j += kTileRows) spread_weights<kLanes>(s + j * kLanes, weights + j * 2 * kLanes);
+static void weigh_head(const AttentionParams &params, const AttentionWork &work, const State &state,
+                       const TileKeys &tile, int64_t head, Fetch<BFloat16> &fetch) {
+  const Panel &panel = state.panels[0];
+  float *const s = scores_of(state, head);
+  float *const acc = state.acc + head * state.rows * state.row_stride;
+  uint32_t *const weights = weights_of(state, head);
+  const int from = panel.any_begin / kTileRows * kTileRows;
+  const int to = static_cast<int>(round_up(panel.any_end, kTileRows));
+  const int keys = keys_of_vec(panel);
+  const float scale = finish_scores(params, work, state, tile, panel, head, from / keys, to / keys,
+                                    query_factor(params, work.head_begin + head), s);
+  Online &online = state.online[head];
+  if (weigh_rows<kLanes>(s, from, to, scale, params.head_dim, online, weights, fetch)) {
+    rescale_rows(acc, state.row_stride, panel.rows, online.factor);
+  }
+  if (panel.all_begin == panel.any_begin && panel.all_end == panel.any_end) return;
+  const uint16_t *const v = head_data<BFloat16>(params.v_cache, work, head);
+  for_visible_keys(
+      panel, [](int, int) {},
+      [&](int r, int begin, int end) {
+        add_values_alone(v, tile, begin, end, params.head_dim, s + r, kLanes, acc + r * state.row_stride);
+      });
+  keep_weights<kLanes>(s, from, to, panel.all_begin, panel.all_end, weights);
+}
+
+// The products of weights and values that all rows see.
+static void multiply_values(const AttentionParams &params, const AttentionWork &work, const State &state,
+                            const Groups &groups, int64_t head, Fetch<BFloat16> &fetch) {
+  const int head_dim = params.head_dim;
+  const uint16_t *const v = head_data<BFloat16>(params.v_cache, work, head);
   uint16_t *const copies = reinterpret_cast<uint16_t *>(state.key_tiles);
   TileSource values[kMaxGroups];
   for (int g = groups.first(); g < groups.last(); ++g) {
     values[g] = groups.source(v, g, head_dim, copies + g * groups.size() * head_dim);
   }
+  float *const acc = state.acc + head * state.rows * state.row_stride;
   const auto columns = [&](auto count, int d) {
-    add_row_values<decltype(count)::value>(acc + d, 4 * state.row_stride, weights, kLanes, values, groups.size(),
-                                           groups.first(), groups.last(), d, fetch);
+    add_row_values<decltype(count)::value>(acc + d, 4 * state.row_stride, weights_of(state, head),
+                                           static_cast<int>(state.lanes), values, groups.size(), groups.first(),
+                                           groups.last(), d, fetch);
   };
   int d = 0;
   for (; d + 2 * kTileDepth <= head_dim; d += 2 * kTileDepth) columns(Count<2>{}, d);
   if (d < head_dim) columns(Count<1>{}, d);
 }
 
-// Scores, softmax and values of all heads.
+// Scores of all heads, then their weights, then values: what a head stores is not loaded before others had their turn.
 static void tile_rows_tile(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &tile,
                            const TileKeys &next) {
   const Panel &panel = state.panels[0];
@@ -301,31 +276,18 @@ static void tile_rows_tile(const AttentionParams &params, const AttentionWork &w
   Fetch<BFloat16> values_ahead(params.v_cache, work, tile.v, tile.count, head_dim);
   Fetch<BFloat16> keys_ahead(params.k_cache, work, next.k, next.count, head_dim);
   score_rows(params, work, state, tile, values_ahead);
+  with_lanes(panel.lanes, [&](auto count) {
+    for (int64_t head = 0; head < state.num_heads; ++head) {
+      weigh_head<decltype(count)::value>(params, work, state, tile, head, keys_ahead);
+    }
+  });
+  if (panel.all_begin >= panel.all_end) return;
   const Groups groups(params, tile.v, panel.all_begin, panel.all_end);
   const auto num_rows = static_cast<uint8_t>(panel.rows), size = static_cast<uint8_t>(groups.size());
   const TileShape sums{num_rows, 64}, weights{num_rows, static_cast<uint16_t>(4 * size)}, values{size, 64};
   configure_tiles({sums, sums, sums, sums, weights, weights, values, values});
   for (int64_t head = 0; head < state.num_heads; ++head) {
-    float *const s = state.scores + head * state.lanes * kTileKeys;
-    float *const acc = state.acc + head * state.rows * state.row_stride;
-    const uint16_t *const v = head_data<BFloat16>(params.v_cache, work, head);
-    Online &online = state.online[head];
-    // More than the values ask for below, since memory should not rest during the softmax.
-    keys_ahead.lines(2 * kTileRows);
-    const float scale = query_factor(params, work.head_begin + head);
-    if (softmax_panel(params, work, state, tile, panel, head, scale, s, online)) {
-      rescale_rows(acc, state.row_stride, panel.rows, online.factor);
-    }
-    bool common = false;
-    for_visible_keys(
-        panel, [&](int, int) { common = true; },
-        [&](int r, int begin, int end) {
-          add_values_alone(v, tile, begin, end, head_dim, s + r, panel.lanes, acc + r * state.row_stride);
-        });
-    if (!common) continue;
-    with_lanes(panel.lanes, [&](auto count) {
-      multiply_values<decltype(count)::value>(v, state, groups, head_dim, s, acc, keys_ahead);
-    });
+    multiply_values(params, work, state, groups, head, keys_ahead);
   }
 }
 

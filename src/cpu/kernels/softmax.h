@@ -81,11 +81,10 @@ PA_INLINE Vec max_over_keys(Vec v, int lanes) {
   return v;
 }
 
-// Turns scores, once multiplied by `scale` > 0, into weights relative to the rows' new maxima.  Returns whether a
-// maximum rose, so that what was accumulated is to be multiplied by online.factor.
+// Turns scores into weights relative to the rows' new maxima.  Returns whether a maximum rose, so that what was
+// accumulated is to be multiplied by online.factor.
 template <int kVecs>
-static bool weigh_scores(int lanes, int from, int to, float scale, float *s, Online &online) {
-  const Vec scales = broadcast(scale);
+static bool weigh_scores(int lanes, int from, int to, float *s, Online &online) {
   Vec largest[kVecs];
   for (int v = 0; v < kVecs; ++v) largest[v] = broadcast(-kInfinity);
   for (int step = from; step < to; ++step) {
@@ -96,7 +95,7 @@ static bool weigh_scores(int lanes, int from, int to, float scale, float *s, Onl
   Vec origin[kVecs], earlier[kVecs], sum[kVecs];
   for (int v = 0; v < kVecs; ++v) {
     const Vec before = load(online.max + v * kWidth);
-    const Vec after = max(before, largest[v] * scales);
+    const Vec after = max(before, largest[v]);
     // While every score is -inf the weights are to be 0, not NaN.
     origin[v] = after == broadcast(-kInfinity) ? zero() : after;
     const Vec factor = exp2_nonpositive(before - origin[v]);
@@ -109,7 +108,7 @@ static bool weigh_scores(int lanes, int from, int to, float scale, float *s, Onl
   for (int step = from; step < to; ++step) {
     for (int v = 0; v < kVecs; ++v) {
       float *x = s + (step * kVecs + v) * kWidth;
-      const Vec weight = exp2_nonpositive(fma(load(x), scales, zero() - origin[v]));
+      const Vec weight = exp2_nonpositive(load(x) - origin[v]);
       store(x, weight);
       sum[v] += weight;
     }
@@ -122,14 +121,12 @@ static void scale_scores(float *s, int num, float scale) {
   for (int i = 0; i < num; i += kWidth) store(s + i, load(s + i) * scale);
 }
 
-// The scores [any_begin, any_end) of one panel and head, once multiplied by `scale` > 0.  Returns what weigh_scores
-// does.
-static bool softmax_panel(const AttentionParams &params, const AttentionWork &work, const State &state,
-                          const TileKeys &tile, const Panel &panel, int64_t head, float scale, float *s,
-                          Online &online) {
+// What stands between products and softmax, for the keys of the vectors [from, to) of one panel and head: scale,
+// softcap, ALiBi and mask.  Returns the factor that is left to be applied: `scale` > 0, where nothing came behind it.
+static float finish_scores(const AttentionParams &params, const AttentionWork &work, const State &state,
+                           const TileKeys &tile, const Panel &panel, int64_t head, int from, int to, float scale,
+                           float *s) {
   const int keys = keys_of_vec(panel), vecs = vecs_of(panel);
-  const int from = panel.any_begin / keys;
-  const int to = (panel.any_end + keys - 1) / keys;
   if (scale != 1.0f && (params.softcap > 0.0f || params.alibi_slopes != nullptr)) {
     scale_scores(s + from * vecs * kWidth, (to - from) * vecs * kWidth, scale);
     scale = 1.0f;
@@ -137,9 +134,19 @@ static bool softmax_panel(const AttentionParams &params, const AttentionWork &wo
   if (params.softcap > 0.0f) cap_scores(s + from * vecs * kWidth, (to - from) * vecs * kWidth, params.softcap);
   if (params.alibi_slopes != nullptr) bias_scores(params, work, state, tile, panel, head, from, to, s);
   if (panel.all_begin > from * keys || panel.all_end < to * keys) mask_scores(panel, from, to, s);
+  return scale;
+}
+
+// The scores [any_begin, any_end) of one panel and head.  Returns what weigh_scores does.
+static bool softmax_panel(const AttentionParams &params, const AttentionWork &work, const State &state,
+                          const TileKeys &tile, const Panel &panel, int64_t head, float *s, Online &online) {
+  const int keys = keys_of_vec(panel), vecs = vecs_of(panel);
+  const int from = panel.any_begin / keys;
+  const int to = (panel.any_end + keys - 1) / keys;
+  finish_scores(params, work, state, tile, panel, head, from, to, 1.0f, s);
   bool rose = false;
   with_count<kPackedVecs>(
-      vecs, [&](auto count) { rose = weigh_scores<decltype(count)::value>(panel.lanes, from, to, scale, s, online); });
+      vecs, [&](auto count) { rose = weigh_scores<decltype(count)::value>(panel.lanes, from, to, s, online); });
   return rose;
 }
 

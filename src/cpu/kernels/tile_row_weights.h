@@ -1,0 +1,99 @@
+// Softmax for few rows on tile registers: from scores [key][lane] to the left operands of products with values.
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// Weights are relative to a score near the largest, as in tile_weights.h, and become operands while they are in
+// registers.  Their sum is as exact as float32, for the log-sum-exp.
+#pragma once
+
+#include "kernels/fetch.h"
+#include "kernels/tile_weights.h"
+
+#if defined(PAGEDATTN_TILES)
+
+namespace pagedattn::cpu::PAGEDATTN_ISA {
+
+// Of the lines that are fetched during weights and values, the latter's share, in parts of four: they take longer.
+constexpr int kFetchShares = 4;
+constexpr int kValuesShare = 3;
+
+// Weights of 16 keys, [key][lane], to left operands: first [lane][key] in bfloat16 with a zero behind each, then the
+// same with a zero before each.
+template <int kLanes>
+PA_INLINE void spread_weights(Vec (&weights)[kLanes], uint32_t *dst) {
+  rotate(weights, 4);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    // Rounded to nearest, ties up; weights are no infinities, and NaN keeps a bit of its mantissa.
+    const VecU rounded = as_bits(weights[i]) + 0x8000u;
+    store_as(dst + i * kWidth, rounded >> 16);
+    store_as(dst + (kLanes + i) * kWidth, rounded & 0xffff0000u);
+  }
+}
+
+// Raises the origin of the rows that ask for it; what was accumulated is then to be multiplied by online.factor.
+// Returns whether there are such.
+PA_INLINE bool raise_row_origin(Vec largest, Online &online) {
+  const Vec before = load(online.max);
+  const VecI higher = largest > before + kSlack;
+  if (!any(higher)) return false;
+  const Vec after = higher ? largest : before;
+  const Vec factor = exp2_nonpositive(before - (after == broadcast(-kInfinity) ? zero() : after));
+  store(online.max, after);
+  store(online.sum, load(online.sum) * factor);
+  store(online.factor, factor);
+  return true;
+}
+
+// Scores of the keys [from, to), multiples of 16, once multiplied by `scale`: to weights, in place and as operands.
+// Returns whether the origin rose.
+template <int kLanes>
+PA_KERNEL bool weigh_rows(float *s, int from, int to, float scale, int head_dim, Online &online, uint32_t *operands,
+                          Fetch<BFloat16> &fetch) {
+  const Vec scales = broadcast(scale);
+  Vec largest = broadcast(-kInfinity);
+  for (int i = from * kLanes; i < to * kLanes; i += kWidth) largest = max(largest, load(s + i));
+  const bool rose = raise_row_origin(max_over_keys(largest, kLanes) * scales, online);
+  // While every score is -inf the weights are to be 0, not NaN.
+  const Vec origin = load(online.max);
+  const Vec minus_origin = origin == broadcast(-kInfinity) ? zero() : -origin;
+  Vec sum = zero();  // of these keys alone, as small as what is added to it
+  for (int j = from; j < to; j += kTileRows) {
+    fetch.lines(kTileRows * fetch.lines_of_row(head_dim) * (kFetchShares - kValuesShare) / kFetchShares);
+    Vec weights[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      float *const x = s + j * kLanes + i * kWidth;
+      weights[i] = exp2_for_float32(fma(load(x), scales, minus_origin));
+      store(x, weights[i]);
+      sum += weights[i];
+    }
+    spread_weights<kLanes>(weights, operands + j * 2 * kLanes);
+  }
+  store(online.sum, load(online.sum) + sum);
+  return rose;
+}
+
+// Operands of the keys [begin, end) alone, with zeros for others in [from, to).
+template <int kLanes>
+static void keep_weights(float *s, int from, int to, int begin, int end, uint32_t *operands) {
+  if (begin > end) begin = end;
+  __builtin_memset(s + from * kLanes, 0, static_cast<size_t>((begin - from) * kLanes) * sizeof(float));
+  __builtin_memset(s + end * kLanes, 0, static_cast<size_t>((to - end) * kLanes) * sizeof(float));
+  for (int j = from; j < to; j += kTileRows) {
+    Vec weights[kLanes];
+    for (int i = 0; i < kLanes; ++i) weights[i] = load(s + j * kLanes + i * kWidth);
+    spread_weights<kLanes>(weights, operands + j * 2 * kLanes);
+  }
+}
+
+static void rescale_rows(float *acc, int64_t row_stride, int rows, const float *factor) {
+  for (int r = 0; r < rows; ++r, acc += row_stride) {
+    const Vec by = broadcast(factor[r]);
+    for (int64_t d = 0; d < row_stride; d += kWidth) store(acc + d, load(acc + d) * by);
+  }
+}
+
+}  // namespace pagedattn::cpu::PAGEDATTN_ISA
+
+#endif
