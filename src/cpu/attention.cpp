@@ -202,11 +202,19 @@ void make_plan(const AttentionParams &p, Plan &plan) {
     int64_t heads = p.num_kv_heads;
     for (size_t i = first; i < last; ++i) heads = std::min(heads, heads_that_fit(plan.tiles[i]));
     heads = std::max<int64_t>(1, heads / cut);
+    const auto first_item = static_cast<std::ptrdiff_t>(plan.items.size());
     for (int64_t head = 0; head < p.num_kv_heads; head += heads) {
       const int64_t end = std::min<int64_t>(p.num_kv_heads, head + heads);
       for (size_t i = first; i < last; ++i) {
         add_items(p, plan.tiles[i], static_cast<int32_t>(head), static_cast<int32_t>(end), plan);
       }
+    }
+    // With a single tile nothing is shared.  Then the heads of a block follow each other, so that a thread reads whole
+    // blocks: half of their heads could be half of the sets of a cache.
+    if (last - first == 1) {
+      std::sort(plan.items.begin() + first_item, plan.items.end(), [](const Item &a, const Item &b) {
+        return a.range != b.range ? a.range < b.range : a.work.head_begin < b.work.head_begin;
+      });
     }
     first = last;
   }

@@ -5,7 +5,10 @@
 // One job at a time is open.  Its state is a single 64-bit word: the job's number, whether it is open, and how many
 // workers are inside.  A worker joins by raising the count while the job is open, so one that wakes too late simply
 // misses it, and the caller, which works too, waits only for workers that joined.  Idle workers watch the word for a
-// short while, because decode steps follow each other closely, and then sleep on a condition variable.
+// while, because decode steps follow each other closely, and then sleep on a condition variable.
+//
+// Each thread has a share of the tasks, the same whenever a job is repeated, so that it finds in its core's caches what
+// it left there.  Who is done with its own takes from the others'.
 //
 // A virtual machine's system takes its idle processors for busy ones.  It wakes a thread on its waker's CPU, and leaves
 // both there for many milliseconds.  So a sleeping worker is kept from the CPU of a caller that wakes it, and a caller
@@ -41,9 +44,8 @@
 namespace pagedattn::cpu {
 namespace {
 
-// How long an idle thread watches for work before it sleeps.
+// How long an idle thread watches for work, and then stays awake but gives way to others, before it sleeps.
 constexpr auto kSpinTime = std::chrono::microseconds(50);
-// How long a caller without work gives way to others, but stays awake, while workers end theirs.
 constexpr auto kYieldTime = std::chrono::milliseconds(2);
 
 constexpr uint64_t kCount = 0x7fffffffu;
@@ -82,6 +84,11 @@ bool yield_until(Done done) {
   return done();
 }
 
+template <class Done>
+bool awake_until(Done done) {
+  return spin_until(done) || yield_until(done);
+}
+
 // Which CPUs a worker may use.
 class Whereabouts {
  public:
@@ -112,7 +119,8 @@ class Whereabouts {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int num_threads) : num_threads_(num_threads) {
+  explicit ThreadPool(int num_threads)
+      : num_threads_(num_threads), shares_(std::make_unique<Share[]>(static_cast<size_t>(num_threads))) {
     workers_.reserve(static_cast<size_t>(num_threads - 1));
     try {
       for (int number = 1; number < num_threads; ++number) {
@@ -141,7 +149,7 @@ class ThreadPool {
   void run(int64_t num_tasks, const TaskFunction &fn) {
     fn_ = &fn;
     num_tasks_ = num_tasks;
-    next_task_.store(0, std::memory_order_relaxed);
+    deal_tasks();
     error_ = nullptr;
     const uint64_t number = (state_.load(std::memory_order_relaxed) >> kNumberShift) + 1;
     state_.store((number << kNumberShift) | kOpen);
@@ -163,7 +171,7 @@ class ThreadPool {
     run_tasks(0);
     state_.fetch_and(~kOpen);
     const auto all_left = [this] { return (state_.load() & kCount) == 0; };
-    if (!spin_until(all_left) && !yield_until(all_left)) {
+    if (!awake_until(all_left)) {
       std::unique_lock lock(mutex_);
       wake_caller_.wait(lock, all_left);
     }
@@ -177,20 +185,42 @@ class ThreadPool {
     Whereabouts whereabouts;
   };
 
+  // A thread's part of the tasks, in order; others take from it too when they have nothing left.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
+  void deal_tasks() {
+    const int64_t each = num_tasks_ / num_threads_, more = num_tasks_ % num_threads_;
+    int64_t begin = 0;
+    for (int64_t i = 0; i < num_threads_; ++i) {
+      shares_[i].next.store(begin, std::memory_order_relaxed);
+      begin += each + (i < more ? 1 : 0);
+      shares_[i].end = begin;
+    }
+  }
+
   void run_tasks(int worker) {
     inside_task = true;
-    for (;;) {
-      const int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
-      if (task >= num_tasks_) break;
+    for (int i = 0; i < num_threads_; ++i) {
+      run_share(shares_[(worker + i) % num_threads_], worker);
+    }
+    inside_task = false;
+  }
+
+  void run_share(Share &share, int worker) {
+    while (share.next.load(std::memory_order_relaxed) < share.end) {
+      const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= share.end) return;
       try {
         (*fn_)(task, worker);
       } catch (...) {
-        next_task_.store(num_tasks_, std::memory_order_relaxed);
+        for (int i = 0; i < num_threads_; ++i) shares_[i].next.store(shares_[i].end, std::memory_order_relaxed);
         const std::lock_guard lock(mutex_);
         if (!error_) error_ = std::current_exception();
       }
     }
-    inside_task = false;
   }
 
   void work(int number, Worker &worker) {
@@ -202,7 +232,7 @@ class ThreadPool {
     };
     for (;;) {
       worker.whereabouts.release();
-      if (!spin_until(something_new)) {
+      if (!awake_until(something_new)) {
         std::unique_lock lock(mutex_);
         num_asleep_.fetch_add(1);
         worker.asleep = true;
@@ -233,12 +263,12 @@ class ThreadPool {
   }
 
   alignas(64) std::atomic<uint64_t> state_{0};
-  alignas(64) std::atomic<int64_t> next_task_{0};
   alignas(64) std::atomic<int> num_asleep_{0};
   std::atomic<bool> stopping_{false};
   const int num_threads_;  // as asked for
   const TaskFunction *fn_ = nullptr;
   int64_t num_tasks_ = 0;
+  std::unique_ptr<Share[]> shares_;
   std::exception_ptr error_;
   std::mutex mutex_;
   std::condition_variable wake_workers_;

@@ -27,8 +27,9 @@ class TaskFunction {
 };
 
 // Calls fn(task, worker) once for each task in [0, num_tasks), on the calling thread (worker 0) and up to num_threads()
-// - 1 others, and returns when all are done.  Tasks are handed out in order, one at a time, to whoever is free; tasks
-// that run at the same time have different workers.  The first exception of a task is thrown here, after which no
+// - 1 others, and returns when all are done.  Each thread begins with a share of successive tasks, the same whenever as
+// many tasks are run, and then takes those that others have not come to; tasks that run at the same time have different
+// workers.  The first exception of a task is thrown here, after which no
 // further task starts.  Calls from several threads take turns; a call from inside a task runs on its own thread alone.
 void parallel_for(int64_t num_tasks, TaskFunction fn);
 
