@@ -19,6 +19,8 @@ _CALL_BUDGET_SECONDS = 2.0  # of measuring one call, unless it takes this long f
 _MOST_SAMPLES, _FEWEST_SAMPLES = 25, 5
 # Threads of OpenMP go on spinning after a call, and would take the next library's processor.
 _PAUSE_SECONDS = 0.02
+# After such a pause calls are slow for up to 2 ms, until processors run at full speed and caches hold the call's data.
+_WARM_UP_SECONDS = 2e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class WallTimer(Timer):
                 if turn < wanted[name]:
                     if len(calls) > 1:
                         time.sleep(_PAUSE_SECONDS)
-                        prepared.call()  # whose data the caches hold is its own
+                        _warm_up(prepared.call)
                     samples[name].append(_wall(prepared.call, numbers[name]))
         return {name: Timing(tuple(values), "wall clock") for name, values in samples.items()}
 
@@ -106,6 +108,14 @@ class WallTimer(Timer):
         if self._quick:
             return _FEWEST_SAMPLES
         return max(_FEWEST_SAMPLES, min(_MOST_SAMPLES, int(_CALL_BUDGET_SECONDS / sample_seconds)))
+
+
+def _warm_up(call: Callable[[], None]) -> None:
+    begin = time.perf_counter()
+    while True:
+        call()
+        if time.perf_counter() - begin > _WARM_UP_SECONDS:
+            return
 
 
 def _wall(call: Callable[[], None], number: int) -> float:
