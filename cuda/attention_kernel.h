@@ -74,5 +74,8 @@ HopperKernels hopper_prefill_float16();
 HopperKernels hopper_prefill_bfloat16();
 HopperKernels hopper_prefill_float8_e4m3();
 HopperKernels hopper_prefill_float8_e5m2();
+// For float8 queries, which they multiply in float8.
+HopperKernels hopper_prefill_products_float8_e4m3();
+HopperKernels hopper_prefill_products_float8_e5m2();
 
 }  // namespace pagedattn::cuda

@@ -86,6 +86,18 @@ HopperKernels prefill_kernels(DType kv_dtype) {
   }
 }
 
+// For queries of the cache's type, of some head dimensions.
+HopperKernels prefill_products_kernels(DType q_dtype) {
+  switch (q_dtype) {
+    case DType::kFloat8E4M3:
+      return hopper_prefill_products_float8_e4m3();
+    case DType::kFloat8E5M2:
+      return hopper_prefill_products_float8_e5m2();
+    default:
+      return {};
+  }
+}
+
 // Is PAGEDATTN_CUDA_ARCH set to the generic kernels' architecture?
 bool generic_kernels_wanted() {
   static const bool wanted = [] {
@@ -150,9 +162,11 @@ const HopperKernel *decode_kernel_for(const AttentionParams &params, ArrayAlignm
 const HopperKernel *prefill_kernel_for(const AttentionParams &params, ArrayAlignment alignment) {
   if (!hopper_kernels_serve(params, alignment)) return nullptr;
   if (alignment == ArrayAlignment::kAsGiven && !queries_fit_tensor_map(params)) return nullptr;
-  for (const HopperKernel &kernel : prefill_kernels(params.kv_dtype)) {
-    if (kernel.kernel.head_dim >= params.head_dim && kernel.kernel.rows >= params.num_q_heads / params.num_kv_heads)
-      return &kernel;
+  for (const HopperKernels kernels : {prefill_products_kernels(params.q_dtype), prefill_kernels(params.kv_dtype)}) {
+    for (const HopperKernel &kernel : kernels) {
+      if (kernel.kernel.head_dim >= params.head_dim && kernel.kernel.rows >= params.num_q_heads / params.num_kv_heads)
+        return &kernel;
+    }
   }
   return nullptr;
 }
@@ -190,6 +204,9 @@ std::string make_kernel_table() {
       }
       for (const HopperKernel &kernel : prefill_kernels(dtype)) {
         add(name, kernel.kernel.head_dim, ", more rows, sm_90", kernel.kernel);
+      }
+      for (const HopperKernel &kernel : prefill_products_kernels(dtype)) {
+        add(name, kernel.kernel.head_dim, ", more rows, float8 queries, sm_90", kernel.kernel);
       }
     }
     for (int tile = 0; tile < kNumHeadDimTiles; ++tile) {

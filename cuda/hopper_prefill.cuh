@@ -17,27 +17,15 @@
 #pragma once
 
 #include "hopper_prefill_float8.cuh"
+#include "hopper_prefill_float8_products.cuh"
+#include "hopper_prefill_float8_rows.cuh"
 #include "hopper_prefill_rows.cuh"
+#include "hopper_prefill_segments.cuh"
 #include "hopper_prefill_traits.cuh"
 
 namespace pagedattn::cuda {
 
 // ---- the warps that bring data -----------------------------------------------------------------------------------
-
-// The segment of this number, once it is known.
-template <class Traits>
-__device__ const PrefillSegment &wait_segment(typename Traits::Shared &shared, uint32_t number) {
-  const uint32_t place = number % Traits::kSegments;
-  wait(&shared.segment_full[place], number / Traits::kSegments & 1);
-  return shared.segments[place];
-}
-
-// Called by whole warps that do not look at it again.
-template <class Traits>
-__device__ void release_segment(typename Traits::Shared &shared, uint32_t number) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) arrive(&shared.segment_empty[number % Traits::kSegments]);
-}
 
 // Asks for the tiles of K, or of V, into a ring.
 template <class Traits>
@@ -188,7 +176,7 @@ __device__ void widen_data(const HopperParams &params, typename Traits::Shared &
 // A warpgroup's way through the segments.
 template <class Traits>
 class PrefillGroup {
-  using Rows = WarpgroupRows<Traits>;
+  using Rows = std::conditional_t<Traits::kFloat8Products, Float8Rows<Traits>, WarpgroupRows<Traits>>;
   static constexpr int kTokens = Traits::kTokens;
   static constexpr uint32_t kStages = Traits::kKvStages, kQStages = Traits::kQStages;
   static constexpr int kFirstTurn = Traits::kFirstTurn, kFirstOwn = Traits::kFirstOwn;
@@ -259,7 +247,9 @@ class PrefillGroup {
 
   __device__ void multiply_p_v() {
     char *const v = shared_.v[tile_ % kStages];
-    if (first_ || left_ == 0) rows_.clear_unseen(v, segment(number_).item.keys, token_);
+    if constexpr (!Traits::kFloat8Products) {
+      if (first_ || left_ == 0) rows_.clear_unseen(v, segment(number_).item.keys, token_);
+    }
     rows_.multiply_p_v(v, first_);
   }
 
@@ -331,7 +321,11 @@ class PrefillGroup {
     pin(s_);
     release(shared_.k_empty[tile_ % kStages]);
     const bool plain = next_is_plain();
-    if constexpr (kPlain) {
+    if constexpr (kPlain && Traits::kFloat8Products) {
+      end_softmax(number_);
+      end_p_v();
+      rows_.guess_weights(s_);
+    } else if constexpr (kPlain) {
       guess_softmax();
     } else {
       rows_.softmax(s_, token_);
@@ -368,7 +362,10 @@ class PrefillGroup {
 template <class Traits>
 __device__ void init_barriers(typename Traits::Shared &shared) {
   constexpr int kMathWarps = 4 * Traits::kGroups;
-  constexpr int kWideners = 4 * (Traits::kFirstMathGroup - 1), kFillers = larger(kWideners / 2, 1);  // warps
+  // Warps that widen or transpose, and of these, or of the copiers, those that fill a tile of K and one of V.
+  constexpr int kChangers = 4 * (Traits::kFirstMathGroup - 1);
+  constexpr int kFillers = Traits::kFloat8 ? kChangers / 2 : 1,
+                kVFillers = Traits::kFloat8 ? kFillers : larger(kChangers, 1);
   for (int i = 0; i < Traits::kQStages; ++i) {
     init_barrier(&shared.q_full[i], kFillers);
     if constexpr (Traits::kFloat8) init_barrier(&shared.raw.q[i], 1);
@@ -377,17 +374,21 @@ __device__ void init_barriers(typename Traits::Shared &shared) {
   for (int i = 0; i < Traits::kKvStages; ++i) {
     init_barrier(&shared.k_full[i], kFillers);
     init_barrier(&shared.k_empty[i], kMathWarps);
-    init_barrier(&shared.v_full[i], kFillers);
+    init_barrier(&shared.v_full[i], kVFillers);
     if constexpr (Traits::kFloat8) {
       init_barrier(&shared.raw.k[i], 1);
       init_barrier(&shared.raw.v[i], 1);
+    }
+    if constexpr (Traits::kFloat8Products) {
+      init_barrier(&shared.v_rows_full[i], 1);
+      init_barrier(&shared.v_rows_empty[i], kVFillers);
     }
     init_barrier(&shared.v_empty[i], kMathWarps);
   }
   init_barrier(&shared.wanted, 1);
   for (int i = 0; i < Traits::kSegments; ++i) {
     init_barrier(&shared.segment_full[i], 1);
-    init_barrier(&shared.segment_empty[i], kMathWarps + kWideners + 2);  // and those that bring K and V
+    init_barrier(&shared.segment_empty[i], kMathWarps + kChangers + 2);  // and those that bring K and V
   }
   publish_barriers();
 }
@@ -402,6 +403,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (const CUtensorMap *map : {&params.maps.q, &params.maps.k, &params.maps.v}) prefetch_tensor_map(map);
     init_barriers<Traits>(shared);
   }
+  if constexpr (Traits::kFloat8Products) Transposer<Traits>::write_ones(shared);
   wait_for_previous_kernels();
   typename Traits::Schedule schedule(params.batch, shared.schedule);
   schedule.begin();
@@ -414,11 +416,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == 0) {
       produce_queries<Traits>(params, shared, schedule);
     } else if (warp < 3) {
-      produce_tiles<Traits>(params, shared, warp == 1);
+      if constexpr (Traits::kFloat8Products) {
+        copy_float8_tiles<Traits>(params, shared, warp == 1);
+      } else {
+        produce_tiles<Traits>(params, shared, warp == 1);
+      }
     }
   } else if (warpgroup < Traits::kFirstMathGroup) {
     give_registers<Traits::kProducerRegisters>();
     if constexpr (Traits::kFloat8) widen_data<Traits>(params, shared, threadIdx.x < 192);
+    if constexpr (Traits::kFloat8Products) transpose_values<Traits>(shared, static_cast<int>(threadIdx.x) / 32 % 4);
   } else {
     take_registers<Traits::kMathRegisters>();
     PrefillGroup<Traits>(params, shared, warpgroup - Traits::kFirstMathGroup).run();
@@ -428,14 +435,23 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #endif
 }
 
+template <class Traits>
+HopperKernel hopper_prefill_of(const char *name) {
+  return {{name, reinterpret_cast<const void *>(&hopper_prefill_kernel<Traits>), Traits::kThreads,
+           sizeof(typename Traits::Shared), Traits::kRows, Traits::kTokens, Traits::kHeadDim,
+           &Traits::Cut::places_per_block, 0, true},
+          Traits::kFloat8 ? CacheRowLayout{1, Traits::kHeadDim, false, 1}
+                          : CacheRowLayout{Traits::KvTile::kSideBySide ? Traits::KvTile::kColumns : 1, 128, true, 1}};
+}
+
 template <class CacheElement, int kHeadDim>
 HopperKernel hopper_prefill(const char *name) {
-  using Traits = HopperPrefillTraits<CacheElement, kHeadDim>;
-  return {{name, reinterpret_cast<const void *>(&hopper_prefill_kernel<Traits>), Traits::kThreads,
-           sizeof(typename Traits::Shared), Traits::kRows, Traits::kTokens, kHeadDim, &Traits::Cut::places_per_block, 0,
-           true},
-          Traits::kFloat8 ? CacheRowLayout{1, kHeadDim, false, 1}
-                          : CacheRowLayout{Traits::KvTile::kSideBySide ? Traits::KvTile::kColumns : 1, 128, true, 1}};
+  return hopper_prefill_of<HopperPrefillTraits<CacheElement, kHeadDim>>(name);
+}
+// Of queries and caches in float8.
+template <class Float8, int kHeadDim>
+HopperKernel hopper_prefill_products(const char *name) {
+  return hopper_prefill_of<HopperPrefillFloat8Traits<Float8, kHeadDim>>(name);
 }
 
 }  // namespace pagedattn::cuda

@@ -21,6 +21,7 @@ class WarpgroupRows {
   static constexpr int kTokens = Traits::kTokens;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kRowFloats = place_row_floats(kHeadDim);
+  static constexpr bool kOwnScales = Traits::kFloat8 || Traits::kFloat8Products;
   // Log 2 of the weight that a key may have before sums are brought to a larger m: far from what a float16 holds.
   static constexpr float kLargestStep = 8.0f;
   static constexpr float kLargestWeight = 256.0f;
@@ -67,7 +68,7 @@ class WarpgroupRows {
     const Operand k = operand(shared_address(k_tile), Kv::kColumnBytes, Kv::kEightRows);
     fence_products();
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
+    for (int step = 0; step < kHeadDim / Traits::kStepDims; ++step) {
       Products<Math, kTokens>::q_k(s, further(q_, Q::step_offset(step)), further(k, Kv::step_offset(step)), step > 0);
     }
     commit_products();
@@ -80,11 +81,17 @@ class WarpgroupRows {
 
   // Scores of the keys from `token` on become exp2(score - m) for the new m.
   __device__ void softmax(Scores &s, int token) {
-    float scale[2] = {scale_of(0), scale_of(1)};
+    const bool plain = scores_are_plain();
+    transform_and_mask(s, token);
+    softmax_of_unmasked(s, {plain ? scale_of(0) : 1.0f, plain ? scale_of(1) : 1.0f});
+    rescales_ = __any_sync(kFullWarp, factor_[0] != 1.0f || factor_[1] != 1.0f);
+  }
+
+  // Products with the keys from `token` on become scores, in units of log 2 unless they are plain.
+  __device__ void transform_and_mask(Scores &s, int token) const {
     if (!scores_are_plain()) {
-      const float factors[2] = {Traits::kFloat8 ? scale[0] : transformed_scale(),
-                                Traits::kFloat8 ? scale[1] : transformed_scale()};
-      scale[0] = scale[1] = 1.0f;
+      const float factors[2] = {kOwnScales ? scale_[0] : transformed_scale(),
+                                kOwnScales ? scale_[1] : transformed_scale()};
       const float slope[2] = {slope_of(row_), slope_of(row_ + 8)};
       const int position[2] = {position_of(row_), position_of(row_ + 8)};
       transform_scores(s, params_, factors, slope, position, token);
@@ -93,8 +100,6 @@ class WarpgroupRows {
       const Range keys[2] = {keys_of(row_), keys_of(row_ + 8)};
       mask_scores(s, keys, token);
     }
-    softmax_of_unmasked(s, scale);
-    rescales_ = __any_sync(kFullWarp, factor_[0] != 1.0f || factor_[1] != 1.0f);
   }
 
   // The same of a plain tile that is not a segment's first, some eights of keys at a time.  It guesses that m stays,
@@ -258,11 +263,11 @@ class WarpgroupRows {
     write(segment.item, sums);
   }
 
- private:
+ protected:
   // What turns products into units of log 2, or into what transform_scores takes.  Over float8 caches a row has its
   // own; else it is a constant of the launch, which saves a register that each score would read.
   __device__ float scale_of(int i) const {
-    if constexpr (Traits::kFloat8) return scale_[i];
+    if constexpr (kOwnScales) return scale_[i];
     return params_.plain_scale;
   }
   __device__ float transformed_scale() const {
@@ -270,7 +275,7 @@ class WarpgroupRows {
   }
   // Are scores just products times a positive number?
   __device__ bool scores_are_plain() const {
-    if constexpr (Traits::kFloat8) return params_.plain_scale > 0.0f && scale_[0] > 0.0f;
+    if constexpr (kOwnScales) return params_.plain_scale > 0.0f && scale_[0] > 0.0f;
     return params_.plain_scale > 0.0f;
   }
 
@@ -389,10 +394,10 @@ class WarpgroupRows {
         factor = end_row(params_, token, head, item.kv_head, sums.m[i], sums.l[i], lane == 0);
         offset = token * params_.out.token_stride + head * params_.out.head_stride;
       }
-      if (Traits::kFloat8 && params_.out_is_bfloat16) {
+      if (kOwnScales && params_.out_is_bfloat16) {
         write_row<__nv_bfloat16>(params_, o_, i, offset, factor);
       } else {
-        write_row<Math>(params_, o_, i, offset, factor);
+        write_row<std::conditional_t<kOwnScales, __half, Math>>(params_, o_, i, offset, factor);
       }
     }
   }

@@ -16,10 +16,10 @@ namespace pagedattn::cuda {
 // Rows in shared memory as wgmma wants them and the copy engine writes them: cut into columns of 128 bytes, in which
 // the 16-byte chunks of eight rows are permuted.  Columns lie one after the other, or side by side: eight rows of one
 // behind those of the one before, so that the copy engine brings all columns of many rows at once.
-template <int kRows, int kHeadDim, bool kSideBySide_>
+template <int kRows, int kHeadDim, bool kSideBySide_, int kElementBytes = 2>
 struct ColumnTile {
   static constexpr bool kSideBySide = kSideBySide_;
-  static constexpr int kColumns = (kHeadDim + 63) / 64;
+  static constexpr int kColumns = (kHeadDim * kElementBytes + 127) / 128;
   static constexpr int kEightRows = kSideBySide ? kColumns * 1024 : 1024;  // from these to the next
   static constexpr int kColumnBytes = kSideBySide ? 1024 : kRows * 128;    // from a column to the next
   static constexpr int kBytes = kColumns * kRows * 128;
@@ -28,7 +28,7 @@ struct ColumnTile {
   __host__ __device__ static constexpr int offset(int row, int chunk) {
     return chunk / 8 * kColumnBytes + row / 8 * kEightRows + row % 8 * 128 + ((chunk ^ row) & 7) * 16;
   }
-  // Of the 16 dimensions from 16 * step on.
+  // Of the 32 bytes from 32 * step on, which a product takes.
   __host__ __device__ static constexpr int step_offset(int step) { return step / 4 * kColumnBytes + step % 4 * 32; }
 };
 
@@ -36,6 +36,8 @@ template <class CacheElement_, int kHeadDim_>
 struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   using CacheElement = CacheElement_;
   using Types = MmaTypes<CacheElement>;
+  static constexpr bool kFloat8Products = false;
+  static constexpr int kStepDims = 16;        // that a product sums over
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
 
   // Warpgroups that compute, 64 query rows each.  The third hides latencies, where registers are enough.
@@ -69,6 +71,8 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   // Named barriers, one a group.
   static constexpr int kFirstTurn = 1, kFirstOwn = kFirstTurn + kGroups, kWidenerBarrier = kFirstOwn + kGroups;
   static constexpr int kSegments = 4;  // in work, and ahead
+  static constexpr int kCopiers = 2;   // warps that bring K and V
+  static constexpr int kTransposers = 0;
   // Of a segment's last that the next is wanted.
   static constexpr int kTilesAhead = Types::kFloat8 ? 2 : 1;
 

@@ -103,6 +103,16 @@ __device__ inline void copy_bulk_from_shared(void *destination, SharedAddress so
 __device__ inline void wait_bulk_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ inline void wait_bulk_copies() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
+// ---- matrices from registers to shared memory ---------------------------------------------------------------------
+
+// What load_matrices would load: lane l gives the address of row l % 8 of matrix l / 8, and has elements 2 (l % 4) and
+// 2 (l % 4) + 1 of row l / 4 of each.
+__device__ inline void store_matrices(SharedAddress row, const uint32_t (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m[0]), "r"(m[1]),
+               "r"(m[2]), "r"(m[3])
+               : "memory");
+}
+
 // ---- registers, which a warpgroup hands to another ------------------------------------------------------------
 
 template <int kRegisters>

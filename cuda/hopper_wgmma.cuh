@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "float8_fragments.cuh"
 #include "ptx.cuh"
 
 namespace pagedattn::cuda {
@@ -78,10 +79,13 @@ struct Products;
 #define PA_REGISTERS_64                                                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
+#define PA_REGISTERS_72 PA_REGISTERS_64 ", %32, %33, %34, %35"
 #define PA_REGISTERS_80 PA_REGISTERS_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define PA_REGISTERS_96 PA_REGISTERS_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define PA_REGISTERS_104 PA_REGISTERS_96 ", %48, %49, %50, %51"
 #define PA_REGISTERS_112 PA_REGISTERS_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define PA_REGISTERS_128 PA_REGISTERS_112 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define PA_REGISTERS_136 PA_REGISTERS_128 ", %64, %65, %66, %67"
 #define PA_REGISTERS_192                                                                                        \
   PA_REGISTERS_128                                                                                              \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
@@ -93,55 +97,69 @@ struct Products;
 #define PA_TILE(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define PA_TILES_16(i) PA_TILE(i), PA_TILE(i + 1)
 #define PA_TILES_64 PA_TILES_16(0), PA_TILES_16(2), PA_TILES_16(4), PA_TILES_16(6)
+#define PA_TILES_72 PA_TILES_64, PA_TILE(8)
 #define PA_TILES_80 PA_TILES_64, PA_TILES_16(8)
 #define PA_TILES_96 PA_TILES_80, PA_TILES_16(10)
+#define PA_TILES_104 PA_TILES_96, PA_TILE(12)
 #define PA_TILES_112 PA_TILES_96, PA_TILES_16(12)
 #define PA_TILES_128 PA_TILES_112, PA_TILES_16(14)
+#define PA_TILES_136 PA_TILES_128, PA_TILE(16)
 #define PA_TILES_192 PA_TILES_128, PA_TILES_16(16), PA_TILES_16(18), PA_TILES_16(20), PA_TILES_16(22)
 #define PA_TILES_256 PA_TILES_192, PA_TILES_16(24), PA_TILES_16(26), PA_TILES_16(28), PA_TILES_16(30)
 
 // An instruction names each of its registers, so that every width is one of its own.  A ... G are the numbers of the
 // operands behind d.
-#define PA_PRODUCTS(T, TYPE, N, A, B, C, D, E, F, G)                                                                   \
-  template <>                                                                                                          \
-  struct Products<T, N> {                                                                                              \
-    __device__ static void q_k(float (&d)[N / 8][4], Operand q, Operand k, bool add) {                                 \
-      asm volatile("{\n.reg .pred sum;\n.reg .b64 q, k;\nsetp.ne.b32 sum, %" #E ", 0;\nmov.b64 q, {%" #A ", %" #B      \
-                   "};\nmov.b64 k, {%" #C ", %" #D "};\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
-                   " {" PA_REGISTERS_##N "}, q, k, sum, 1, 1, 0, 0;\n}"                                                \
-                   : PA_TILES_##N                                                                                      \
-                   : "r"(q.place), "r"(q.layout), "r"(k.place), "r"(k.layout), "r"(static_cast<int>(add)));            \
-    }                                                                                                                  \
-    __device__ static void p_v(float (&d)[N / 8][4], const uint32_t (&p)[4], Operand v, bool add) {                    \
-      asm volatile("{\n.reg .pred sum;\n.reg .b64 v;\nsetp.ne.b32 sum, %" #G ", 0;\nmov.b64 v, {%" #E ", %" #F         \
-                   "};\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" PA_REGISTERS_##N           \
-                   "}, {%" #A ", %" #B ", %" #C ", %" #D "}, v, sum, 1, 1, 1;\n}"                                      \
-                   : PA_TILES_##N                                                                                      \
-                   : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(v.place), "r"(v.layout),                          \
-                     "r"(static_cast<int>(add)));                                                                      \
-    }                                                                                                                  \
+#define PA_PRODUCTS(T, Q_K, P_V, ALONG, ACROSS, N, A, B, C, D, E, F, G)                                           \
+  template <>                                                                                                     \
+  struct Products<T, N> {                                                                                         \
+    __device__ static void q_k(float (&d)[N / 8][4], Operand q, Operand k, bool add) {                            \
+      asm volatile("{\n.reg .pred sum;\n.reg .b64 q, k;\nsetp.ne.b32 sum, %" #E ", 0;\nmov.b64 q, {%" #A ", %" #B \
+                   "};\nmov.b64 k, {%" #C ", %" #D "};\nwgmma.mma_async.sync.aligned.m64n" #N Q_K                 \
+                   " {" PA_REGISTERS_##N "}, q, k, sum, 1, 1" ALONG ";\n}"                                        \
+                   : PA_TILES_##N                                                                                 \
+                   : "r"(q.place), "r"(q.layout), "r"(k.place), "r"(k.layout), "r"(static_cast<int>(add)));       \
+    }                                                                                                             \
+    __device__ static void p_v(float (&d)[N / 8][4], const uint32_t (&p)[4], Operand v, bool add) {               \
+      asm volatile("{\n.reg .pred sum;\n.reg .b64 v;\nsetp.ne.b32 sum, %" #G ", 0;\nmov.b64 v, {%" #E ", %" #F    \
+                   "};\nwgmma.mma_async.sync.aligned.m64n" #N P_V " {" PA_REGISTERS_##N                           \
+                   "}, {%" #A ", %" #B ", %" #C ", %" #D "}, v, sum, 1, 1" ACROSS ";\n}"                          \
+                   : PA_TILES_##N                                                                                 \
+                   : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(v.place), "r"(v.layout),                     \
+                     "r"(static_cast<int>(add)));                                                                 \
+    }                                                                                                             \
   };
-#define PA_BOTH_TYPES(N, ...)                \
-  PA_PRODUCTS(__half, "f16", N, __VA_ARGS__) \
-  PA_PRODUCTS(__nv_bfloat16, "bf16", N, __VA_ARGS__)
-PA_BOTH_TYPES(64, 32, 33, 34, 35, 36, 37, 38)
-PA_BOTH_TYPES(80, 40, 41, 42, 43, 44, 45, 46)
-PA_BOTH_TYPES(96, 48, 49, 50, 51, 52, 53, 54)
-PA_BOTH_TYPES(112, 56, 57, 58, 59, 60, 61, 62)
-PA_BOTH_TYPES(128, 64, 65, 66, 67, 68, 69, 70)
-PA_BOTH_TYPES(192, 96, 97, 98, 99, 100, 101, 102)
-PA_BOTH_TYPES(256, 128, 129, 130, 131, 132, 133, 134)
+#define PA_ALL_TYPES(N, ...)                                                                            \
+  PA_PRODUCTS(__half, "k16.f32.f16.f16", "k16.f32.f16.f16", ", 0, 0", ", 1", N, __VA_ARGS__)            \
+  PA_PRODUCTS(__nv_bfloat16, "k16.f32.bf16.bf16", "k16.f32.bf16.bf16", ", 0, 0", ", 1", N, __VA_ARGS__) \
+  PA_PRODUCTS(Float8E4M3, "k32.f32.e4m3.e4m3", "k32.f32.e4m3.e4m3", "", "", N, __VA_ARGS__)             \
+  PA_PRODUCTS(Float8E5M2, "k32.f32.e5m2.e5m2", "k32.f32.e4m3.e5m2", "", "", N, __VA_ARGS__)
+PA_ALL_TYPES(64, 32, 33, 34, 35, 36, 37, 38)
+PA_ALL_TYPES(72, 36, 37, 38, 39, 40, 41, 42)
+PA_ALL_TYPES(80, 40, 41, 42, 43, 44, 45, 46)
+PA_ALL_TYPES(96, 48, 49, 50, 51, 52, 53, 54)
+PA_ALL_TYPES(104, 52, 53, 54, 55, 56, 57, 58)
+PA_ALL_TYPES(112, 56, 57, 58, 59, 60, 61, 62)
+PA_ALL_TYPES(128, 64, 65, 66, 67, 68, 69, 70)
+PA_ALL_TYPES(136, 68, 69, 70, 71, 72, 73, 74)
+PA_ALL_TYPES(192, 96, 97, 98, 99, 100, 101, 102)
+PA_ALL_TYPES(256, 128, 129, 130, 131, 132, 133, 134)
 
 #undef PA_REGISTERS_64
 #undef PA_TILES_64
+#undef PA_REGISTERS_72
+#undef PA_TILES_72
 #undef PA_REGISTERS_80
 #undef PA_TILES_80
 #undef PA_REGISTERS_96
 #undef PA_TILES_96
+#undef PA_REGISTERS_104
+#undef PA_TILES_104
 #undef PA_REGISTERS_112
 #undef PA_TILES_112
 #undef PA_REGISTERS_128
 #undef PA_TILES_128
+#undef PA_REGISTERS_136
+#undef PA_TILES_136
 #undef PA_REGISTERS_192
 #undef PA_TILES_192
 #undef PA_REGISTERS_256
@@ -149,6 +167,6 @@ PA_BOTH_TYPES(256, 128, 129, 130, 131, 132, 133, 134)
 #undef PA_TILE
 #undef PA_TILES_16
 #undef PA_PRODUCTS
-#undef PA_BOTH_TYPES
+#undef PA_ALL_TYPES
 
 }  // namespace pagedattn::cuda

@@ -17,7 +17,7 @@ namespace pagedattn::cuda {
 namespace {
 
 constexpr int kColumnBytes = 128;
-constexpr cuuint32_t kQueryColumn = 64;  // elements
+constexpr cuuint32_t kQueryColumn = 64;  // elements of queries that are to be widened
 constexpr int64_t kAlignment = 16;
 
 // Strides of extents of one are never used and need not fit.
@@ -172,17 +172,18 @@ void encode_caches(const AttentionParams &params, const CacheBox &box, CUtensorM
   }
 }
 
-CUtensorMap encode_queries(const AttentionParams &params, int tokens) {
+CUtensorMap encode_queries(const AttentionParams &params, int tokens, bool widened) {
   const int group = params.num_q_heads / params.num_kv_heads;
   const int64_t size = dtype_size(params.q_dtype);
   Tensor tensor{};
   tensor.data = params.q.data;
   tensor.element_size = size;
-  tensor.is_cut = size == 2;  // float8 is put in its place by what widens it
+  tensor.is_cut = size == 2 || !widened;  // what widens float8 puts it in its place
   tensor.row = params.head_dim;
   tensor.extents = {params.head_dim, group, params.num_kv_heads, params.num_tokens, 1};
   tensor.strides = {params.q.head_stride, params.q.head_stride * group, params.q.token_stride, 0};
-  tensor.box = {kQueryColumn, static_cast<cuuint32_t>(group), 1, static_cast<cuuint32_t>(tokens), 1};
+  const cuuint32_t column = tensor.is_cut ? static_cast<cuuint32_t>(kColumnBytes / size) : kQueryColumn;
+  tensor.box = {column, static_cast<cuuint32_t>(group), 1, static_cast<cuuint32_t>(tokens), 1};
   return encode(tensor);
 }
 

@@ -37,8 +37,8 @@ CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, in
 // [N Hkv, S / 8, columns, 8, elements].  Throws PA_ERROR_CUDA.
 void encode_caches(const AttentionParams &params, const CacheBox &box, CUtensorMap *k, CUtensorMap *v);
 
-// The map of queries, [1, T, Hkv, Hq / Hkv, D], of which it takes 64 elements of so many tokens of one KV head at once.
-// Throws PA_ERROR_CUDA.
-CUtensorMap encode_queries(const AttentionParams &params, int tokens);
+// The map of queries, [1, T, Hkv, Hq / Hkv, D], of which it takes 128 bytes of so many tokens of one KV head at once,
+// or 64 elements of float8 that is to be widened.  Throws PA_ERROR_CUDA.
+CUtensorMap encode_queries(const AttentionParams &params, int tokens, bool widened);
 
 }  // namespace pagedattn::cuda

@@ -12,17 +12,22 @@ import numpy as np
 
 # Relative Frobenius error over a whole result, by the type of q and out.
 FROBENIUS = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3}
+# The same where queries, keys, weights and values are multiplied in float8, and weights rounded to it.
+FLOAT8_PRODUCTS = 4e-2
 # One element or one row has no average over many to hide behind, nor to profit from.
 ROW_FACTOR = 4.0
 ELEMENT_FACTOR = 8.0
 LSE_TOLERANCE = 1e-4
+FLOAT8_PRODUCTS_LSE_TOLERANCE = 0.1
 # Below this nothing can be told from zero: the spacing of float16's subnormal numbers; the others reach far lower.
 SPACING = {"float32": 1e-37, "float16": 2.0**-24, "bfloat16": 1e-37}
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray, dtype: Any, what: str = "out") -> None:
+def assert_close(
+    actual: np.ndarray, expected: np.ndarray, dtype: Any, what: str = "out", bar: float | None = None
+) -> None:
     """Check [T, H, D] results: the whole, each (token, head) row and each element; a row of zeros must be exact."""
-    bar, spacing = FROBENIUS[np.dtype(dtype).name], SPACING[np.dtype(dtype).name]
+    bar, spacing = bar or FROBENIUS[np.dtype(dtype).name], SPACING[np.dtype(dtype).name]
     assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
     result = actual.astype(np.float64)
     assert np.isfinite(result).all(), f"{what} is not finite at {first(~np.isfinite(result))}"

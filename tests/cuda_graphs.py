@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pagedattn
-from accuracy import assert_close, assert_lse_close
+from attention_check import assert_result_close, assert_result_lse_close
 from backends import Array, CupyBackend
 from batches import Batch, poison
 
@@ -82,8 +82,8 @@ class CapturedAttention:
         refill(self._lse, poison(batch.q.shape[:2], np.float32))
         self._replay()
         expected, expected_lse = batch.reference()
-        assert_close(self._cuda.host(self._out), expected, batch.out_dtype)
-        assert_lse_close(self._cuda.host(self._lse), expected_lse)
+        assert_result_close(self._cuda.host(self._out), expected, batch.out_dtype)
+        assert_result_lse_close(self._cuda.host(self._lse), expected_lse)
 
 
 def _resized(batch: Batch) -> Batch:

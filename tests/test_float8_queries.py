@@ -13,10 +13,11 @@ import numpy as np
 import pagedattn
 import pytest
 from accuracy import assert_close, assert_same_bytes
-from attention_check import check_batch, types
+from attention_check import assert_result_close, check_batch, types
 from backends import BFLOAT16, DTYPES, CupyBackend, NumpyBackend
 from batches import Batch, make_batch, poison
 from test_decode_kernels import PREAMBLE, run
+from test_prefill_shapes import require_hopper
 
 FLOAT8 = ["float8_e4m3", "float8_e5m2"]
 # Decode, speculation and prefill share a call.
@@ -43,7 +44,7 @@ def test_results_are_bfloat16_by_default(backend: NumpyBackend, rng: np.random.G
     args, options = batch.on(backend)
     out = backend.host(pagedattn.paged_attention(*args, **options))
     assert out.dtype == BFLOAT16
-    assert_close(out, batch.reference()[0], BFLOAT16)
+    assert_result_close(out, batch.reference()[0], BFLOAT16)
 
 
 @pytest.mark.parametrize("dtype", FLOAT8)
@@ -122,6 +123,67 @@ def test_scores_may_be_products_times_a_negative_number(backend: NumpyBackend, r
     for q_scale in ([-0.5, 0.7], [0.0, 1.0]):
         check_batch(backend, mixed_batch(rng, "float8_e4m3", q_scale=np.array(q_scale, np.float32)))
     check_batch(backend, mixed_batch(rng, "float8_e4m3", scale=-0.1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOAT8)
+@pytest.mark.parametrize(
+    ("head_dim", "kernel"),
+    [(64, "products_{}_d64"), (80, "products_{}_d96"), (128, "products_{}_d128"), (192, "{}_d192")],
+)
+def test_on_hopper_prompts_are_multiplied_in_float8(
+    cuda: CupyBackend, rng: np.random.Generator, head_dim: int, kernel: str, dtype: str
+) -> None:
+    require_hopper(cuda)
+    check_batch(cuda, mixed_batch(rng, dtype, head_dim))
+    assert pagedattn.last_kernel().split("+")[1] == "hopper_prefill_" + kernel.format(dtype)
+
+
+@pytest.mark.gpu
+def test_sums_over_many_keys_lose_none(cuda: CupyBackend, rng: np.random.Generator) -> None:
+    # The tensor cores drop what is 2^13 below a sum, which all weights are, together, far above.
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, **types(rng, ("float8_e4m3", "float8_e4m3"), 2)}
+    batch = make_batch(rng, [20000], [100], scale=0.001, **shape)
+    batch.v_cache[...] = (batch.v_cache.astype(np.float32) * 0.25 + 1).astype(batch.v_cache.dtype)
+    args, options = batch.on(cuda)
+    out = cuda.host(pagedattn.paged_attention(*args, **options)).astype(np.float64)
+    expected = batch.reference()[0]
+    assert np.linalg.norm(out - expected) <= 4e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [0.3, 0.6, 2.0])
+def test_scores_of_float8_may_rise_towards_the_first_keys(
+    cuda: CupyBackend, rng: np.random.Generator, factor: float
+) -> None:
+    # Tiles come from the last to the first, and weights that outgrow a float8 are computed anew.  Groups of five leave
+    # rows of a tile without a token.
+    shape = {"num_q_heads": 10, "num_kv_heads": 2, "head_dim": 128}
+    batch = make_batch(rng, [2000, 900], [100, 300], **shape, **types(rng, ("float8_e4m3", "float8_e4m3"), 2))
+    common = rng.standard_normal(128)
+    batch.q = (batch.q.astype(np.float32) * 0.25 + common).astype(batch.q.dtype)
+    for sequence, end in ((0, 1100), (1, 333)):
+        tokens = np.arange(end)
+        place = batch.block_tables[sequence, tokens // 16], tokens % 16
+        keys = batch.k_cache[place].astype(np.float32) + factor * common
+        batch.k_cache[place] = keys.astype(batch.k_cache.dtype)
+    check_batch(cuda, batch)
+
+
+@pytest.mark.gpu
+def test_the_same_float8_queries_give_the_same_bits(cuda: CupyBackend, rng: np.random.Generator) -> None:
+    args, options = make_batch(
+        rng,
+        [3000, 700, 900, 9000],
+        [500, 700, 1, 80],
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        **types(rng, ("float8_e4m3", "float8_e4m3"), 8),
+    ).on(cuda)
+    runs = [cuda.host(pagedattn.paged_attention(*args, **options)) for _ in range(10)]
+    for other in runs[1:]:
+        assert_same_bytes(other, runs[0])
 
 
 GENERIC = (

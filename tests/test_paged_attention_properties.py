@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pagedattn
-from accuracy import assert_close, assert_lse_close, assert_same_bytes
+from accuracy import assert_close, assert_same_bytes
+from attention_check import assert_result_close, assert_result_lse_close
 from backends import DTYPES, NumpyBackend
 from batches import LAYOUTS, TENSOR_CORE_KINDS, make_batch, output, poison, scale_for
 from hypothesis import given, settings
@@ -74,8 +75,8 @@ def test_any_valid_call_matches_the_reference(backend: NumpyBackend, case: dict[
     poisoned = output(batch.q.shape, batch.out_dtype, strided=strided_out)  # type: ignore[arg-type]
     out, lse = backend.arrays(poisoned.view, poison(batch.q.shape[:2], np.float32))
     pagedattn.paged_attention(*args, out=out, lse=lse, deterministic=deterministic, **options)
-    assert_close(backend.host(out), expected, batch.out_dtype)
-    assert_lse_close(backend.host(lse), expected_lse)
+    assert_result_close(backend.host(out), expected, batch.out_dtype)
+    assert_result_lse_close(backend.host(lse), expected_lse)
     assert poisoned.gaps_untouched(backend.allocation(out))
 
 
