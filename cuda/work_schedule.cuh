@@ -13,6 +13,8 @@
 // are made of pieces of a length that the item alone decides, a block does the pieces that begin in its range, and each
 // piece is a partial result of its own.
 //
+// Some kernels have a line for each KV head or two instead, divided by some of the blocks each (head_lines.cuh).
+//
 // Neighbouring KV heads of a sequence of few rows may make one item, of as many times the cost, whose tile has rows for
 // each: their keys lie side by side in memory, which reads them faster together.  Unless the kernel can do no other,
 // not so where too many blocks would share the item, since one of them joins all its partial results; and never with
@@ -26,6 +28,7 @@
 #include <type_traits>
 
 #include "attention_params.cuh"
+#include "head_lines.cuh"
 
 namespace pagedattn::cuda {
 
@@ -50,6 +53,12 @@ struct TileShape {
   static constexpr int kMaxHeadShift = 0;
   static constexpr int kLeastHeadShift = 0;
   static constexpr int kMaxTilesOfMany = 0;
+  // Whether a KV head may have a line of its own: if sequences have from least to most tiles in the mean.  And whether
+  // two may have one, if sequences are longer.
+  static constexpr bool kHeadsInStep = false;
+  static constexpr int kLeastTilesInStep = 0;
+  static constexpr int kMostTilesInStep = 0;
+  static constexpr bool kPairsInStep = false;
 };
 
 // Blocks that an item of several KV heads may be shared by, about.
@@ -176,14 +185,22 @@ __host__ __device__ TileRow tile_row(const Batch &batch, const WorkItem &item, i
 template <class Shape>
 struct WorkCut {
   int quantum;             // length of a range
-  int most_of_many_heads;  // cost of an item of several KV heads
+  int most_of_many_heads;  // cost of an item of several KV heads,
+  int most_tiles_of_many;  // its tiles,
+  int max_head_shift;      // and log 2 of its heads
   int unit_shift;
   bool deterministic;
 
-  __host__ __device__ static WorkCut of(const Batch &batch, int total, int num_blocks) {
+  // Of a line that has so many heads, or all.
+  __host__ __device__ static WorkCut of(const Batch &batch, int total, int num_blocks, int heads = kMaxUnits) {
     const int least = units_of(batch, Shape::kMinSegmentTiles) << Shape::kLeastHeadShift;
     const int quantum = larger(ceil_divide(total, num_blocks), least);
-    return {quantum, quantum > kMaxUnits / kMostSharers ? kMaxUnits : quantum * kMostSharers, batch.unit_shift,
+    const bool is_pair = heads == 2 && heads < batch.num_kv_heads;
+    return {quantum,
+            quantum > kMaxUnits / kMostSharers ? kMaxUnits : quantum * kMostSharers,
+            is_pair ? kMaxUnits : Shape::kMaxTilesOfMany,
+            heads <= 2 ? smaller(heads - 1, batch.max_head_shift) : batch.max_head_shift,
+            batch.unit_shift,
             batch.deterministic};
   }
 
@@ -231,9 +248,9 @@ template <class Shape>
 __host__ __device__ int head_shift(const Batch &batch, const WorkCut<Shape> &cut, const Sequence &seq, int kv_tiles) {
   if constexpr (Shape::kMaxHeadShift == Shape::kLeastHeadShift) return Shape::kMaxHeadShift;
   const int rows_shift = head_rows_shift(num_rows(batch, seq)), cost = cost_of<Shape>(batch, kv_tiles);
-  if (kv_tiles > Shape::kMaxTilesOfMany) return 0;
+  if (kv_tiles > cut.most_tiles_of_many) return 0;
   const auto fits = [&](int shift) {
-    return shift <= batch.max_head_shift && Shape::kRows >> shift >> rows_shift != 0 &&
+    return shift <= cut.max_head_shift && Shape::kRows >> shift >> rows_shift != 0 &&
            cost << shift <= cut.most_of_many_heads && units_of(batch, Shape::kMinSegmentTiles) << shift <= cut.quantum;
   };
   static_assert(Shape::kMaxHeadShift <= 2);
@@ -247,11 +264,12 @@ __host__ __device__ WorkItem make_item(const Batch &batch, const WorkCut<Shape> 
   return {seq, 0, head_shift(batch, cut, seq, tiles.end - tiles.begin), tile, keys, tiles, 0};
 }
 
-// A block's range of the line.
+// A block's range of its line.
 struct LineRange {
-  int block;
+  int block;  // of the line
   int begin;
   int end;
+  int first_block = 0;  // of the line, see HeadLine
 };
 
 // Some of an item's granules, which together are one segment.
@@ -285,9 +303,10 @@ __host__ __device__ SegmentPlan plan_of(const WorkItem &item, const WorkCut<Shap
     return position >= range.begin && position < range.end ? range.block : cut.owner(position);
   };
   const int first = owner(item.start), last = owner(last_granule);
-  if (!cut.deterministic) return {range.block - first, last - first + 1, last != first, first, 2 * first};
-  const int place = first * 2 * Shape::kMaxPieces + (last != first ? 0 : Shape::kMaxPieces);
-  return {granule, granules, last != first, first, place};
+  const int first_owner = range.first_block + first;
+  if (!cut.deterministic) return {range.block - first, last - first + 1, last != first, first_owner, 2 * first_owner};
+  const int place = first_owner * 2 * Shape::kMaxPieces + (last != first ? 0 : Shape::kMaxPieces);
+  return {granule, granules, last != first, first_owner, place};
 }
 
 #ifdef __CUDACC__
@@ -321,7 +340,8 @@ class WorkCursor {
  public:
   struct Shared {
     WorkCut<Shape> cut;
-    LineRange range;   // the block's
+    HeadLine line;     // the block's,
+    LineRange range;   // and its range
     WorkItem ends[2];  // the items that the range, if it is not empty, begins and ends in
     int warp_totals[kWarps];
   };
@@ -357,12 +377,17 @@ class WorkCursor {
         length += shared_.warp_totals[w];
       }
     }
+    const int blocks = static_cast<int>(gridDim.x), heads = heads_of_line<Shape>(batch_, length, blocks);
+    const auto line = HeadLine::of(batch_, heads, static_cast<int>(blockIdx.x), blocks);
+    length *= heads;
+    before *= heads;
     const int total = length < kMaxUnits ? static_cast<int>(length) : 0;  // nothing, rather than anything
-    const auto cut = WorkCut<Shape>::of(batch_, total, static_cast<int>(gridDim.x));
-    const int block = static_cast<int>(blockIdx.x), start = block * cut.quantum;  // less than 2^31, as the line is
-    const LineRange range{block, start, smaller(start + cut.quantum, total)};
+    const auto cut = WorkCut<Shape>::of(batch_, total, line.num_columns, heads);
+    const int start = line.column * cut.quantum;  // less than 2^31, as the line is
+    const LineRange range{line.column, start, smaller(start + cut.quantum, total), line.first_block};
     if (threadIdx.x == 0) {
       shared_.cut = cut;
+      shared_.line = line;
       shared_.range = range;
     }
     if (range.begin >= range.end) return;
@@ -370,14 +395,14 @@ class WorkCursor {
     for (int end = many ? 0 : warp; end < (many ? 2 : warp + 1); ++end) {
       const int target = end == 0 ? range.begin : range.end - 1;
       int offset = target - static_cast<int>(before);
-      if (many && (offset < 0 || offset >= shared_.warp_totals[warp])) continue;
+      if (many && (offset < 0 || offset >= shared_.warp_totals[warp] * heads)) continue;
 #pragma unroll 1
       for (int k = 0; chunk > 32; k += 32) {
         lanes = measure(first + k);
-        if (offset < lanes.total()) break;
-        offset -= static_cast<int>(lanes.total());
+        if (offset < lanes.total() * heads) break;
+        offset -= static_cast<int>(lanes.total()) * heads;
       }
-      find_item(lanes, offset, target, cut, shared_.ends[end]);
+      find_item(lanes, offset, target, cut, line, shared_.ends[end]);
     }
   }
 
@@ -402,12 +427,12 @@ class WorkCursor {
     if (kOneTile || tile == num_query_tiles<Shape>(batch_, seq)) {
       tile = 0;
       kv_head += 1 << item.head_shift;
-      if (kv_head == batch_.num_kv_heads) {
-        kv_head = 0;
+      if (kv_head == shared_.line.first_head + shared_.line.heads) {
+        kv_head = shared_.line.first_head;
         if (!find_next_sequence(seq)) return false;
       }
     }
-    if (!kOneTile || kv_head == 0) item = make_item(batch_, shared_.cut, seq, tile);
+    if (!kOneTile || kv_head == shared_.line.first_head) item = make_item(batch_, shared_.cut, seq, tile);
     item.kv_head = kv_head;
     item.start = start;
     return true;
@@ -417,7 +442,7 @@ class WorkCursor {
   // Sequences that follow each other, one a lane.
   struct Lanes {
     Sequence seq;
-    Sum cost;  // of all heads
+    Sum cost;  // of a head
     Sum end;   // of the costs up to this lane's
 
     __device__ Sum total() const { return __shfl_sync(kFullWarp, end, 31); }
@@ -425,7 +450,7 @@ class WorkCursor {
   __device__ Lanes measure(int first) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Lanes lanes{load_or_none(first + lane), 0, 0};
-    lanes.cost = static_cast<Sum>(head_cost(lanes.seq)) * batch_.num_kv_heads;
+    lanes.cost = static_cast<Sum>(head_cost(lanes.seq));
     lanes.end = warp_inclusive_scan(lanes.cost, lane);
     return lanes;
   }
@@ -434,16 +459,17 @@ class WorkCursor {
   }
 
   // The item at `offset` units from the start of the first of these sequences, `target` from the line's.
-  __device__ void find_item(const Lanes &lanes, int offset, int target, const WorkCut<Shape> &cut,
+  __device__ void find_item(const Lanes &lanes, int offset, int target, const WorkCut<Shape> &cut, const HeadLine &line,
                             WorkItem &found) const {
-    const int begin = static_cast<int>(lanes.end - lanes.cost);
-    const bool mine = begin <= offset && offset < lanes.end;
+    const int begin = static_cast<int>(lanes.end - lanes.cost) * line.heads;
+    const bool mine = begin <= offset && offset < lanes.end * line.heads;
     if constexpr (kOneTile) {
       if (!mine) return;
       WorkItem item = make_item(batch_, cut, lanes.seq, 0);
       const int cost = cost_of<Shape>(batch_, item.num_kv_tiles()), head = head_at(offset - begin, cost);
-      item.kv_head = head >> item.head_shift << item.head_shift;
-      item.start = target - offset + begin + item.kv_head * cost;
+      const int first = head >> item.head_shift << item.head_shift;
+      item.kv_head = line.first_head + first;
+      item.start = target - offset + begin + first * cost;
       found = item;
     } else {
       const int source = __ffs(static_cast<int>(__ballot_sync(kFullWarp, mine))) - 1;
@@ -452,7 +478,7 @@ class WorkCursor {
       const int cost = warp_head_cost(seq), kv_head = head_at(target - seq_start, cost);
       int start = seq_start + kv_head * cost;
       WorkItem item = make_item(batch_, cut, seq, find_tile(target, seq, start));
-      item.kv_head = kv_head;
+      item.kv_head = line.first_head + kv_head;
       item.start = start;
       if (threadIdx.x % 32 == 0) found = item;
     }

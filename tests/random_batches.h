@@ -82,24 +82,33 @@ struct FourHeadsShape : HopperShape<16, 2, kMaxUnits> {
   static constexpr int kLeastHeadShift = 2;
 };
 
+struct InStepShape : HopperShape<32, 2, 8> {
+  static constexpr bool kHeadsInStep = true;
+  static constexpr int kLeastTilesInStep = 4;
+  static constexpr int kMostTilesInStep = 12;
+  static constexpr bool kPairsInStep = true;
+};
+
 struct TallShape : TileShape<128, 64, false> {
   static constexpr int kItemOverhead = 4;
 };
 
+// Of one head of all sequences.
 template <class Shape>
-int line_length(const Batch &batch) {
+int head_cost(const Batch &batch) {
   int length = 0;
   for (int i = 0; i < batch.num_seqs; ++i) {
     const Sequence seq = load_sequence(batch, i);
     for (int tile = 0; tile < num_query_tiles<Shape>(batch, seq); ++tile) {
-      length += tile_cost<Shape>(batch, seq, tile) * batch.num_kv_heads;
+      length += tile_cost<Shape>(batch, seq, tile);
     }
   }
   return length;
 }
 
+// Of a line.
 template <class Shape>
-std::vector<WorkItem> items_of(const Batch &batch, const WorkCut<Shape> &cut) {
+std::vector<WorkItem> items_of(const Batch &batch, const WorkCut<Shape> &cut, const HeadLine &line) {
   std::vector<WorkItem> items;
   int start = 0;
   for (int i = 0; i < batch.num_seqs; ++i) {
@@ -107,7 +116,7 @@ std::vector<WorkItem> items_of(const Batch &batch, const WorkCut<Shape> &cut) {
     const int tiles = num_query_tiles<Shape>(batch, seq);
     if (tiles == 0) continue;
     const int heads = 1 << make_item(batch, cut, seq, 0).head_shift;
-    for (int head = 0; head < batch.num_kv_heads; head += heads) {
+    for (int head = line.first_head; head < line.first_head + line.heads; head += heads) {
       for (int tile = 0; tile < tiles; ++tile) {
         items.push_back(make_item(batch, cut, seq, tile));
         items.back().kv_head = head;

@@ -39,7 +39,6 @@ void check_block(const Batch &batch, const std::vector<WorkItem> &items, const W
   typename Cursor::Shared shared{};
   std::vector<WorkItem> walked;
   std::vector<Segment> segments;
-  blockIdx.x = static_cast<unsigned>(range.block);
   emulation::run(kThreads, [&] {
     Cursor cursor(batch, shared);
     cursor.begin();
@@ -75,7 +74,7 @@ void check_block(const Batch &batch, const std::vector<WorkItem> &items, const W
       const SegmentPlan plan = plan_of(segments[i].item, cut, range, segments[i].granule);
       if (cut.deterministic || !plan.is_shared) continue;
       REQUIRE(i == 0 || plan.segment == plan.num_segments - 1);
-      REQUIRE(plan.first_owner + plan.segment == range.block);
+      REQUIRE(plan.first_owner + plan.segment == range.first_block + range.block);
     }
   }
 }
@@ -85,22 +84,25 @@ void check(int seed, int min_rows, int max_rows, int most_seqs, int heads = 1) {
   RandomBatch random(seed, most_seqs);
   random.serve(seed, min_rows, max_rows, heads);
   const Batch &batch = random.batch;
-  const int total = line_length<Shape>(batch);
-  const auto cut = WorkCut<Shape>::of(batch, total, random.num_blocks);
-  const std::vector<WorkItem> items = items_of(batch, cut);
+  const int cost = head_cost<Shape>(batch), line_heads = heads_of_line<Shape>(batch, cost, random.num_blocks);
+  const int total = cost * line_heads;
   gridDim.x = static_cast<unsigned>(random.num_blocks);
   for (int block = 0; block < random.num_blocks; block += 1 + random.num_blocks / 4) {
-    const int begin = block * cut.quantum;
-    check_block<Shape, kThreads>(batch, items, cut, {block, begin, smaller(begin + cut.quantum, total)}, seed);
+    const auto line = HeadLine::of(batch, line_heads, block, random.num_blocks);
+    const auto cut = WorkCut<Shape>::of(batch, total, line.num_columns, line_heads);
+    const int begin = line.column * cut.quantum;
+    const LineRange range{line.column, begin, smaller(begin + cut.quantum, total), line.first_block};
+    blockIdx.x = static_cast<unsigned>(block);
+    check_block<Shape, kThreads>(batch, items_of(batch, cut, line), cut, range, seed);
   }
 }
 
 }  // namespace
 
 int main() {
-  for (int seed = 0; seed < 60; ++seed) {
+  for (int seed = 0; seed < 72; ++seed) {
     const int most_seqs = seed % 3 == 0 ? 8 : seed % 3 == 1 ? 200 : 1500;
-    switch (seed / 3 % 5) {
+    switch (seed / 3 % 6) {
       case 0:
         check<HopperShape<32, 2, 8>, 384>(seed, 1, 64, most_seqs);
         break;
@@ -111,6 +113,9 @@ int main() {
         check<TileShape<16, 64, true>, 128>(seed, 1, 16, most_seqs);
         break;
       case 3:
+        check<InStepShape, 384>(seed, 1, 64, most_seqs);
+        break;
+      case 4:
         check<TileShape<16, 64, false>, 128>(seed, 1, 40, most_seqs);
         break;
       default:

@@ -1,0 +1,55 @@
+// Which KV heads make a line of work, and which blocks divide it (work_schedule.cuh).
+//
+// SPDX-License-Identifier: Apache-2.0
+//
+// One line of all heads gives every block the same, to a tile, but blocks that run at the same time then read different
+// sequences, and a token's keys of one head are a small piece of memory.  If each head has a line of its own, cut like
+// all others, blocks next to each other read the same tokens of neighbouring heads, for a while at the same time: in
+// step.  Over long sequences they lose each other; there two heads an item, on a line for each such pair, are better,
+// if there are sequences enough that few are cut.  Short ones want more heads an item (TileShape::kMaxHeadShift).
+//
+// All blocks decide alike, from the lengths.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_params.cuh"
+
+namespace pagedattn::cuda {
+
+// How many KV heads a line has in a grid of so many blocks, if one head of all sequences costs so much.
+template <class Shape>
+__host__ __device__ int heads_of_line(const Batch &batch, int64_t head_cost, int num_blocks) {
+  const int all = batch.num_kv_heads;
+  if constexpr (!Shape::kHeadsInStep) {
+    return all;
+  } else {
+    // Of those without a block there may be some: fewer than all read memory as fast.
+    const auto columns_of = [&](int heads) { return num_blocks / (all / heads); };
+    const auto fit = [&](int heads) {
+      return all % heads == 0 && columns_of(heads) * (all / heads) >= num_blocks - num_blocks / 8;
+    };
+    const int64_t tiles = head_cost << batch.unit_shift, seqs = batch.num_seqs;
+    if (all == 1 || tiles < Shape::kLeastTilesInStep * seqs) return all;
+    if (tiles <= Shape::kMostTilesInStep * seqs) return fit(1) ? 1 : all;
+    return Shape::kPairsInStep && fit(2) && 2 * seqs >= 3 * columns_of(2) ? 2 : all;
+  }
+}
+
+// A line, and which of its blocks one is.
+struct HeadLine {
+  int first_head;
+  int heads;
+  int column;       // the block's number among those of the line,
+  int num_columns;  // and how many these are; blocks beyond have nothing to do
+  int first_block;  // of all lines' blocks, one line's after the other's, this one's first
+
+  // Blocks that follow each other have the same column of all lines.
+  __host__ __device__ static HeadLine of(const Batch &batch, int heads, int block, int num_blocks) {
+    if (heads == batch.num_kv_heads) return {0, heads, block, num_blocks, 0};
+    const int lines = batch.num_kv_heads / heads, columns = num_blocks / lines, line = block % lines;
+    return {line * heads, heads, block / lines, columns, line * columns};
+  }
+};
+
+}  // namespace pagedattn::cuda
