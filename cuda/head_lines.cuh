@@ -5,8 +5,9 @@
 // One line of all heads gives every block the same, to a tile, but blocks that run at the same time then read different
 // sequences, and a token's keys of one head are a small piece of memory.  If each head has a line of its own, cut like
 // all others, blocks next to each other read the same tokens of neighbouring heads, for a while at the same time: in
-// step.  Over long sequences they lose each other; there two heads an item, on a line for each such pair, are better,
-// if there are sequences enough that few are cut.  Short ones want more heads an item (TileShape::kMaxHeadShift).
+// step.  Over long sequences they lose each other, sooner where a head has few rows; there two heads an item, on a line
+// for each such pair, are better, if there are sequences enough that few are cut.  Short ones want more heads an item
+// (TileShape::kMaxHeadShift).
 //
 // All blocks decide alike, from the lengths.
 #pragma once
@@ -17,22 +18,38 @@
 
 namespace pagedattn::cuda {
 
-// How many KV heads a line has in a grid of so many blocks, if one head of all sequences costs so much.
+// The cost of one head of all sequences, in units of KV tiles; and were none longer than it takes to be in step, so
+// that one long sequence says nothing of many short ones.
+struct HeadCost {
+  int64_t all;
+  int64_t clipped;
+};
+
+// To which a sequence's cost is clipped.
 template <class Shape>
-__host__ __device__ int heads_of_line(const Batch &batch, int64_t head_cost, int num_blocks) {
+__host__ __device__ int clip_cost(const Batch &batch, int cost) {
+  const int most = 2 * Shape::kLeastTilesInStep >> batch.unit_shift;
+  return cost < most ? cost : most;
+}
+
+// How many KV heads a line has in a grid of so many blocks.
+template <class Shape>
+__host__ __device__ int heads_of_line(const Batch &batch, const HeadCost &cost, int num_blocks) {
   const int all = batch.num_kv_heads;
   if constexpr (!Shape::kHeadsInStep) {
     return all;
   } else {
-    // Of those without a block there may be some: fewer than all read memory as fast.
+    constexpr int kFewestHeads = 4, kRowsOfPairs = 8;
+    const bool few_rows = batch.max_rows <= kRowsOfPairs;
+    const int64_t seqs = batch.num_seqs, most = int64_t{Shape::kMostTilesInStep} << (few_rows ? 0 : 1);
+    // Some blocks may have nothing to do: fewer than all read memory as fast.
     const auto columns_of = [&](int heads) { return num_blocks / (all / heads); };
     const auto fit = [&](int heads) {
       return all % heads == 0 && columns_of(heads) * (all / heads) >= num_blocks - num_blocks / 8;
     };
-    const int64_t tiles = head_cost << batch.unit_shift, seqs = batch.num_seqs;
-    if (all == 1 || tiles < Shape::kLeastTilesInStep * seqs) return all;
-    if (tiles <= Shape::kMostTilesInStep * seqs) return fit(1) ? 1 : all;
-    return Shape::kPairsInStep && fit(2) && 2 * seqs >= 3 * columns_of(2) ? 2 : all;
+    if (all < kFewestHeads || cost.clipped << batch.unit_shift < Shape::kLeastTilesInStep * seqs) return all;
+    if (cost.all << batch.unit_shift <= most * seqs) return fit(1) ? 1 : all;
+    return Shape::kPairsInStep && few_rows && fit(2) && 2 * seqs >= 3 * columns_of(2) ? 2 : all;
   }
 }
 

@@ -53,8 +53,8 @@ struct TileShape {
   static constexpr int kMaxHeadShift = 0;
   static constexpr int kLeastHeadShift = 0;
   static constexpr int kMaxTilesOfMany = 0;
-  // Whether a KV head may have a line of its own: if sequences have from least to most tiles in the mean.  And whether
-  // two may have one, if sequences are longer.
+  // Whether a KV head may have a line of its own: if sequences have from least to most tiles in the mean, or twice that
+  // where a head has many rows.  And whether two may have one, if sequences are longer.
   static constexpr bool kHeadsInStep = false;
   static constexpr int kLeastTilesInStep = 0;
   static constexpr int kMostTilesInStep = 0;
@@ -344,6 +344,7 @@ class WorkCursor {
     LineRange range;   // and its range
     WorkItem ends[2];  // the items that the range, if it is not empty, begins and ends in
     int warp_totals[kWarps];
+    int warp_clipped[kWarps];
   };
 
   __device__ WorkCursor(const Batch &batch, Shared &shared) : batch_(batch), shared_(shared) {}
@@ -362,22 +363,29 @@ class WorkCursor {
     const int first = many ? warp * chunk : 0;
     Lanes lanes;
     Sum length = 0, before = 0;
+    int clipped = 0;
 #pragma unroll 1
     for (int k = 0; k < chunk; k += 32) {
       lanes = measure(first + k);
       length += lanes.total();
+      if constexpr (Shape::kHeadsInStep) clipped += clip_cost<Shape>(batch_, lanes.cost);
     }
+    if constexpr (Shape::kHeadsInStep) clipped = warp_sum(clipped);
     if (many) {
-      if (lane == 0) shared_.warp_totals[warp] = static_cast<int>(length < kMaxUnits ? length : kMaxUnits);
+      if (lane == 0) {
+        shared_.warp_totals[warp] = static_cast<int>(length < kMaxUnits ? length : kMaxUnits);
+        shared_.warp_clipped[warp] = clipped;
+      }
       __syncthreads();
-      length = 0;
+      length = clipped = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         if (w == warp) before = length;
         length += shared_.warp_totals[w];
+        if constexpr (Shape::kHeadsInStep) clipped += shared_.warp_clipped[w];
       }
     }
-    const int blocks = static_cast<int>(gridDim.x), heads = heads_of_line<Shape>(batch_, length, blocks);
+    const int blocks = static_cast<int>(gridDim.x), heads = heads_of_line<Shape>(batch_, {length, clipped}, blocks);
     const auto line = HeadLine::of(batch_, heads, static_cast<int>(blockIdx.x), blocks);
     length *= heads;
     before *= heads;

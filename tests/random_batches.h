@@ -63,6 +63,7 @@ struct RandomBatch {
   void serve(int seed, int min_rows, int max_rows, int heads) {
     batch.min_rows = min_rows;
     batch.max_rows = max_rows;
+    if (max_rows <= 8) batch.group = FastDivisor::of(1);  // or most sequences would have too many rows
     if (heads == 1) return;
     batch.num_kv_heads = heads * (1 + seed % 3);
     batch.max_head_shift = std::countr_zero(static_cast<unsigned>(heads));
@@ -84,8 +85,8 @@ struct FourHeadsShape : HopperShape<16, 2, kMaxUnits> {
 
 struct InStepShape : HopperShape<32, 2, 8> {
   static constexpr bool kHeadsInStep = true;
-  static constexpr int kLeastTilesInStep = 4;
-  static constexpr int kMostTilesInStep = 12;
+  static constexpr int kLeastTilesInStep = 1;
+  static constexpr int kMostTilesInStep = 3;
   static constexpr bool kPairsInStep = true;
 };
 
@@ -93,17 +94,18 @@ struct TallShape : TileShape<128, 64, false> {
   static constexpr int kItemOverhead = 4;
 };
 
-// Of one head of all sequences.
 template <class Shape>
-int head_cost(const Batch &batch) {
-  int length = 0;
+HeadCost head_cost(const Batch &batch) {
+  HeadCost cost{0, 0};
   for (int i = 0; i < batch.num_seqs; ++i) {
     const Sequence seq = load_sequence(batch, i);
     for (int tile = 0; tile < num_query_tiles<Shape>(batch, seq); ++tile) {
-      length += tile_cost<Shape>(batch, seq, tile);
+      const int units = tile_cost<Shape>(batch, seq, tile);
+      cost.all += units;
+      cost.clipped += clip_cost<Shape>(batch, units);
     }
   }
-  return length;
+  return cost;
 }
 
 // Of a line.

@@ -92,14 +92,16 @@ void check(int seed, int min_rows, int max_rows, int heads = 1) {
   RandomBatch random(seed);
   random.serve(seed, min_rows, max_rows, heads);
   const Batch &batch = random.batch;
-  const int cost = head_cost<Shape>(batch), line_heads = heads_of_line<Shape>(batch, cost, random.num_blocks);
+  const HeadCost cost = head_cost<Shape>(batch);
+  const int line_heads = heads_of_line<Shape>(batch, cost, random.num_blocks);
+  const int total = static_cast<int>(cost.all) * line_heads;
   if (line_heads < batch.num_kv_heads) ++batches_in_step[line_heads - 1];
   check_lines(batch, line_heads, random.num_blocks, seed);
   std::set<int> places, counters;  // of items that several blocks share
   for (int first = 0; first < batch.num_kv_heads; first += line_heads) {
     const auto line = HeadLine::of(batch, line_heads, first / line_heads, random.num_blocks);
     REQUIRE(line.first_head == first && line.column == 0);
-    check_line<Shape>(batch, line, cost * line_heads, random.num_blocks, places, counters, seed);
+    check_line<Shape>(batch, line, total, random.num_blocks, places, counters, seed);
   }
 }
 
@@ -112,6 +114,7 @@ int main() {
     check<HopperShape<16, 0, 0>>(seed, 1, 64);
     check<FourHeadsShape>(seed, 1, 16, 4);
     check<InStepShape>(seed, 1, 64);
+    check<InStepShape>(seed, 1, 8);
     check<TileShape<16, 64, true>>(seed, 1, 16);
     check<TileShape<64, 32, false>>(seed, 17, 1 << 30);
     check<TallShape>(seed, 17, 1 << 30);
