@@ -34,7 +34,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"query_lens": [2, 0, 5, 1]},
     {"num_q_heads": 4},
     {"num_q_heads": 64},
-    {"num_q_heads": 10, "num_kv_heads": 2},
+    {"num_q_heads": 20},
     {"num_q_heads": 12, "num_kv_heads": 6},
     {"num_q_heads": 16, "num_kv_heads": 16},
 ]
