@@ -5,9 +5,9 @@
 // One line of all heads gives every block the same, to a tile, but blocks that run at the same time then read different
 // sequences, and a token's keys of one head are a small piece of memory.  If each head has a line of its own, cut like
 // all others, blocks next to each other read the same tokens of neighbouring heads, for a while at the same time: in
-// step.  Over long sequences they lose each other, sooner where a head has few rows; there two heads an item, on a line
-// for each such pair, are better, if there are sequences enough that few are cut.  Short ones want more heads an item
-// (TileShape::kMaxHeadShift).
+// step.  Over long sequences they lose each other, later where a head has 9 to 32 rows; there two heads an item, on a
+// line for each such pair, are better, if there are sequences enough that few are cut.  Short ones want more heads an
+// item (TileShape::kMaxHeadShift).
 //
 // All blocks decide alike, from the lengths.
 #pragma once
@@ -39,16 +39,16 @@ __host__ __device__ int heads_of_line(const Batch &batch, const HeadCost &cost, 
   if constexpr (!Shape::kHeadsInStep) {
     return all;
   } else {
-    constexpr int kFewestHeads = 4, kRowsOfPairs = 8;
-    const bool few_rows = batch.max_rows <= kRowsOfPairs;
-    const int64_t seqs = batch.num_seqs, most = int64_t{Shape::kMostTilesInStep} << (few_rows ? 0 : 1);
+    constexpr int kFewestHeads = 4, kFewRows = 8, kManyRows = 32;
+    const bool few_rows = batch.max_rows <= kFewRows, many_rows = batch.max_rows > kManyRows;
+    const int64_t seqs = batch.num_seqs, most = int64_t{Shape::kMostTilesInStep} << (few_rows || many_rows ? 0 : 1);
     // Some blocks may have nothing to do: fewer than all read memory as fast.
     const auto columns_of = [&](int heads) { return num_blocks / (all / heads); };
     const auto fit = [&](int heads) {
       return all % heads == 0 && columns_of(heads) * (all / heads) >= num_blocks - num_blocks / 8;
     };
     if (all < kFewestHeads || cost.clipped << batch.unit_shift < Shape::kLeastTilesInStep * seqs) return all;
-    if (cost.all << batch.unit_shift <= most * seqs) return fit(1) ? 1 : all;
+    if (cost.all << batch.unit_shift <= most * seqs) return fit(1) && seqs >= columns_of(1) ? 1 : all;
     return Shape::kPairsInStep && few_rows && fit(2) && 2 * seqs >= 3 * columns_of(2) ? 2 : all;
   }
 }

@@ -3,17 +3,18 @@
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// One persistent block a multiprocessor takes an equal share of all (sequence, KV head, KV tile) work
-// (work_schedule.cuh).  Four producer warps do nothing but find that work and ask the copy engine (TMA) for its tiles,
-// into a ring of 64 to 160 KB that runs on across the ends of segments, so that memory is never idle while results are
-// written.  Several KV heads may be one item, whose tiles follow each other in the ring, or lie side by side.
+// One persistent block a multiprocessor takes an equal share of all (sequence, KV head, KV tile) work, or of that of a
+// KV head or two (work_schedule.cuh, head_lines.cuh).  Four producer warps do nothing but find that work and ask the
+// copy engine (TMA) for its tiles, into a ring of 64 to 160 KB that runs on across the ends of segments, so that memory
+// is never idle while results are written.  Several KV heads may be one item, whose tiles follow each other in the
+// ring, or lie side by side.
 //
 // Two groups of four warps compute by mma.sync, a segment each in turn: one writes results and fetches queries while
 // the other multiplies.  Within a group, warps that share query rows take the tiles in turn, each with a state (m, l,
 // O) of its own in registers, and nobody waits for anybody before the end.  Warps that share none write their results
 // from there.
 //
-// Bound: bytes of the cache.  64 sequences of 4096 tokens, 8 KV heads of 128 bfloat16: 360 us on an H100, 95 % of the
+// Bound: bytes of the cache.  64 sequences of 4096 tokens, 8 KV heads of 128 bfloat16: 356 us on an H100, 95 % of the
 // rate at which it reads memory.  docs/performance/decode.md tells where the rest goes and what was tried.
 #pragma once
 

@@ -70,7 +70,7 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
     static constexpr int kMaxTilesOfMany = kHeadBytes < 256 ? kMaxUnits : 256 / kTokens;
     // Other head dimensions have not been measured; shorter items cost more than they gain.
     static constexpr bool kHeadsInStep = kHeadDim == 128 && kTileHeads == 1;
-    static constexpr int kLeastTilesInStep = 224 * 1024 / (2 * kHeadBytes * kTokens);
+    static constexpr int kLeastTilesInStep = 256 * 1024 / (2 * kHeadBytes * kTokens);
     static constexpr int kMostTilesInStep = 3072 / kTokens;
     static constexpr bool kPairsInStep = kHeadBytes >= 256;
   };

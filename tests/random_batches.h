@@ -86,7 +86,7 @@ struct FourHeadsShape : HopperShape<16, 2, kMaxUnits> {
 struct InStepShape : HopperShape<32, 2, 8> {
   static constexpr bool kHeadsInStep = true;
   static constexpr int kLeastTilesInStep = 1;
-  static constexpr int kMostTilesInStep = 3;
+  static constexpr int kMostTilesInStep = 6;
   static constexpr bool kPairsInStep = true;
 };
 
