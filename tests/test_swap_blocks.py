@@ -261,8 +261,9 @@ def test_swaps_that_were_refused_move_nothing_and_leave_their_buffers_to_others(
 
 @pytest.mark.gpu
 def test_swaps_between_devices_and_pageable_memory_say_how_they_went(
-    cuda: CupyBackend, rng: np.random.Generator
+    cuda: CupyBackend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("PAGEDATTN_SWAP", raising=False)  # the library's own choices
     host = np.empty((50, 4, 2, 8), np.float16)
     random_bytes(rng, host)
     one, other = cuda.arrays(host, host.copy())
