@@ -40,7 +40,7 @@ constexpr int kFirstRate = 32;  // bytes a cycle, of all warps: more than PCIe 5
 [[maybe_unused]] __device__ unsigned writing_warps;
 
 struct Args {
-  SwapTables tables;         // zeros: claims of rounds, and warps that have ended
+  SwapTables tables;         // the first zero counts claims of rounds
   int64_t src_block_stride;  // bytes
   int64_t dst_block_stride;  // bytes
   int64_t block_bytes;
@@ -80,7 +80,7 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
   const auto exists = [&] { return my_step < kSteps && piece < args.num_pieces; };
   const auto fetch_pair = [&] {
     const int row = args.pieces_per_block.divide(piece);
-    return args.tables.pairs[row - args.num_pairs.divide(row) * static_cast<int>(args.num_pairs.divisor)];
+    return args.tables.pair(row - args.num_pairs.divide(row) * static_cast<int>(args.num_pairs.divisor));
   };
   int2 blocks = {};
   if (exists()) blocks = fetch_pair();
@@ -130,8 +130,7 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
   }
   wait_bulk_copies();
   if (args.to_host && lane == 0) atomicSub(&writing_warps, 1);
-  uint32_t *const claims = args.tables.zeros;
-  if (lane == 0 && atomicAdd(claims + 1, 1) == gridDim.x - 1) claims[0] = claims[1] = 0;
+  args.tables.finish();
 #else
   __trap();  // chosen only where it has been built for sm_90 or later
 #endif

@@ -41,6 +41,11 @@ __device__ T *opaque(T *pointer) {
   return pointer;
 }
 
+__device__ int opaque_number(int number) {
+  asm("" : "+r"(number));
+  return number;
+}
+
 // Where a lane's accesses of a piece begin, from the block on.
 template <class Access, bool kStrided>
 __device__ void locate_piece(const Args &args, int64_t first, int64_t *src_offset, int64_t *dst_offset) {
@@ -63,7 +68,7 @@ __global__ void __maxnreg__(kStrided ? 64 : kRegisters) swap_blocks_kernel(const
     int64_t src_offset[kAccessesInFlight], dst_offset[kAccessesInFlight];
     locate_piece<Access, kStrided>(args, first, src_offset, dst_offset);
     const char *const src =
-        opaque(args.tables.caches[cache].src + args.tables.pairs[pair].x * args.block.src_block_stride + src_offset[0]);
+        opaque(args.tables.caches[cache].src + args.tables.pair(pair).x * args.block.src_block_stride + src_offset[0]);
     Access held[kAccessesInFlight];
 #pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
@@ -71,12 +76,13 @@ __global__ void __maxnreg__(kStrided ? 64 : kRegisters) swap_blocks_kernel(const
     }
     // Looked up behind the loads, which leave no registers for it.
     char *const dst = opaque(opaque(args.tables.caches + cache)->dst +
-                             opaque(args.tables.pairs + pair)->y * args.block.dst_block_stride + dst_offset[0]);
+                             args.tables.pair(opaque_number(pair)).y * args.block.dst_block_stride + dst_offset[0]);
 #pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
       if (32 * k < rest) __stcs(reinterpret_cast<Access *>(dst + (dst_offset[k] - dst_offset[0])), held[k]);
     }
   }
+  args.tables.finish();
 }
 
 template <class Access>

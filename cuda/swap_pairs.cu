@@ -7,28 +7,38 @@
 // together.  Kernels find the pairs in device memory: a read of the host's stands behind all that a swap reads there.
 // The addresses of the caches travel with them, because a launch takes longer the more arguments it has.
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <list>
 #include <mutex>
+#include <new>
 #include <utility>
 
+#include "access.cuh"
 #include "host_memory.h"
+#include "index_checks.h"
 #include "runtime.h"
 #include "swap_pairs.h"
 
 namespace pagedattn::cuda {
 
-constexpr size_t kZeroBytes = 256;  // before the pairs in device memory, so that these stay aligned
+constexpr size_t kHeadBytes = 256;  // zeros in device memory and `done` in the host's, before what stays aligned so
 
-// In use until `used` has passed.  The device's half comes with the first call that needs it.
+// In use until a kernel has set `done`: to look there takes less time than to ask for an event.  The device's half
+// comes with the first call that needs it.
 struct PairBuffer {
   explicit PairBuffer(size_t bytes) : bytes(bytes) {
     const RelaxedCapture relaxed;
-    check_cuda(cudaHostAlloc(&host, bytes, cudaHostAllocPortable), "cudaHostAlloc");
+    void *memory = nullptr;
+    check_cuda(cudaHostAlloc(&memory, kHeadBytes + bytes, cudaHostAllocPortable | cudaHostAllocMapped),
+               "cudaHostAlloc");
+    done = new (memory) std::atomic<uint32_t>(1);
+    host = static_cast<char *>(memory) + kHeadBytes;
   }
 
   size_t bytes;
-  void *host = nullptr;
+  std::atomic<uint32_t> *done;
+  void *host;
   char *memory = nullptr;
   std::shared_ptr<Event> used = std::make_shared<Event>();
 };
@@ -50,7 +60,8 @@ std::unique_ptr<PairBuffer> take(size_t bytes) {
   {
     const std::lock_guard lock(all.mutex);
     const auto serves = [&](const std::unique_ptr<PairBuffer> &buffer) {
-      return buffer->used->of_current_device() && buffer->bytes >= bytes && buffer->used->passed();
+      return buffer->used->of_current_device() && buffer->bytes >= bytes &&
+             buffer->done->load(std::memory_order_acquire) != 0;
     };
     // The one that was used last, which caches know; or else those that have had most time to end.
     auto at = all.buffers.begin();
@@ -72,7 +83,10 @@ std::unique_ptr<PairBuffer> take(size_t bytes) {
 
 // Of the caches, and of the pairs behind them.
 size_t bytes_of(const CopyBlocksParams &p) {
-  return static_cast<size_t>(p.num_caches) * sizeof(SwapCache) + static_cast<size_t>(p.num_pairs) * sizeof(int2);
+  constexpr int64_t kGroupBytes = 16;
+  const int64_t pair_bytes = p.num_pairs * 2 * packed_number_bytes(p);
+  return static_cast<size_t>(p.num_caches) * sizeof(SwapCache) +
+         static_cast<size_t>(ceil_div(pair_bytes, kGroupBytes) * kGroupBytes);
 }
 
 void give_back(std::unique_ptr<PairBuffer> buffer) {
@@ -95,9 +109,7 @@ SwapPairs::~SwapPairs() {
   }
 }
 
-int32_t *SwapPairs::host() const {
-  return reinterpret_cast<int32_t *>(static_cast<SwapCache *>(buffer_->host) + num_caches_);
-}
+void *SwapPairs::host() const { return static_cast<SwapCache *>(buffer_->host) + num_caches_; }
 
 // The device's half, from now on used by the stream.
 void SwapPairs::need_memory() {
@@ -105,8 +117,8 @@ void SwapPairs::need_memory() {
   if (buffer_->memory != nullptr) return;
   const RelaxedCapture relaxed;
   void *memory = nullptr;
-  check_cuda(cudaMalloc(&memory, kZeroBytes + buffer_->bytes), "cudaMalloc");
-  const cudaError_t error = cudaMemsetAsync(memory, 0, kZeroBytes, stream_);
+  check_cuda(cudaMalloc(&memory, kHeadBytes + buffer_->bytes), "cudaMalloc");
+  const cudaError_t error = cudaMemsetAsync(memory, 0, kHeadBytes, stream_);
   if (error == cudaSuccess) {
     buffer_->memory = static_cast<char *>(memory);
     return;
@@ -126,9 +138,11 @@ SwapTables SwapPairs::on_device(const CopyBlocksParams &p) {
   for (int64_t i = 0; i < num_caches_; ++i) {
     host_caches[i] = {static_cast<const char *>(p.src[i]), static_cast<char *>(p.dst[i])};
   }
-  auto *const caches = reinterpret_cast<SwapCache *>(buffer_->memory + kZeroBytes);
+  auto *const caches = reinterpret_cast<SwapCache *>(buffer_->memory + kHeadBytes);
   check_cuda(cudaMemcpyAsync(caches, host_caches, bytes_of(p), cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
-  return {caches, reinterpret_cast<int2 *>(caches + num_caches_), reinterpret_cast<uint32_t *>(buffer_->memory)};
+  buffer_->done->store(0, std::memory_order_relaxed);
+  return {caches, caches + num_caches_, packed_number_bytes(p), reinterpret_cast<uint32_t *>(buffer_->memory),
+          reinterpret_cast<uint32_t *>(buffer_->done)};
 }
 
 }  // namespace pagedattn::cuda

@@ -134,36 +134,26 @@ std::string block_clash(const CopyBlocksParams &p, int64_t pair, int64_t other, 
          entry("block_mapping", other) + " " + verb;
 }
 
-// Whether no destination of `pairs` stands twice nor, in the same caches, is a source too: a byte a block of a large
-// mapping's cache is less memory than a set of its entries, and faster.  False where it is not known.
-bool known_to_be_apart(const CopyBlocksParams &p, const int32_t *pairs, bool same_caches) {
+std::string block_mapping_error(const CopyBlocksParams &p, bool same_caches, void *packed) {
+  // A byte a block of a large mapping's cache is less memory than a set of its entries, and faster.
   constexpr int64_t kBytesPerEntry = 32;
-  if (p.num_dst_blocks > kBytesPerEntry * p.num_pairs) return false;
-  std::vector<uint8_t> marks(static_cast<size_t>(p.num_dst_blocks));
-  uint8_t *const mark = marks.data();
-  const int32_t *const end = pairs + 2 * p.num_pairs;
-  if (same_caches) {
-    for (const int32_t *pair = pairs; pair < end; pair += 2) mark[pair[0]] = 1;
-  }
-  uint8_t marked = 0;
-  for (const int32_t *pair = pairs; pair < end; pair += 2) {
-    marked |= mark[pair[1]];
-    mark[pair[1]] = 1;
-  }
-  return marked == 0;
-}
-
-// `narrow` has room for all pairs, and is filled if blocks have numbers of 32 bits.
-std::string block_mapping_error(const CopyBlocksParams &p, bool same_caches, int32_t *narrow) {
-  const bool fits = std::max(p.num_src_blocks, p.num_dst_blocks) <= INT32_MAX;
-  const bool exist =
-      fits && cpu::kernels().narrow_pairs(p.mapping, p.num_pairs, p.num_src_blocks, p.num_dst_blocks, narrow);
-  if (!exist) {
+  const bool marked = p.num_dst_blocks <= kBytesPerEntry * p.num_pairs;
+  std::vector<uint8_t> marks(marked ? static_cast<size_t>(p.num_dst_blocks) : 0);
+  const int number_bytes = packed_number_bytes(p);
+  const bool taken =
+      number_bytes > 0 && cpu::kernels().take_pairs(p.mapping, p.num_pairs, p.num_src_blocks, p.num_dst_blocks, packed,
+                                                    number_bytes, marked ? marks.data() : nullptr);
+  if (!taken) {
     for (int64_t pair = 0; pair < p.num_pairs; ++pair) {
       if (std::string error = block_pair_error(p, pair); !error.empty()) return error;
     }
+  } else if (marked) {
+    uint8_t read_too = 0;
+    for (int64_t pair = 0; same_caches && pair < p.num_pairs; ++pair) {
+      read_too |= marks[static_cast<size_t>(source(p, pair))];
+    }
+    if (read_too == 0) return "";
   }
-  if (fits && known_to_be_apart(p, narrow, same_caches)) return "";
   IndexSet read(same_caches ? p.num_pairs : 0);
   if (same_caches) {
     for (int64_t pair = 0; pair < p.num_pairs; ++pair) read.insert(source(p, pair));
@@ -251,14 +241,15 @@ std::string rope_and_cache_index_error(const RopeAndCacheParams &p) {
   return reshape_and_cache_index_error(p.write);
 }
 
-std::string copy_blocks_index_error(const CopyBlocksParams &p) {
-  std::vector<int32_t> narrow(static_cast<size_t>(2 * p.num_pairs));
-  return block_mapping_error(p, true, narrow.data());
+int packed_number_bytes(const CopyBlocksParams &p) {
+  const int64_t num_blocks = std::max(p.num_src_blocks, p.num_dst_blocks);
+  return num_blocks <= 1 << 16 ? 2 : num_blocks <= INT32_MAX ? 4 : 0;
 }
 
-std::string swap_blocks_index_error(const CopyBlocksParams &p, int32_t *narrow) {
-  std::vector<int32_t> own(narrow == nullptr ? static_cast<size_t>(2 * p.num_pairs) : 0);
-  return block_mapping_error(p, false, narrow == nullptr ? own.data() : narrow);
+std::string copy_blocks_index_error(const CopyBlocksParams &p) { return block_mapping_error(p, true, nullptr); }
+
+std::string swap_blocks_index_error(const CopyBlocksParams &p, void *packed) {
+  return block_mapping_error(p, false, packed);
 }
 
 std::string gather_kv_index_error(const GatherKvParams &p) {

@@ -25,8 +25,12 @@ std::string rope_and_cache_index_error(const RopeAndCacheParams &params);
 // Source and destination are the same caches, so a block that is written must not be read either.
 std::string copy_blocks_index_error(const CopyBlocksParams &params);
 
-// `narrow`, unless null, has room for all pairs: it gets them as numbers of 32 bits, if the blocks have such.
-std::string swap_blocks_index_error(const CopyBlocksParams &params, int32_t *narrow = nullptr);
+// `packed`, unless null, has room for the pairs as devices take them: in groups of 16 bytes, the sources of some pairs
+// side by side and then their destinations, in numbers of packed_number_bytes; which pairs share a group is open.
+std::string swap_blocks_index_error(const CopyBlocksParams &params, void *packed = nullptr);
+
+// 2 or 4, as the numbers of the blocks allow; 0 if they need more, and no pair is packed.
+int packed_number_bytes(const CopyBlocksParams &params);
 
 std::string gather_kv_index_error(const GatherKvParams &params);
 

@@ -128,7 +128,7 @@ extern const Kernels kKernels = {
     dequantize_row,
     stream_run,
     finish_streaming,
-    narrow_pairs,
+    take_pairs,
 };
 
 }  // namespace pagedattn::cpu::PAGEDATTN_ISA

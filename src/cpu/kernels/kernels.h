@@ -69,9 +69,12 @@ struct Kernels {
   void (*stream_run)(void *dst, const void *src, const void *next, int64_t bytes);
   void (*finish_streaming)();
 
-  // Writes the numbers of [num_pairs, 2] to `narrow`, and returns whether all firsts are in 0 ... num_first - 1 and all
-  // seconds in 0 ... num_second - 1.
-  bool (*narrow_pairs)(const int64_t *pairs, int64_t num_pairs, int64_t num_first, int64_t num_second, int32_t *narrow);
+  // Whether all firsts of [num_pairs, 2] are in 0 ... num_first - 1, all seconds in 0 ... num_second - 1, and no second
+  // stands twice; this last where there are `marks`, a zero byte each, of which those of the seconds are then 1. Unless
+  // `packed` is null it has room for the pairs in numbers of 2 or 4 bytes, and gets them in groups of 16 bytes: the
+  // firsts of some pairs, then their seconds.  Which pairs share a group is open, but none is left out.
+  bool (*take_pairs)(const int64_t *pairs, int64_t num_pairs, int64_t num_first, int64_t num_second, void *packed,
+                     int number_bytes, uint8_t *marks);
 };
 
 namespace generic {
