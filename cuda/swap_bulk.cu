@@ -25,6 +25,7 @@
 #include "hopper_ptx.cuh"
 #include "runtime.h"
 #include "swap_kernel.h"
+#include "swap_tables.cuh"
 #include "timetable.cuh"
 
 namespace pagedattn::cuda {
@@ -40,7 +41,7 @@ constexpr int kFirstRate = 32;  // bytes a cycle, of all warps: more than PCIe 5
 [[maybe_unused]] __device__ unsigned writing_warps;
 
 struct Args {
-  SwapTables tables;         // the first zero counts claims of rounds
+  SwapTables tables;
   int64_t src_block_stride;  // bytes
   int64_t dst_block_stride;  // bytes
   int64_t block_bytes;
@@ -61,17 +62,20 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
   char *const slot = slots + lane * args.piece_bytes;
   init_barrier(&arrived[lane], 1);
   publish_barriers();
+  __shared__ uint32_t copy_complete;
+  SwapTableReader<true> tables(args.tables, &copy_complete);
+  tables.bring();
   __syncwarp();
 
   // Rounds of four steps.  A warp takes two and then claims what is left, far enough ahead not to wait for the answer.
   const int pieces_a_round = kSteps * args.lanes;
   const auto rounds = static_cast<uint32_t>((args.num_pieces - 1) / pieces_a_round + 1);
-  uint32_t round = blockIdx.x, next_round = gridDim.x + blockIdx.x, claimed = 0;
-  unsigned writing = 0;  // others
+  uint32_t round = blockIdx.x, next_round = gridDim.x + blockIdx.x;
+  uint32_t claimed = 0;  // the lowest bit says whether others write to the host meanwhile
   const auto claim = [&] {
     if (lane > 0) return;
-    claimed = 2 * gridDim.x + atomicAdd(args.tables.zeros, 1);
-    if (!args.to_host) writing = *static_cast<volatile unsigned *>(&writing_warps);
+    claimed = 2 * (2 * gridDim.x + tables.claim());
+    if (!args.to_host && *static_cast<volatile unsigned *>(&writing_warps) > 0) claimed |= 1;
   };
   claim();
   if (args.to_host && lane == 0) atomicAdd(&writing_warps, 1);
@@ -80,7 +84,7 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
   const auto exists = [&] { return my_step < kSteps && piece < args.num_pieces; };
   const auto fetch_pair = [&] {
     const int row = args.pieces_per_block.divide(piece);
-    return args.tables.pair(row - args.num_pairs.divide(row) * static_cast<int>(args.num_pairs.divisor));
+    return tables.blocks(row - args.num_pairs.divide(row) * static_cast<int>(args.num_pairs.divisor));
   };
   int2 blocks = {};
   if (exists()) blocks = fetch_pair();
@@ -96,7 +100,7 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
       const int row = args.pieces_per_block.divide(piece), cache = args.num_pairs.divide(row);
       const int64_t offset =
           int64_t{args.piece_bytes} * (piece - row * static_cast<int>(args.pieces_per_block.divisor));
-      const SwapCache addresses = args.tables.caches[cache];
+      const SwapCache addresses = tables.cache(cache);
       const char *const source = addresses.src + blocks.x * args.src_block_stride + offset;
       target = addresses.dst + blocks.y * args.dst_block_stride + offset;
       bytes = static_cast<int>(min(int64_t{args.piece_bytes}, args.block_bytes - offset));
@@ -110,14 +114,14 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
     }
     if (step % kSteps == kSteps - 1) {
       round = next_round;
-      next_round = __shfl_sync(0xffffffffu, claimed, 0);
+      next_round = __shfl_sync(0xffffffffu, claimed, 0) / 2;
       if (next_round < rounds) claim();
     }
     if (step < kSteps - 1) continue;
     const bool filled = my_step == (step + 1) % kSteps && bytes > 0;
     if (filled) wait(&arrived[lane], phase);
     __syncwarp();
-    if (__shfl_sync(0xffffffffu, writing, 0) == 0) {
+    if (__shfl_sync(0xffffffffu, claimed, 0) % 2 == 0) {
       timetable.wait();
     } else {
       timetable.begin_again();
@@ -130,7 +134,7 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
   }
   wait_bulk_copies();
   if (args.to_host && lane == 0) atomicSub(&writing_warps, 1);
-  args.tables.finish();
+  tables.finish();
 #else
   __trap();  // chosen only where it has been built for sm_90 or later
 #endif
@@ -168,7 +172,7 @@ bool bulk_kernel_serves(const CopyBlocksParams &p, const BlockRuns &runs) {
 void swap_by_bulk_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs *pairs, int64_t num_warps,
                          cudaStream_t stream) {
   Args args = {};
-  args.tables = pairs->on_device(p);
+  args.tables = pairs->to_be_brought(p);
   args.src_block_stride = p.src_block_stride * p.block.element_size;
   args.dst_block_stride = p.dst_block_stride * p.block.element_size;
   args.block_bytes = runs.run_bytes;

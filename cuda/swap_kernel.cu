@@ -18,6 +18,7 @@
 #include "fast_divisor.cuh"
 #include "runtime.h"
 #include "swap_kernel.h"
+#include "swap_tables.cuh"
 
 namespace pagedattn::cuda {
 namespace {
@@ -41,7 +42,7 @@ __device__ T *opaque(T *pointer) {
   return pointer;
 }
 
-__device__ int opaque_number(int number) {
+__device__ int opaque(int number) {
   asm("" : "+r"(number));
   return number;
 }
@@ -57,6 +58,7 @@ __device__ void locate_piece(const Args &args, int64_t first, int64_t *src_offse
 
 template <class Access, bool kStrided>
 __global__ void __maxnreg__(kStrided ? 64 : kRegisters) swap_blocks_kernel(const __grid_constant__ Args args) {
+  SwapTableReader<false> tables(args.tables, nullptr);
 #pragma unroll 1
   for (auto i = static_cast<int>(blockIdx.x); i < args.num_pieces; i += static_cast<int>(gridDim.x)) {
     const int row = args.pieces_per_block.divide(i), cache = args.num_pairs.divide(row);
@@ -68,21 +70,21 @@ __global__ void __maxnreg__(kStrided ? 64 : kRegisters) swap_blocks_kernel(const
     int64_t src_offset[kAccessesInFlight], dst_offset[kAccessesInFlight];
     locate_piece<Access, kStrided>(args, first, src_offset, dst_offset);
     const char *const src =
-        opaque(args.tables.caches[cache].src + args.tables.pair(pair).x * args.block.src_block_stride + src_offset[0]);
+        opaque(tables.cache(cache).src + tables.source(pair) * args.block.src_block_stride + src_offset[0]);
     Access held[kAccessesInFlight];
 #pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
       if (32 * k < rest) held[k] = __ldcs(reinterpret_cast<const Access *>(src + (src_offset[k] - src_offset[0])));
     }
     // Looked up behind the loads, which leave no registers for it.
-    char *const dst = opaque(opaque(args.tables.caches + cache)->dst +
-                             args.tables.pair(opaque_number(pair)).y * args.block.dst_block_stride + dst_offset[0]);
+    char *const dst = opaque(tables.cache(opaque(cache)).dst +
+                             tables.destination(opaque(pair)) * args.block.dst_block_stride + dst_offset[0]);
 #pragma unroll
     for (int k = 0; k < kAccessesInFlight; ++k) {
       if (32 * k < rest) __stcs(reinterpret_cast<Access *>(dst + (dst_offset[k] - dst_offset[0])), held[k]);
     }
   }
-  args.tables.finish();
+  tables.finish();
 }
 
 template <class Access>
@@ -102,7 +104,7 @@ void swap_by_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs 
                     cudaStream_t stream) {
   const int64_t access_bytes = widest_access(p, runs);
   Args args = {};
-  args.tables = pairs->on_device(p);
+  args.tables = pairs->copied(p);
   args.block = block_accesses(p, runs, access_bytes);
   args.num_pairs = FastDivisor::of(checked_int(p.num_pairs, "block pairs"));
   const int64_t pieces_per_block = ceil_div(args.block.accesses_per_block, kPiece);

@@ -4,8 +4,8 @@
 //
 // A call returns before its kernel has read the pairs, so each call has a buffer of its own, from a pool: those whose
 // kernel has ended serve the next call.  None is freed, since there are only as many as calls have ever been under way
-// together.  Kernels find the pairs in device memory: a read of the host's stands behind all that a swap reads there.
-// The addresses of the caches travel with them, because a launch takes longer the more arguments it has.
+// together.  The addresses of the caches stand beside the pairs, because a launch takes longer the more arguments it
+// has.
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -22,7 +22,7 @@
 
 namespace pagedattn::cuda {
 
-constexpr size_t kHeadBytes = 256;  // zeros in device memory and `done` in the host's, before what stays aligned so
+constexpr size_t kHeadBytes = 256;  // `done` in page-locked memory and zeros in the device's, before what is aligned so
 
 // In use until a kernel has set `done`: to look there takes less time than to ask for an event.  The device's half
 // comes with the first call that needs it.
@@ -132,17 +132,30 @@ std::shared_ptr<Event> SwapPairs::end_of_use() {
   return std::exchange(used_, false) ? buffer_->used : nullptr;
 }
 
-SwapTables SwapPairs::on_device(const CopyBlocksParams &p) {
+SwapTables SwapPairs::to_be_brought(const CopyBlocksParams &p) {
+  const auto bytes = static_cast<uint32_t>(checked_int(static_cast<int64_t>(bytes_of(p)), "bytes of block pairs"));
   need_memory();
-  auto *const host_caches = static_cast<SwapCache *>(buffer_->host);
+  auto *const caches = static_cast<SwapCache *>(buffer_->host);
   for (int64_t i = 0; i < num_caches_; ++i) {
-    host_caches[i] = {static_cast<const char *>(p.src[i]), static_cast<char *>(p.dst[i])};
+    caches[i] = {static_cast<const char *>(p.src[i]), static_cast<char *>(p.dst[i])};
   }
-  auto *const caches = reinterpret_cast<SwapCache *>(buffer_->memory + kHeadBytes);
-  check_cuda(cudaMemcpyAsync(caches, host_caches, bytes_of(p), cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
+  SwapTables tables = {};
+  tables.host = static_cast<const char *>(buffer_->host);
+  tables.copy = buffer_->memory + kHeadBytes;
+  tables.bytes = bytes;
+  tables.pairs_begin = static_cast<uint32_t>(num_caches_ * static_cast<int64_t>(sizeof(SwapCache)));
+  tables.number_bytes = packed_number_bytes(p);
+  tables.zeros = reinterpret_cast<uint32_t *>(buffer_->memory);
+  tables.done = reinterpret_cast<uint32_t *>(buffer_->done);
   buffer_->done->store(0, std::memory_order_relaxed);
-  return {caches, caches + num_caches_, packed_number_bytes(p), reinterpret_cast<uint32_t *>(buffer_->memory),
-          reinterpret_cast<uint32_t *>(buffer_->done)};
+  return tables;
+}
+
+SwapTables SwapPairs::copied(const CopyBlocksParams &p) {
+  const SwapTables tables = to_be_brought(p);
+  check_cuda(cudaMemcpyAsync(tables.copy, tables.host, tables.bytes, cudaMemcpyHostToDevice, stream_),
+             "cudaMemcpyAsync");
+  return tables;
 }
 
 }  // namespace pagedattn::cuda

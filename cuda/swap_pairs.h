@@ -21,33 +21,15 @@ struct alignas(16) SwapCache {
   char *dst;
 };
 
-// In device memory, but for `done`.
+// The caches of a call and its packed pairs (index_checks.h) behind them, to be read by SwapTableReader.
 struct SwapTables {
-  const SwapCache *caches;
-  const void *pairs;  // packed; see index_checks.h
+  const char *host;  // in page-locked memory
+  char *copy;        // in device memory
+  uint32_t bytes;
+  uint32_t pairs_begin;
   int number_bytes;
-  uint32_t *zeros;  // a few, for a kernel that leaves zeros there
-  uint32_t *done;   // the host's: to be set by finish()
-
-#ifdef __CUDACC__
-  // Source and destination.
-  __device__ int2 pair(int i) const {
-    if (number_bytes == 2) {
-      const auto *const group = static_cast<const uint16_t *>(pairs) + (i / 4 * 8 + i % 4);
-      return make_int2(group[0], group[4]);
-    }
-    const auto *const group = static_cast<const int32_t *>(pairs) + (i / 2 * 4 + i % 2);
-    return make_int2(group[0], group[2]);
-  }
-  // The end of a warp, which is a thread block: the last one leaves the zeros and tells the host.
-  __device__ void finish() const {
-    __syncwarp();
-    if (threadIdx.x > 0 || atomicAdd(zeros + 1, 1) < gridDim.x - 1) return;
-    zeros[0] = zeros[1] = 0;
-    __threadfence_system();
-    *static_cast<volatile uint32_t *>(done) = 1;
-  }
-#endif
+  uint32_t *zeros;  // a few in device memory, for a kernel that leaves zeros there
+  uint32_t *done;   // in page-locked memory, set at the kernel's end
 };
 
 // Room for the packed pairs of one call, and the addresses of its caches, in page-locked memory that no kernel uses any
@@ -61,10 +43,11 @@ class SwapPairs {
 
   // The pairs, to be filled before the call below.
   void *host() const;
-  // A copy in device memory, enqueued on the stream, beside the addresses of `params`, which are the device's.  To be
-  // followed by one kernel, whose warps each end with finish().
-  SwapTables on_device(const CopyBlocksParams &params);
-  // An event behind the kernels that read that copy, from now on; null if none do.
+  // The pairs and the addresses of `params`, which are the device's: for one kernel on the stream, behind a copy that
+  // has been enqueued, or to be brought by the kernel itself.
+  SwapTables copied(const CopyBlocksParams &params);
+  SwapTables to_be_brought(const CopyBlocksParams &params);
+  // An event behind that kernel, from now on; null if there is none.
   std::shared_ptr<Event> end_of_use();
 
  private:
