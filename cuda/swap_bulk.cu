@@ -10,8 +10,9 @@
 // Once the bus is full, what waits for it fills queues that all memory accesses stand in, and a decode kernel beside
 // would keep half of its speed or less.  How fast the bus is depends on the machine, on what else uses it and on
 // whether it is used both ways.  So each warp keeps to a timetable that finds out.  Which warp was slowed is chance, so
-// they claim their work as they go.  Only what is read while another swap writes is not paced: reads wait behind
-// writes, so that they would give way until hardly any were left.
+// they claim their work as they go.  Beside a swap the other way it is otherwise.  What is read is not paced: reads
+// wait behind writes, and would give way until hardly any were left.  What is written is late now and then and does not
+// give way for that, but keeps to a rate that leaves room for as many reads.
 //
 // A decode kernel has a block on every multiprocessor, and one that leaves no room for it would keep it waiting for all
 // of the swap, which is long.  Hopper's decode leaves 1024 registers of each quarter of a multiprocessor and 18 KB of
@@ -36,9 +37,11 @@ constexpr int kStepBytes = 4096;  // at most
 constexpr int kMostLanes = 32 / kSteps;
 
 constexpr int kFirstRate = 32;  // bytes a cycle, of all warps: more than PCIe 5 takes; others are found in time
+// And where blocks are read meanwhile: what PCIe 5 has left for writes if as much is read.
+constexpr int kRateBesideReads = 22;
 
-// Warps that write to the host at the moment.  (Builds for older GPUs leave the kernel empty.)
-[[maybe_unused]] __device__ unsigned writing_warps;
+// Warps that read from the host and that write to it at the moment.  (Builds for older GPUs leave the kernel empty.)
+[[maybe_unused]] __device__ unsigned moving_warps[2];
 
 struct Args {
   SwapTables tables;
@@ -51,6 +54,7 @@ struct Args {
   int piece_bytes;
   int lanes;                // of a step
   uint32_t first_interval;  // of steps, in cycles
+  uint32_t interval_beside_reads;
   bool to_host;
 };
 __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ Args args) {
@@ -71,14 +75,14 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
   const int pieces_a_round = kSteps * args.lanes;
   const auto rounds = static_cast<uint32_t>((args.num_pieces - 1) / pieces_a_round + 1);
   uint32_t round = blockIdx.x, next_round = gridDim.x + blockIdx.x;
-  uint32_t claimed = 0;  // the lowest bit says whether others write to the host meanwhile
+  uint32_t claimed = 0;  // the lowest bit says whether others move blocks the other way meanwhile
   const auto claim = [&] {
     if (lane > 0) return;
     claimed = 2 * (2 * gridDim.x + tables.claim());
-    if (!args.to_host && *static_cast<volatile unsigned *>(&writing_warps) > 0) claimed |= 1;
+    if (*static_cast<volatile unsigned *>(&moving_warps[args.to_host ? 0 : 1]) > 0) claimed |= 1;
   };
   claim();
-  if (args.to_host && lane == 0) atomicAdd(&writing_warps, 1);
+  if (lane == 0) atomicAdd(&moving_warps[args.to_host ? 1 : 0], 1);
 
   int piece = static_cast<int>(round) * pieces_a_round + lane;  // this lane's next, if it is one
   const auto exists = [&] { return my_step < kSteps && piece < args.num_pieces; };
@@ -121,10 +125,11 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
     const bool filled = my_step == (step + 1) % kSteps && bytes > 0;
     if (filled) wait(&arrived[lane], phase);
     __syncwarp();
-    if (__shfl_sync(0xffffffffu, claimed, 0) % 2 == 0) {
-      timetable.wait();
-    } else {
+    const bool both_ways = __shfl_sync(0xffffffffu, claimed, 0) % 2 == 1;
+    if (both_ways && !args.to_host) {
       timetable.begin_again();
+    } else {
+      timetable.wait(both_ways ? args.interval_beside_reads : 0);
     }
     if (filled) {
       copy_bulk_from_shared(target, shared_address(slot), bytes);
@@ -133,7 +138,7 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
     }
   }
   wait_bulk_copies();
-  if (args.to_host && lane == 0) atomicSub(&writing_warps, 1);
+  if (lane == 0) atomicSub(&moving_warps[args.to_host ? 1 : 0], 1);
   tables.finish();
 #else
   __trap();  // chosen only where it has been built for sm_90 or later
@@ -188,7 +193,9 @@ void swap_by_bulk_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapP
   checked_int(num_pieces + pieces_of_a_warp, "pieces of 4 KB");
   args.num_pieces = static_cast<int>(num_pieces);
   const auto blocks = static_cast<unsigned>(std::min(ceil_div(num_pieces, pieces_of_a_warp), num_warps));
-  args.first_interval = blocks * static_cast<unsigned>(args.lanes * args.piece_bytes / kFirstRate);
+  const auto step_bytes = static_cast<unsigned>(args.lanes * args.piece_bytes);
+  args.first_interval = blocks * step_bytes / kFirstRate;
+  args.interval_beside_reads = blocks * step_bytes / kRateBesideReads;
   swap_blocks_bulk_kernel<<<blocks, 32, shared_bytes, stream>>>(args);
   check_launch("swap_blocks_bulk_kernel");
 }
