@@ -45,6 +45,8 @@ constexpr int64_t kKeyGroup = 16;
 // Items for each thread, so that uneven ones even out; but none smaller than this many bytes of work, since setting one
 // up takes as long as reading some KiB.
 constexpr int64_t kItemsPerThread = 4;
+// As many by cutting heads, where ranges of keys give fewer: that costs more than a range.
+constexpr int64_t kHeadItemsPerThread = 2;
 // Tiles of many rows for each thread, whose times differ with what they see.
 constexpr int64_t kTilesPerThread = 8;
 constexpr int64_t kMinItemWork = 48 * 1024;
@@ -192,7 +194,7 @@ void make_plan(const AttentionParams &p, Plan &plan) {
     plan.cost += keys * p.num_kv_heads * p.head_dim * (2 * dtype_size(p.kv_dtype) + 4 * rows / 5);
   }
   const int64_t most_items = plan.cost < kMinSharedWork ? 1 : plan.cost / kMinItemWork;
-  const int64_t wanted = std::min(kItemsPerThread * num_threads(), most_items);
+  const int64_t wanted = std::min(kHeadItemsPerThread * num_threads(), most_items);
   const int64_t cut = std::max<int64_t>(1, ceil_div(wanted, std::max<int64_t>(1, num_items)));
 
   // Tiles of a sequence follow each other head by head, so that the keys they share are found in the cache.
