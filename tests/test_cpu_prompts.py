@@ -11,9 +11,9 @@ import numpy as np
 import pagedattn
 import pytest
 from accuracy import assert_close
-from attention_check import check_batch
+from attention_check import check_batch, types
 from backends import BFLOAT16, DTYPES, NumpyBackend
-from batches import Batch, make_batch
+from batches import SIXTEEN_BIT_KINDS, Batch, make_batch
 
 TOKENS = 1300
 
@@ -21,13 +21,31 @@ TOKENS = 1300
 # A prompt, a chunk behind what is cached, and a chunk that starts within a block.
 @pytest.mark.parametrize("options", [{}, {"window": 700}, {"softcap": 5.0}, {"causal": False}], ids=str)
 @pytest.mark.parametrize("head_dim", [40, 128])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [("float32", "float32"), *SIXTEEN_BIT_KINDS], ids="-".join)
 def test_long_prompts_match_the_reference_on_the_cpu(
-    rng: np.random.Generator, dtype: str, head_dim: int, options: dict[str, Any]
+    rng: np.random.Generator, kind: tuple[str, str], head_dim: int, options: dict[str, Any]
 ) -> None:
-    shape: dict[str, Any] = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": head_dim, "dtype": DTYPES[dtype]}
+    shape: dict[str, Any] = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": head_dim, **types(rng, kind, 1)}
     batch = make_batch(rng, [TOKENS, 1031, 555], [TOKENS, 37, 300], **shape, **options)
     check_batch(NumpyBackend(), batch, deterministic=bool(rng.integers(2)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_a_head_has_the_same_bits_whatever_another_one_holds(
+    rng: np.random.Generator, bad: float, num_threads: int
+) -> None:
+    batch = make_batch(rng, [90], [40], num_q_heads=32, num_kv_heads=16, head_dim=64, dtype=DTYPES["float32"])
+    args, options = batch.on(NumpyBackend())
+    before = pagedattn.get_num_threads()
+    expected = pagedattn.paged_attention(*args, **options, deterministic=True)
+    args[2][batch.block_tables[0, 0], :, 0] = bad
+    try:
+        pagedattn.set_num_threads(num_threads)
+        result = pagedattn.paged_attention(*args, **options, deterministic=True)
+    finally:
+        pagedattn.set_num_threads(before)
+    np.testing.assert_array_equal(result[:, 2:].view(np.uint32), expected[:, 2:].view(np.uint32))
 
 
 def with_rising_scores(rng: np.random.Generator, rise: float, dtype: Any = BFLOAT16) -> Batch:
@@ -45,6 +63,7 @@ def with_rising_scores(rng: np.random.Generator, rise: float, dtype: Any = BFLOA
 RISES = [
     *((rise, "bfloat16") for rise in (-200.0, 3.0, 30.0, 400.0)),
     *((rise, "float32") for rise in (-30.0, 3.0, 30.0)),
+    *((rise, "float16") for rise in (-200.0, 3.0, 30.0, 400.0)),
 ]
 
 

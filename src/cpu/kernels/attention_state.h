@@ -47,17 +47,45 @@ enum class Way { kDirect, kTileRows, kPacked, kTiles };
 // Rows that fit into one tile register, and the shortest sequence for which tiles are faster for up to 4 rows.
 constexpr int kMaxTileRows = 16;
 constexpr int64_t kMinTileKeys = 96;
-// The fewest rows for which tiles are faster where keys and values are to be split into parts first.
-constexpr int64_t kMinSplitRows = 64;
+// The fewest rows for which tiles are faster where keys and values are to be converted first.
+constexpr int64_t min_converted_rows(DType kv_dtype) { return kv_dtype == DType::kFloat32 ? 64 : 24; }
 
-// Whether many rows take the way of attention_tiles.h.
-PA_INLINE bool tiles_serve([[maybe_unused]] const AttentionParams &params) {
+constexpr float kLog2e = 1.4426950408889634f;
+
+static float scale_of(const Scale &scale, int64_t kv_head) {
+  return scale.ptr == nullptr ? scale.value : scale.ptr[scale.per_head ? kv_head : 0];
+}
+
+// What multiplies a row of queries, so that products are scores in base 2 (or, with a softcap, arguments of tanh).
+static float query_factor(const AttentionParams &params, int64_t kv_head) {
+  const float factor = params.scale * scale_of(params.q_scale, kv_head) * scale_of(params.k_scale, kv_head);
+  return params.softcap > 0.0f ? factor / params.softcap : factor * kLog2e;
+}
+
+// Whether many rows may take the way of attention_tiles.h.  Scales wait for the softmax there, which takes only
+// positive ones; those of float32 are folded into queries.
+static bool tiles_serve([[maybe_unused]] const AttentionParams &params) {
 #if defined(PAGEDATTN_TILES)
   if (params.kv_dtype == DType::kFloat32) return true;
-  return params.q_dtype == DType::kBFloat16 && params.kv_dtype == DType::kBFloat16 && params.scale > 0.0f;
+  if (params.q_dtype != DType::kFloat16 && params.q_dtype != DType::kBFloat16) return false;
+  for (int64_t head = 0; head < params.num_kv_heads; ++head) {
+    if (!(query_factor(params, head) > 0.0f)) return false;
+  }
+  return true;
 #else
   return false;
 #endif
+}
+
+// Whether so many rows do.
+static bool tiles_pay(const AttentionParams &params, int64_t rows) {
+  if (!tiles_serve(params)) return false;
+  if (params.kv_dtype == DType::kBFloat16) return true;
+  // What tiles cannot compute makes a whole item fall back.  Of how many heads it is may follow the number of threads,
+  // which bits must not.
+  const bool falls_back = params.q_dtype != DType::kBFloat16;
+  if (params.deterministic && falls_back && 2 * rows <= kMaxStateRows) return false;
+  return rows >= min_converted_rows(params.kv_dtype);
 }
 
 static Way way_of(const AttentionParams &params, const AttentionWork &work) {
@@ -69,12 +97,10 @@ static Way way_of(const AttentionParams &params, const AttentionWork &work) {
   if (served && rows <= kMaxTileRows && (rows > 4 || work.seq_len >= kMinTileKeys)) return Way::kTileRows;
 #endif
   if (rows <= max_direct_rows(params.kv_dtype)) return Way::kDirect;
-  const bool enough = params.kv_dtype == DType::kBFloat16 || rows >= kMinSplitRows;
-  return tiles_serve(params) && enough ? Way::kTiles : Way::kPacked;
+  return tiles_pay(params, rows) ? Way::kTiles : Way::kPacked;
 }
 static_assert(kMaxStateRows % kMaxLanes == 0);
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kInfinity = __builtin_inff();
 
@@ -189,16 +215,6 @@ struct QueryRow {
 static QueryRow query_row(const State &state, const AttentionWork &work, int64_t head, int64_t row) {
   const int64_t packed = work.row_begin + row;
   return {work.query_start + packed / state.group, (work.head_begin + head) * state.group + packed % state.group};
-}
-
-static float scale_of(const Scale &scale, int64_t kv_head) {
-  return scale.ptr == nullptr ? scale.value : scale.ptr[scale.per_head ? kv_head : 0];
-}
-
-// What multiplies a row of queries, so that products are scores in base 2 (or, with a softcap, arguments of tanh).
-static float query_factor(const AttentionParams &params, int64_t kv_head) {
-  const float factor = params.scale * scale_of(params.q_scale, kv_head) * scale_of(params.k_scale, kv_head);
-  return params.softcap > 0.0f ? factor / params.softcap : factor * kLog2e;
 }
 
 static int64_t panel_lanes(Way way, int rows) {

@@ -5,11 +5,12 @@
 // Keys and values of a chunk are packed as tiles once, for all rows of the item: keys as they are, values transposed.
 // Then panel after panel of 32 rows goes over them, 64 keys at a time for scores and weights, up to 256 for values: so
 // what is written, scores, weights and sums, stays in L1, where storing a tile takes a quarter of the time that it does
-// to L2, while keys and values stream from L2.  Queries of bfloat16 keep their 8 bits of precision: what multiplies a
-// score is left to the softmax.
+// to L2, while keys and values stream from L2.  Queries of 8 and 16 bits keep their precision: what multiplies a score
+// is left to the softmax.
 //
-// Other types are sums of parts in bfloat16 (tile_parts.h), with what multiplies a score folded into the queries. Where
-// the parts are not exact, or something is not finite, the item is computed again without tiles.
+// Other types are sums of parts in bfloat16 (tile_parts.h); what multiplies a score is folded into queries of float32
+// alone, as it is in their kernels without tiles.  Where parts are not exact, or several of something not finite, the
+// item is computed again without tiles.
 //
 // Of the time at 8192 keys of bfloat16 on an Emerald Rapids core about half are the products, with their tiles' loads,
 // and a quarter the softmax.  Instructions of the two in turns gain nothing there: a product keeps one of the two ports
@@ -23,26 +24,37 @@
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
+// Whether queries and keys stay in the order in which they lie, one part each.
+template <class T>
+constexpr bool kAsTheyLie = false;
+template <>
+constexpr bool kAsTheyLie<BFloat16> = true;
+
 #if defined(PAGEDATTN_TILES)
 
 // Heads of few rows are padded to panels, the more of them the fewer rows they have.
 static_assert(kMaxStateRows / 9 * kMaxLanes <= kMaxTiledHeadRows && max_direct_rows(DType::kBFloat16) == 8);
 
 // Keys that are packed at once.  Those of several heads are read together, so fewer stay in L2.
-template <class T>
+template <int kParts>
 static int64_t tile_chunk_keys(const State &state) {
-  return state.num_heads == 1 ? kChunkKeys<T> : kTileKeys;
+  return state.num_heads == 1 ? kChunkKeys<kParts> : kTileKeys;
 }
 
 // Whether tiles can go on.
-template <class T>
+template <class T, int kParts>
 static bool start_tiles(const AttentionParams &params, const AttentionWork &work, State &state) {
-  constexpr int kParts = kPartsOf<T>;
   Range range;
   for (int64_t head = 0; head < state.num_heads; ++head) {
     const float factor = query_factor(params, work.head_begin + head);
     for (int p = 0; p < state.num_panels; ++p) {
-      pack_queries<T, kParts>(params, work, state, head, state.panels[p], factor, range);
+      if constexpr (kAsTheyLie<T>) {
+        pack_queries<T, kParts, true>(params, work, state, head, state.panels[p], factor, range);
+      } else {
+        with_dtype(params.q_dtype, [&](auto tag) {
+          pack_queries<decltype(tag), kParts, false>(params, work, state, head, state.panels[p], factor, range);
+        });
+      }
       state.online[head * state.num_panels + p].started = false;
     }
   }
@@ -96,9 +108,8 @@ static bool next_unit(const State &state, Unit &unit) {
 }
 
 // One head's way over a chunk.
-template <class T>
+template <class T, int kParts>
 class ChunkOfHead {
-  static constexpr int kParts = kPartsOf<T>;
   // Whether weights are computed beside the next scores: those of one part have too few products to hide them.
   static constexpr bool kBeside = kParts > 1;
   // Keys whose weights are multiplied with values at once: L1 holds them beside a panel's sums.
@@ -118,7 +129,7 @@ class ChunkOfHead {
         values_ahead_(values_ahead),
         lines_(lines),
         dims_(static_cast<int>(state.lane_dims)),
-        scale_(kParts == 1 ? query_factor(params, work.head_begin + head) : 1.0f),
+        scale_(kParts > 2 ? 1.0f : query_factor(params, work.head_begin + head)),
         adjusted_(params.softcap > 0.0f || params.alibi_slopes != nullptr),
         scores_(state.scores),
         pairs_(reinterpret_cast<char *>(state.scores + 2 * kStepKeys * kMaxLanes)) {}
@@ -185,7 +196,7 @@ class ChunkOfHead {
     const Panel &panel = state_.panels[unit.panel];
     float *const scores = scores_of(unit);
     const int count = (unit.to - unit.from) * kMaxLanes;
-    if (adjusted_ && kParts == 1) scale_scores(scores, count, scale_);
+    if (adjusted_ && kParts <= 2) scale_scores(scores, count, scale_);
     if (params_.softcap > 0.0f) cap_scores(scores, count, params_.softcap);
     float *const first = scores - unit.from * kMaxLanes;  // where the chunk's first key would have its scores
     if (params_.alibi_slopes != nullptr) {
@@ -225,8 +236,8 @@ class ChunkOfHead {
     if (batch.from == batch.to) return;
     Online &online = online_of(batch.panel);
     multiply_values<kParts>(reinterpret_cast<char *>(acc_of(batch.panel)), !online.started, pairs_,
-                            state_.value_tiles + batch.from / kTileDepth * kParts * kLeftBytes, kValueStride<T>, dims_,
-                            batch.to - batch.from);
+                            state_.value_tiles + batch.from / kTileDepth * kParts * kLeftBytes, kValueStride<kParts>,
+                            dims_, batch.to - batch.from);
     online.started = true;
     batch.from = batch.to;
   }
@@ -272,7 +283,7 @@ static int num_units(const State &state) {
 }
 
 // Whether tiles can go on.
-template <class T>
+template <class T, int kParts>
 static bool tiles_chunk(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &chunk,
                         const TileKeys &next) {
   const int head_dim = params.head_dim;
@@ -283,15 +294,16 @@ static bool tiles_chunk(const AttentionParams &params, const AttentionWork &work
     const auto *v = head_data<T>(params.v_cache, work, head);
     bool odd[kMaxChunkKeys] = {};
     bool any_odd = false;
-    if constexpr (kPartsOf<T> == 1) {
+    if constexpr (kParts == 1) {
       find_odd_keys<T>(v, state, chunk, head_dim, odd);
       for (int j = 0; j < chunk.count; ++j) any_odd |= odd[j];
     }
     Range range;
-    pack_keys<T>(head_data<T>(params.k_cache, work, head), chunk, head_dim, state.key_tiles, range);
-    pack_values<T>(v, chunk, head_dim, odd, state.value_tiles, range);
+    pack_keys<T, kParts, kAsTheyLie<T>>(head_data<T>(params.k_cache, work, head), chunk, head_dim, state.key_tiles,
+                                        range);
+    pack_values<T, kParts>(v, chunk, head_dim, odd, state.value_tiles, range);
     if (!range.holds()) return false;
-    ChunkOfHead<T>(params, work, state, chunk, head, odd, any_odd, keys_ahead, values_ahead, lines).run();
+    ChunkOfHead<T, kParts>(params, work, state, chunk, head, odd, any_odd, keys_ahead, values_ahead, lines).run();
   }
   return true;
 }
@@ -299,15 +311,15 @@ static bool tiles_chunk(const AttentionParams &params, const AttentionWork &work
 #else
 
 // No such registers.
-template <class T>
+template <int kParts>
 static int64_t tile_chunk_keys(const State &) {
   return kTileKeys;
 }
-template <class T>
+template <class T, int kParts>
 static bool start_tiles(const AttentionParams &, const AttentionWork &, State &) {
   return true;
 }
-template <class T>
+template <class T, int kParts>
 static bool tiles_chunk(const AttentionParams &, const AttentionWork &, State &, const TileKeys &, const TileKeys &) {
   return true;
 }

@@ -6,8 +6,8 @@
 // that a block is read in one go whatever its layout.  Scores become weights relative to a running maximum of each row;
 // what was accumulated under an older maximum is rescaled.  Few rows go the direct way (attention_direct.h), many the
 // packed way (attention_packed.h), all in fp32.  With tile registers few rows over bfloat16 go the way of
-// attention_tile_rows.h, many over bfloat16 or fp32 that of attention_tiles.h; what tiles cannot compute goes the way it
-// would go without them.
+// attention_tile_rows.h, many that of attention_tiles.h; what tiles cannot compute goes the way
+// it would go without them.
 #include "kernels/attention_direct.h"
 #include "kernels/attention_finish.h"
 #include "kernels/attention_packed.h"
@@ -41,6 +41,23 @@ PA_INLINE void for_tiles(const AttentionParams &params, const AttentionWork &wor
   }
 }
 
+// Calls f with the cache's type and the number of parts that keep what the types of queries and cache tell apart.
+template <class F>
+PA_INLINE void with_parts(const AttentionParams &params, F f) {
+  with_dtype(params.kv_dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (kAsTheyLie<T>) {
+      f(tag, Count<1>{});
+    } else if constexpr (sizeof(typename T::Storage) == 4) {
+      f(tag, Count<3>{});
+    } else if (params.q_dtype == DType::kBFloat16) {
+      f(tag, Count<1>{});
+    } else {
+      f(tag, Count<2>{});
+    }
+  });
+}
+
 // Accumulates the rows of an item, up to their maxima and sums.
 static State accumulate(const AttentionParams &params, const AttentionWork &work, Way way, void *scratch) {
   State state = make_state(params, work, way, scratch);
@@ -63,14 +80,14 @@ static State accumulate(const AttentionParams &params, const AttentionWork &work
     });
     finish_direct(state);
   } else if (way == Way::kTiles) {
-    const auto with_tiles = [&](auto tag) {
+    with_parts(params, [&](auto tag, auto parts) {
       using T = decltype(tag);
-      state.holds = start_tiles<T>(params, work, state);
-      for_tiles(params, work, state, tile_chunk_keys<T>(state), [&](const TileKeys &chunk, const TileKeys &next) {
-        state.holds = state.holds && tiles_chunk<T>(params, work, state, chunk, next);
+      constexpr int kParts = decltype(parts)::value;
+      state.holds = start_tiles<T, kParts>(params, work, state);
+      for_tiles(params, work, state, tile_chunk_keys<kParts>(state), [&](const TileKeys &chunk, const TileKeys &next) {
+        state.holds = state.holds && tiles_chunk<T, kParts>(params, work, state, chunk, next);
       });
-    };
-    params.kv_dtype == DType::kBFloat16 ? with_tiles(BFloat16{}) : with_tiles(Float32{});
+    });
     finish_tiles();
     clear_sums_of_no_key(state);
   } else {

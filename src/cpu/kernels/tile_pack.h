@@ -16,22 +16,29 @@
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
 // Keys packed at once, at most: fewer where they take more memory, which is to be a part of L2.
-template <class T>
-constexpr int kChunkKeys = kPartsOf<T> == 1 ? kMaxChunkKeys : kMaxChunkKeys / 2;
+template <int kParts>
+constexpr int kChunkKeys = kParts == 1 ? kMaxChunkKeys : kMaxChunkKeys / 2;
 
-// Up to 32 elements of a row, zeros behind its end; those in parts times `factor`.
-template <class T, int kParts>
+// Up to 32 elements of a row, times `factor` if that is not 1 for all, with zeros behind its end; as they lie where
+// queries and keys are bfloat16.
+template <class T, int kParts, bool kAsTheyLie>
 PA_INLINE Depth<kParts> load_depth(const typename T::Storage *row, int left, float factor, Range &range) {
-  if constexpr (kParts == 1) {
+  if constexpr (kAsTheyLie) {
     if (left >= kTileDepth) return {{load_as<VecU>(row)}};
     Depth<1> padded = {};
     __builtin_memcpy(&padded, row, static_cast<size_t>(left) * sizeof(*row));
     return padded;
   } else {
-    const Vec first = load_tail<T>(row, left) * factor;
-    const Vec second = left > kWidth ? load_tail<T>(row + kWidth, left - kWidth) * factor : zero();
-    range.take(first);
-    range.take(second);
+    Vec first = load_tail<T>(row, left);
+    Vec second = left > kWidth ? load_tail<T>(row + kWidth, left - kWidth) : zero();
+    if constexpr (kParts > 2) {
+      first *= factor;
+      second *= factor;
+    }
+    if constexpr (kParts > 1) {
+      range.take(first);
+      range.take(second);
+    }
     return split<kParts>(first, second);
   }
 }
@@ -52,7 +59,7 @@ PA_INLINE char *queries_of(const State &state, int64_t head, const Panel &panel)
   const int64_t lane = head * state.lanes + panel.first_lane;
   return reinterpret_cast<char *>(state.q) + lane * state.lane_dims * 2 * kParts;
 }
-template <class T, int kParts>
+template <class T, int kParts, bool kAsTheyLie>
 static void pack_queries(const AttentionParams &params, const AttentionWork &work, const State &state, int64_t head,
                          const Panel &panel, float factor, Range &range) {
   char *const dst = queries_of<kParts>(state, head, panel);
@@ -71,7 +78,7 @@ static void pack_queries(const AttentionParams &params, const AttentionWork &wor
     for (int d = 0; d < params.head_dim; d += kTileDepth) {
       VecU square[kParts][kWidth] = {};
       for (int i = 0; i < count; ++i) {
-        const Depth<kParts> depth = load_depth<T, kParts>(rows[i] + d, params.head_dim - d, factor, range);
+        const Depth<kParts> depth = load_depth<T, kParts, kAsTheyLie>(rows[i] + d, params.head_dim - d, factor, range);
         for (int p = 0; p < kParts; ++p) square[p][i] = depth.part[p];
       }
       for (int p = 0; p < kParts; ++p) {
@@ -84,28 +91,26 @@ static void pack_queries(const AttentionParams &params, const AttentionWork &wor
 }
 
 // Keys as tiles [32 keys][32 dimensions][part][2] of 16 keys.
-template <class T>
+template <class T, int kParts, bool kAsTheyLie>
 static void pack_keys(const typename T::Storage *k, const TileKeys &chunk, int head_dim, char *tiles, Range &range) {
-  constexpr int kParts = kPartsOf<T>;
   const int64_t tiles_of_keys = round_up(head_dim, kTileDepth) / kTileDepth * kParts * kLeftBytes;
   for (int j = 0; j < round_up(chunk.count, kTileDepth); ++j) {
     char *dst = tiles + j / kTileDepth * tiles_of_keys + j % kTileDepth * 64;
     for (int d = 0; d < head_dim; d += kTileDepth) {
       Depth<kParts> depth = {};
-      if (j < chunk.count) depth = load_depth<T, kParts>(k + chunk.k[j] + d, head_dim - d, 1.0f, range);
+      if (j < chunk.count) depth = load_depth<T, kParts, kAsTheyLie>(k + chunk.k[j] + d, head_dim - d, 1.0f, range);
       for (int p = 0; p < kParts; ++p, dst += kLeftBytes) store_as(dst, depth.part[p]);
     }
   }
 }
 
 // Values as tiles [32 dimensions][32 keys of the most in a chunk][part][2] of 16 dimensions; zeros for odd keys.
-template <class T>
-constexpr int64_t kValueStride = kChunkKeys<T> / kTileDepth * kPartsOf<T> * kLeftBytes;
+template <int kParts>
+constexpr int64_t kValueStride = kChunkKeys<kParts> / kTileDepth * kParts * kLeftBytes;
 
-template <class T>
+template <class T, int kParts>
 static void pack_values(const typename T::Storage *v, const TileKeys &chunk, int head_dim, const bool *odd, char *tiles,
                         Range &range) {
-  constexpr int kParts = kPartsOf<T>;
   const int64_t dims = round_up(head_dim, kTileDepth);
   for (int first = 0; first < chunk.count; first += kTileDepth) {
     char *const dst = tiles + first / kTileDepth * kParts * kLeftBytes;
@@ -127,7 +132,7 @@ static void pack_values(const typename T::Storage *v, const TileKeys &chunk, int
       for (int p = 0; p < kParts; ++p) {
         transpose_pairs(square[p]);
         char *const tile =
-            dst + d / kTileDepth * kValueStride<T> + p * kLeftBytes + d % kTileDepth / kWidth * kTileBytes;
+            dst + d / kTileDepth * kValueStride<kParts> + p * kLeftBytes + d % kTileDepth / kWidth * kTileBytes;
         for (int i = 0; i < kWidth; ++i) store_as(tile + 64 * i, square[p][i]);
       }
     }

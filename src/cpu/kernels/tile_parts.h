@@ -2,9 +2,10 @@
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// A bfloat16 is its one part.  A float32 is the sum of three, exactly: each takes the upper 8 bits of what the one
-// before left, and 24 bits are 3 times 8.  That holds as long as no part is subnormal, which tile registers take for
-// zero, and nothing overflows; so numbers far from 1 are watched for, and left to vectors of float32.
+// A bfloat16 is its one part, as is a float8; a float16 is the sum of two.  A float32 is the sum of three, exactly:
+// each takes the upper 8 bits of what the one before left, and 24 bits are 3 times 8.  That holds as long as no part is
+// subnormal, which tile registers take for zero, and nothing overflows; so numbers far from 1 are watched for, and left
+// to vectors of float32.
 #pragma once
 
 #include "kernels/convert.h"
@@ -12,12 +13,6 @@
 #if defined(PAGEDATTN_TILES)
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
-
-// How many parts an element has.
-template <class T>
-constexpr int kPartsOf = 3;
-template <>
-constexpr int kPartsOf<BFloat16> = 1;
 
 // 2 * kWidth bfloat16 of each part.
 template <int kParts>

@@ -7,8 +7,9 @@
 // stay in registers, so that each tile loaded is used twice: a product takes 16 cycles, loading a tile 8 from L1 and 19
 // from L2, storing one 15 to L1 and 58 to L2.
 //
-// An operand of float32 is a sum of parts in bfloat16, each what rounding left of the one before.  Of the products of
-// parts those count that a product of the operands can tell from its own rounding, or nearly: 3 of 2 parts, 6 of 3.
+// Operands may be sums of parts in bfloat16, each the upper 8 bits of what the one before left.  Of three parts, which
+// are float32, those products count that are not far below its rounding, six of nine.  Of two, which are float16, all
+// four count for scores, which are exact then and whose errors would grow with them, and three for results.
 #pragma once
 
 #include "kernels/attention_state.h"
@@ -45,7 +46,7 @@ PA_INLINE void multiply_loaded() {
 
 // Adds to sums the products of 2 left and 2 right tiles, [part] each.  Left ones, which come from L2, are loaded once.
 // Other work is done `beside` some.
-template <int kParts, class Beside>
+template <int kParts, bool kWhole, class Beside>
 PA_INLINE void multiply_tiles(const char *left, const char *right, Beside beside) {
   static_assert(kParts >= 1 && kParts <= 3);
   const auto with_left = [left](int part) __attribute__((always_inline)) {
@@ -75,6 +76,7 @@ PA_INLINE void multiply_tiles(const char *left, const char *right, Beside beside
     beside();
     with_left(1);
     beside();
+    if constexpr (kWhole) with_right(1);
   } else {
     with_right(0);
     beside();
@@ -106,7 +108,7 @@ PA_INLINE void multiply_keys(const char *q, const char *keys, int dims, int num_
   for (int j = 0; j < num_keys; j += kTileDepth) {
     zero_sums();
     for (int d = 0; d < dims; d += kTileDepth) {
-      multiply_tiles<kParts>(keys, q + d / kTileDepth * kParts * kRightBytes, beside);
+      multiply_tiles<kParts, true>(keys, q + d / kTileDepth * kParts * kRightBytes, beside);
       keys += kParts * kLeftBytes;
     }
     store_sums(scores + j * kPanelStride);
@@ -126,7 +128,7 @@ static void multiply_values(char *acc, bool first, const char *weights, const ch
     }
     for (int j = 0; j < num_keys; j += kTileDepth) {
       const int step = j / kTileDepth * kParts;
-      multiply_tiles<kParts>(values + step * kLeftBytes, weights + step * kRightBytes, [] {});
+      multiply_tiles<kParts, false>(values + step * kLeftBytes, weights + step * kRightBytes, [] {});
     }
     store_sums(acc + d * kPanelStride);
   }
