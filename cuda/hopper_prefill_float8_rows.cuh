@@ -166,14 +166,7 @@ class Float8Rows : public WarpgroupRows<Traits> {
   // Brings m to the largest score where weights would be too large.
   __device__ void raise(const Scores &s) {
     float largest[2][2];
-#pragma unroll
-    for (int tile = 0; tile < kTokens / 8; ++tile) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float &most = largest[j / 2][j % 2];
-        most = tile == 0 ? s[tile][j] : fmaxf(most, s[tile][j]);
-      }
-    }
+    this->find_largest(s, largest);
     bool changes = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

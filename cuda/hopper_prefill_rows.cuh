@@ -284,10 +284,9 @@ class WarpgroupRows {
     return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
   }
 
-  // `scale` turns what s holds into units of log 2.
-  __device__ void softmax_of_unmasked(Scores &s, const float (&scale)[2]) {
-    // Both rows at once, in several chains, since a warp has few others to hide its latencies.
-    float largest[2][2];
+  // The largest scores of a thread's rows, each of two halves: several chains, since a warp has few others to hide its
+  // latencies.
+  __device__ static void find_largest(const Scores &s, float (&largest)[2][2]) {
 #pragma unroll
     for (int tile = 0; tile < kTokens / 8; ++tile) {
 #pragma unroll
@@ -296,6 +295,12 @@ class WarpgroupRows {
         most = tile == 0 ? s[tile][j] : fmaxf(most, s[tile][j]);
       }
     }
+  }
+
+  // `scale` turns what s holds into units of log 2.
+  __device__ void softmax_of_unmasked(Scores &s, const float (&scale)[2]) {
+    float largest[2][2];
+    find_largest(s, largest);
     float subtracted[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
