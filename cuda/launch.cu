@@ -61,7 +61,8 @@ void launch_by_runtime(const Launch &launch, const void *kernel, void **argument
 }  // namespace
 
 void launch_kernel(const Launch &launch, const void *kernel, void **arguments) {
-  const bool overlaps = launch.waits_by_itself && device_facts().compute_capability >= 90;
+  // A kernel waits only if it is built for Hopper, which it may not be where the driver compiles it for a later device.
+  const bool overlaps = launch.waits_by_itself && PAGEDATTN_SM_90A && device_facts().compute_capability == 90;
   const unsigned num_attributes = overlaps ? 1 : 0;
   if (launch_by_driver(launch, kernel, arguments, num_attributes)) return;
   // The runtime makes what the driver misses, such as a context of the calling thread, or says what is wrong.
