@@ -34,7 +34,6 @@ from ._manager cimport (
     StepArrays, StepRequest, all_tokens, assign_field, key_from_seed, narrow, range_of, view_fields,
 )
 
-from . import _svg
 from ._errors import InvalidArgumentError, PagedAttnError
 
 include "_arguments.pxi"
@@ -841,6 +840,8 @@ cdef class BlockManager:
                 f"cached={self.num_cached_blocks}, free={self.num_free_blocks})")
 
     def _repr_svg_(self):
+        from . import _svg  # here, since few programs draw
+
         return _svg.render(self.layout(), title=f"BlockManager: {self._core().num_sequences()} sequences")
 
     def _weaken_hash(self, bits):

@@ -12,8 +12,8 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Any
-from xml.sax.saxutils import escape
 
 MARGIN = 24
 TOP = 96  # title and panel headings
