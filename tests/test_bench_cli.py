@@ -48,7 +48,7 @@ def test_a_peer_that_is_not_here_is_named_in_the_table() -> None:
     result = bench(*SMALL, "--lengths", "50", "--against", "fa3")
     assert result.exit_code == 0, result.output
     assert "FlashAttention-3 is not here: " in result.stdout
-    assert " 50 " in result.stdout
+    assert "\n50 " in result.stdout
 
 
 def test_one_query_length_is_for_all() -> None:
@@ -60,7 +60,8 @@ def test_one_query_length_is_for_all() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lengths", "many"], "lengths 'many': expected LENGTH, COUNTxLENGTH"),
+        (["--lengths", "many"], "bench: --lengths 'many': expected LENGTH, COUNTxLENGTH"),
+        (["--lengths", "8", "--q-lens", "0"], "bench: --q-lens '0': expected LENGTH, COUNTxLENGTH"),
         (["--lengths", "8", "--q-lens", "9"], "query lengths must be 1 to the sequence's 8 tokens; got 9"),
         (["--lengths", "8", "--q-lens", "1", "--q-lens", "1"], "--q-lens must be given once, or once for each of 1"),
         (["--lengths", "3x8", "--q-lens", "2x1"], "--q-lens 2x1 names 2 sequences, --lengths 3x8 names 3"),
@@ -72,6 +73,7 @@ def test_one_query_length_is_for_all() -> None:
         (["--lengths", "1000000x1000000"], "TiB"),
         (["--heads", "1000000000"], "TiB"),
         (["--plot", "/nonexistent/x.svg"], "--plot must name a file in a directory that exists"),
+        (["--plot", "/proc/x.svg"], "--plot must name a file that can be written; got /proc/x.svg"),
         (["--plot", "x.doc"], "x.doc"),
         (["--backend", "tpu"], "--backend must be auto, cpu or cuda; got tpu"),
     ],
@@ -100,6 +102,16 @@ def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     result = bench(*SMALL, "--lengths", "20")
     assert result.exit_code == 2
     assert "bench: out of memory: no room for 3 TiB" in result.stderr
+
+
+def test_ctrl_c_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pagedattn.bench.measure.Inputs", interrupted)
+    result = bench(*SMALL, "--lengths", "20")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "bench: stopped"
 
 
 def test_a_wrong_result_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -360,6 +360,51 @@ def test_the_report_is_plain_text_without_a_terminal() -> None:
     assert "0.50" in peer.split()
 
 
+def document_with(name: str, title: str, *others: str) -> dict[str, Any]:
+    result = {"low": 14.1e-6, "high": 14.9e-6, "share": 0.82, "bound": "compute", "error": 1.7e-3, "paged_share": 0.5}
+    result |= {"seconds": 14.5e-6, "host_seconds": 2e-6, "host_median": 2.1e-6}
+    names = ["pagedattn", *(f"peer{i}" for i in range(len(others)))]
+    return {
+        "pagedattn": "1.0", "backend": "cpu", "machine": {"device": title},
+        "ceilings": {"read": 1e10, "copy": 1e10, "matmul": 1e11, "host_to_device": None, "launch": 2e-6},
+        "peers": [{"name": n, "title": t, "missing": "", "version": t} for n, t in zip(names[1:], others, strict=True)],
+        "cases": [{"name": name, "flops": 1e6, "bytes": 1e4, "results": [{**result, "peer": n} for n in names]}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("width", "peers", "missing"),
+    [
+        (120, (), None),
+        (100, (), "host µs"),
+        (80, (), "host µs, error, quartiles"),
+        (80, ("torch SDPA, contiguous KV",), "host µs, error, quartiles, of paged roof"),
+    ],
+)
+def test_a_narrow_terminal_gets_fewer_columns_and_no_number_is_cut_off(
+    width: int, peers: tuple[str, ...], missing: str | None
+) -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    print_report(document_with("dec_1x64", "a processor", *peers), console)
+    text = file.getvalue()
+    assert "…" not in text
+    row = next(line for line in text.splitlines() if line.strip().startswith("dec_1x64"))
+    for part in ("pagedattn", "14.5", "69 GFLOP/s", "82 %"):
+        assert part in row
+    assert ("1.00" in row) == bool(peers)
+    if missing is None:
+        assert "not shown" not in text
+    else:
+        assert f"not shown, for want of width: {missing};" in " ".join(text.split())
+
+
+def test_plain_text_is_as_wide_as_its_table() -> None:
+    name = "+".join(f"uniform:{i}:1024:2048" for i in range(10, 20))
+    row = next(line for line in report(document_with(name, "a processor")).splitlines() if line.startswith(name))
+    assert row.endswith("2.00..2.10")
+
+
 def test_numbers_are_for_people() -> None:
     assert [microseconds(s) for s in (4.612e-6, 12.44e-6, 99.96e-6, 2860.4e-6)] == ["4.61", "12.4", "100", "2860"]
     assert [rate(v, "B") for v in (12.0, 3.114e12, 89.46e9, 2.5e15)] == [

@@ -17,6 +17,7 @@ from pathlib import Path
 import pagedattn
 import pytest
 from pagedattn._cli import app
+from pagedattn._cli.shared import check_writable
 from typer.testing import CliRunner
 
 SMALL = ["--layers", "1", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--num-blocks", "64"]
@@ -67,7 +68,6 @@ def test_replay_without_a_trace_reports_and_exits_with_0():
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--svg", "/proc/cache.svg"], "/proc/cache.svg"),
         (["--length-scale", "1e18"], "more than"),
         (["--length-scale", "1e300"], "more than"),
         (["--num-blocks", "1"], "no request was completed"),
@@ -91,6 +91,18 @@ def test_json_is_the_report_alone():
     assert set(report["seconds_by_part"]) >= {"attention", "cache writes", "block manager", "the rest"}
     for field in ("kv_gigabytes_per_second", "tokens_per_second", "waste_paged", "waste_at_max_length", "hit_rate"):
         assert report[field] >= 0
+
+
+def test_a_file_that_was_tried_is_not_left_behind(tmp_path: Path):
+    new, old = tmp_path / "new.svg", tmp_path / "old.svg"
+    old.write_text("as it was")
+    link = tmp_path / "link.svg"
+    link.symlink_to(new)
+    for path in (new, old, link, Path("/dev/stdout"), None):
+        check_writable("--svg", path)
+    assert not new.exists()
+    assert link.is_symlink()
+    assert old.read_text() == "as it was"
 
 
 def test_both_trace_formats_run(tmp_path: Path):
@@ -130,6 +142,7 @@ def test_svg_draws_the_cache_at_its_fullest(tmp_path: Path):
         (["--num-blocks", "1000000000000"], "replay: --num-blocks must be at most 2147483647"),
         (["--num-blocks", "2000000000"], "are free: give a smaller --num-blocks"),
         (["--svg", "/nowhere/at/all.svg"], "replay: --svg must name a file in a directory that exists"),
+        (["--svg", "/proc/cache.svg"], "replay: --svg must name a file that can be written; got /proc/cache.svg"),
         (["nowhere.jsonl"], "replay: nowhere.jsonl: No such file or directory"),
         (["--layers", "many"], "--layers"),
     ],
@@ -273,6 +286,19 @@ def test_info_works_without_cupy():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_variable_that_cannot_be_is_told_in_a_line():
+    done = pagedattn_command("info", env={**os.environ, "PAGEDATTN_CPU_ISA": "abacus"})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("info: ")
+    assert "`PAGEDATTN_CPU_ISA` must be one of generic," in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_version_is_told():
+    assert pagedattn_command("--version").stdout == f"pagedattn {pagedattn.__version__}\n"
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_the_cli_extra_one_line_says_how_to_get_it(missing):
     hide = f"import sys; sys.modules[{missing!r}] = None; from pagedattn.__main__ import main; main()"
@@ -289,6 +315,8 @@ def test_help_names_every_command_and_option():
     commands = pagedattn_command("--help").stdout
     assert "replay" in commands
     assert "info" in commands
+    assert "..." not in commands.partition("Commands:")[2]  # nothing is cut off
+    assert pagedattn_command("-h").stdout == commands
     text = pagedattn_command("replay", "--help").stdout
     missing = [option for option in OPTIONS.split() if f"--{option} " not in text]
     assert not missing

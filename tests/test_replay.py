@@ -13,7 +13,8 @@ import pytest
 from backends import CupyBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pagedattn._device import ELEMENT, Device, show_bytes
+from pagedattn._device import ELEMENT, Device
+from pagedattn._units import show_bytes
 from pagedattn.replay import Report, Request, Settings, SettingsError, replay, synthetic_trace
 from pagedattn.replay import engine as engine_module
 from pagedattn.replay.clock import PARTS, Clock

@@ -60,7 +60,7 @@ def test_of_equally_fast_sizes_the_one_with_the_least_cache_is_taken() -> None:
     choice = choose([candidate(16, 1.02, 100), candidate(64, 1.0, 110), candidate(256, 1.01, 150)])
     assert choice.block_size == 16
     assert "2.0 % more than the fastest (64)" in choice.reason
-    assert "blocks of 64 hold 10.0 % more" in choice.reason
+    assert "Blocks of 64 hold 10.0 % more" in choice.reason
 
 
 def test_a_size_that_is_slower_than_noise_is_not_taken_however_little_it_holds() -> None:
@@ -80,7 +80,7 @@ def test_within_one_percent_of_footprint_the_larger_block_wins() -> None:
 def test_shorter_tables_are_not_bought_with_a_slower_measurement() -> None:
     choice = choose([candidate(16, 1.0, 1000, 0.1), candidate(32, 1.05, 1005, 0.1), candidate(64, 1.0, 1100, 0.1)])
     assert choice.block_size == 16
-    assert "blocks of 32 take 5.0 % longer and hold 0.5 % more" in choice.reason
+    assert "Blocks of 32 take 5.0 % longer and hold 0.5 % more" in choice.reason
 
 
 def test_noise_is_the_quartile_spread_but_neither_below_3_nor_above_10_percent() -> None:
@@ -470,7 +470,7 @@ def test_fewer_and_shorter_requests_can_be_asked_for(azure: Path) -> None:
         (["trace.csv", "--lengths", "40"], "name a trace file or give --lengths, not both"),
         (["--lengths", "40", "--requests", "3"], "--requests is for a trace; --lengths has no requests"),
         (["--lengths", "40", "--chunk", "3"], "--chunk is for a trace"),
-        (["--lengths", "forty"], "lengths 'forty': expected LENGTH"),
+        (["--lengths", "forty"], "--lengths 'forty': expected LENGTH"),
         (["--lengths", "40", "--block-sizes", "16,,64"], "--block-sizes must be whole numbers joined by commas"),
         (["--lengths", "40", "--block-sizes", "0"], "--block-sizes must be different numbers from 1 to 65536; got 0"),
         (["--lengths", "40", "--block-sizes", "16,16"], "--block-sizes must be different numbers"),

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
+from pagedattn._units import counted
+
 MARGIN = 24
 TOP = 96  # title and panel headings
 LINE = 22  # of the legend
@@ -200,10 +202,6 @@ def _notes(hidden: list[_Request], drawn: int, total: int) -> str:
     return " · ".join(notes)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 # --- where it goes -------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +277,7 @@ def _draw_headings(
     pages = (
         "each page names its block"
         if labelled and pages_per_cell == 1
-        else "a cell is " + _count(pages_per_cell, "page")
+        else "a cell is " + counted(pages_per_cell, "page")
     )
     of = f", a cell is {per_cell}" if per_cell > 1 else ""
     for x, heading, detail in (

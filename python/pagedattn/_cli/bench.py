@@ -12,10 +12,9 @@ from typing import Annotated
 
 import typer
 
-import pagedattn
-from pagedattn._device import BackendError, Device, choose_backend
+from pagedattn._device import Device, choose_backend
 from pagedattn._progress import show_progress
-from pagedattn.bench.accuracy import WrongResultError
+from pagedattn._units import counted
 from pagedattn.bench.cases import GROUPS, Case, CaseError, find_cases
 from pagedattn.bench.lengths import FORMS, LengthsError, parse_lengths
 from pagedattn.bench.measure import measure
@@ -24,11 +23,10 @@ from pagedattn.bench.plot_page import PlotError, check_plot
 from pagedattn.bench.report import print_report
 
 from .options import AsJson, BackendName, BlockSize, DType, HeadDim, Heads, KvDType, KvHeads, Quick
-from .shared import WRONG_RESULT, UsageError, check_writable, fail
+from .shared import UsageError, check_writable, endings
 
 _DEFAULT_LENGTHS = {"cpu": "8x4096", "cuda": "64x4096"}
 _SHAPE = ("heads", "kv_heads", "head_dim", "block_size", "dtype", "kv_dtype", "causal")
-_REFUSED = (BackendError, CaseError, LengthsError, PlotError, UsageError, pagedattn.PagedAttnError, OSError)
 
 
 def bench_command(
@@ -73,9 +71,10 @@ def bench_command(
 ) -> None:
     """Time attention of a shape, as a share of what this machine gives, beside the peers that are installed.
 
-    Each result is compared with float64 before it is timed. Exit code 1: ours was wrong; 2: an option was.
+    Each result is compared with float64 before it is timed. Exit code 1: ours was wrong; 2: an option was; 130
+    after Ctrl-C.
     """
-    try:
+    with endings("bench", CaseError, LengthsError, PlotError):
         chosen, reason = choose_backend(backend)
         if case and (lengths or q_lens):
             raise UsageError("--case names whole cases: give it or --lengths and --q-lens, not both")
@@ -101,7 +100,7 @@ def bench_command(
         check_writable("--plot", plot)
         if plot is not None:
             check_plot(plot)
-        print(f"bench: {len(cases)} cases on the {chosen} backend ({reason})", file=sys.stderr)
+        print(f"bench: {counted(len(cases), 'case')} on the {chosen} backend ({reason})", file=sys.stderr)
         with show_progress("bench", "cases", len(cases), seconds_between_lines=0) as on_case:
             document = measure(cases, Device(chosen), peers, quick=quick, seed=seed, on_case=on_case)
         if as_json:
@@ -112,13 +111,6 @@ def bench_command(
             from pagedattn.bench.plot import plot_roofline
 
             plot_roofline(document, plot)
-    except _REFUSED as error:
-        fail("bench", str(error))
-    except MemoryError as error:
-        fail("bench", f"out of memory: {error}")
-    except WrongResultError as error:
-        print(f"bench: wrong result: {error}", file=sys.stderr)
-        raise typer.Exit(WRONG_RESULT) from None
 
 
 def _batches(
@@ -130,8 +122,8 @@ def _batches(
             f"--q-lens must be given once, or once for each of {len(lengths)} --lengths; got {len(q_lens)}"
         )
     for spec, q_spec in zip(lengths, q_lens * len(lengths) if len(q_lens) == 1 else q_lens, strict=True):
-        kv = parse_lengths(spec, seed=seed)
-        q = kv if q_spec == "all" else parse_lengths(q_spec, seed=seed)
+        kv = parse_lengths(spec, seed=seed, name="--lengths")
+        q = kv if q_spec == "all" else parse_lengths(q_spec, seed=seed, name="--q-lens")
         if len(q) == 1:
             q *= len(kv)
         if len(q) != len(kv):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,15 +11,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-import pagedattn
-from pagedattn._device import BackendError, choose_backend
+from pagedattn._device import choose_backend
+from pagedattn._units import counted
 from pagedattn.replay import Report, Request, Settings, SettingsError, TraceError, read_trace, replay, synthetic_trace
 from pagedattn.replay.progress import show_progress
 from pagedattn.replay.settings import parse_bytes
 from pagedattn.replay.synthetic import DEFAULT_REQUESTS
 
 from .options import BackendName, BlockSize, HeadDim, Heads, KvDType, KvHeads, Layers
-from .shared import WRONG_RESULT, UsageError, check_writable, fail, signals
+from .shared import WRONG_RESULT, check_writable, endings, fail, signals
 
 
 def replay_command(
@@ -64,7 +63,7 @@ def replay_command(
 
     Exit code 1 means that a result was wrong, 2 that an option or the trace was; 130 after Ctrl-C.
     """
-    try:
+    with endings("replay", SettingsError, TraceError):
         chosen, reason = choose_backend(backend)
         settings = Settings(
             backend=chosen,
@@ -84,17 +83,12 @@ def replay_command(
         )
         work = _load(trace, requests, length_scale, seed)
         check_writable("--svg", svg)
-        print(f"replay: {len(work)} requests on the {chosen} backend ({reason})", file=sys.stderr)
+        print(f"replay: {counted(len(work), 'request')} on the {chosen} backend ({reason})", file=sys.stderr)
         with signals() as received, show_progress(len(work)) as on_step:
             report = replay(work, settings, on_step=on_step, stop=lambda: bool(received), keep_layout=svg is not None)
         _print(report, as_json=as_json)
         if svg is not None:
             _draw(report, svg)
-    except (SettingsError, TraceError, BackendError, UsageError, pagedattn.PagedAttnError, OSError) as error:
-        fail("replay", str(error))
-    except KeyboardInterrupt:
-        print("replay: stopped", file=sys.stderr)
-        raise typer.Exit(128 + signal.SIGINT) from None
     if report.mismatch is not None:
         print(f"replay: {report.mismatch}", file=sys.stderr)
         raise typer.Exit(WRONG_RESULT)

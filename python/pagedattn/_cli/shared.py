@@ -13,11 +13,41 @@ from typing import Any, NoReturn
 
 import typer
 
+import pagedattn
+from pagedattn._device import BackendError
+from pagedattn.bench.accuracy import WrongResultError
+
 WRONG_RESULT, USAGE = 1, 2
 
 
 class UsageError(ValueError):
     """An option cannot be served; the message names it."""
+
+
+@contextmanager
+def endings(command: str, *refused: type[Exception]) -> Iterator[None]:
+    """What ends a command early becomes a line on standard error and an exit code.
+
+    Parameters
+    ----------
+    command : str
+        What the line begins with.
+    refused : exception types
+        Of options and files that cannot be served, beside those of every command.
+    """
+    refusals: tuple[type[Exception], ...] = (UsageError, BackendError, pagedattn.PagedAttnError, OSError, *refused)
+    try:
+        yield
+    except WrongResultError as error:
+        print(f"{command}: wrong result: {error}", file=sys.stderr)
+        raise typer.Exit(WRONG_RESULT) from None
+    except refusals as error:
+        fail(command, str(error))
+    except MemoryError as error:
+        fail(command, f"out of memory: {str(error) or 'ask for fewer or shorter sequences'}")
+    except KeyboardInterrupt:
+        print(f"{command}: stopped", file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 @contextmanager
@@ -44,8 +74,18 @@ def signals() -> Iterator[list[int]]:
 
 def check_writable(option: str, path: Path | None) -> None:
     """Refuse an output file that cannot be written before the work is done, not after it."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path is None or path.is_char_device() or path.is_fifo():
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(f"{option} must name a file in a directory that exists; got {path}")
+    target = path.resolve()  # what a link points to
+    existed = target.exists()
+    try:
+        target.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"{option} must name a file that can be written; got {path}: {error.strerror}") from None
+    if not existed:
+        target.unlink()
 
 
 def fail(command: str, message: str) -> NoReturn:

@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import pagedattn
-from pagedattn._device import BackendError, Device, choose_backend
+from pagedattn._device import Device, choose_backend
+from pagedattn._printing import print_report
 from pagedattn._progress import show_progress
-from pagedattn.bench.accuracy import WrongResultError
+from pagedattn._units import counted
 from pagedattn.bench.cases import CaseError
 from pagedattn.bench.lengths import FORMS, LengthsError, parse_lengths
 from pagedattn.bench.plot_page import PlotError, check_plot
@@ -23,10 +22,9 @@ from pagedattn.replay import TraceError, read_trace
 from pagedattn.tune import Model, TuneError, Workload, lengths_workload, trace_workload, tune
 from pagedattn.tune.measure import DEFAULT_BATCH, DEFAULT_BLOCK_SIZES, DEFAULT_CHUNK, check_options, num_steps
 from pagedattn.tune.plot import plot_trade
-from pagedattn.tune.report import print_report
 
 from .options import AsJson, BackendName, DType, HeadDim, Heads, KvDType, KvHeads, Layers, Quick
-from .shared import WRONG_RESULT, UsageError, check_writable, fail
+from .shared import UsageError, check_writable, endings
 
 _BLOCK_SIZES = ",".join(str(size) for size in DEFAULT_BLOCK_SIZES)
 
@@ -76,9 +74,10 @@ def tune_command(
 ) -> None:
     """Measure block sizes on the lengths that you serve, and recommend one.
 
-    Each result is compared with float64 before it is timed. Exit code 1: a result was wrong; 2: an option was.
+    Each result is compared with float64 before it is timed. Exit code 1: a result was wrong; 2: an option was; 130
+    after Ctrl-C.
     """
-    try:
+    with endings("tune", TuneError, CaseError, LengthsError, TraceError, PlotError):
         chosen, reason = choose_backend(backend)
         model = Model(heads, kv_heads, head_dim, layers, dtype, kv_dtype or dtype)
         sizes = _parse_sizes(block_sizes)
@@ -88,7 +87,7 @@ def tune_command(
             check_plot(plot)
         work = _load(trace, lengths, requests, length_scale, chunk, seed)
         device = Device(chosen)
-        print(f"tune: {len(sizes)} block sizes on the {chosen} backend ({reason})", file=sys.stderr)
+        print(f"tune: {counted(len(sizes), 'block size')} on the {chosen} backend ({reason})", file=sys.stderr)
         with show_progress("tune", "steps", num_steps(work, sizes), seconds_between_lines=0) as on_step:
             report = tune(
                 work,
@@ -104,22 +103,9 @@ def tune_command(
         if as_json:
             print(json.dumps(report.to_dict(), indent=2))
         else:
-            print_report(report)
+            print_report(report.parts())
         if plot is not None:
             plot_trade(report, plot)
-    except WrongResultError as error:
-        print(f"tune: wrong result: {error}", file=sys.stderr)
-        raise typer.Exit(WRONG_RESULT) from None
-    except (
-        TuneError, CaseError, LengthsError, TraceError, BackendError, PlotError, UsageError,
-        pagedattn.PagedAttnError, OSError,
-    ) as error:  # fmt: skip
-        fail("tune", str(error))
-    except MemoryError:
-        fail("tune", "out of memory: ask for fewer sequences, --block-sizes or a smaller --length-scale")
-    except KeyboardInterrupt:
-        print("tune: stopped", file=sys.stderr)
-        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 def _parse_sizes(text: str) -> list[int]:
@@ -143,7 +129,7 @@ def _load(
         for option, value in (("--requests", requests), ("--length-scale", length_scale), ("--chunk", chunk)):
             if value is not None:
                 raise UsageError(f"{option} is for a trace; --lengths has no requests")
-        return lengths_workload(lengths, parse_lengths(lengths, seed=seed))
+        return lengths_workload(lengths, parse_lengths(lengths, seed=seed, name="--lengths"))
     assert trace is not None
     if requests is not None and requests < 1:
         raise UsageError(f"--requests must be at least 1; got {requests}")

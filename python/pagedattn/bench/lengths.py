@@ -18,7 +18,7 @@ class LengthsError(ValueError):
     """Lengths cannot be read; the message says what was expected."""
 
 
-def parse_lengths(spec: str, *, seed: int = 0) -> tuple[int, ...]:
+def parse_lengths(spec: str, *, seed: int = 0, name: str = "lengths") -> tuple[int, ...]:
     """Lengths from ``64x4096``, ``logn:64:2048:32768``, ``skew:32:65536:256`` and the like.
 
     Parameters
@@ -28,6 +28,8 @@ def parse_lengths(spec: str, *, seed: int = 0) -> tuple[int, ...]:
         ``logn:COUNT:MEDIAN:MAX`` or ``skew:COUNT:LONG:SHORT``.
     seed : int
         Of the distributions; the same text and seed give the same lengths.
+    name : str
+        What an error calls them.
 
     Returns
     -------
@@ -40,40 +42,43 @@ def parse_lengths(spec: str, *, seed: int = 0) -> tuple[int, ...]:
         The text has none of these forms, or asks for more than 2**20 sequences or 2**40 tokens.
     """
     rng = np.random.default_rng(seed)
-    parts = [_part(part.strip(), spec, rng) for part in spec.split("+")]
-    lengths = tuple(int(length) for part in parts for length in part)
-    if len(lengths) > MAX_SEQUENCES or sum(lengths) > MAX_TOKENS:
-        raise LengthsError(f"lengths {spec!r}: at most {MAX_SEQUENCES} sequences and {MAX_TOKENS} tokens")
+    try:
+        parts = [_part(part.strip(), rng) for part in spec.split("+")]
+        lengths = tuple(int(length) for part in parts for length in part)
+        if len(lengths) > MAX_SEQUENCES or sum(lengths) > MAX_TOKENS:
+            raise LengthsError(f"at most {MAX_SEQUENCES} sequences and {MAX_TOKENS} tokens")
+    except LengthsError as error:
+        raise LengthsError(f"{name} {spec!r}: {error}") from None
     return lengths
 
 
-def _part(part: str, spec: str, rng: np.random.Generator) -> np.ndarray:
+def _part(part: str, rng: np.random.Generator) -> np.ndarray:
     kind, *fields = part.split(":")
     if kind in ("uniform", "logn", "skew"):
         if len(fields) != 3:
-            raise LengthsError(f"lengths {spec!r}: {kind} takes three numbers; expected {FORMS}")
-        count, first, second = (_number(field, spec) for field in fields)
-        _check_count(count, spec)
+            raise LengthsError(f"{kind} takes three numbers; expected {FORMS}")
+        count, first, second = (_number(field) for field in fields)
+        _check_count(count)
         if kind == "uniform":
             if first > second:
-                raise LengthsError(f"lengths {spec!r}: the low end {first} is above the high end {second}")
+                raise LengthsError(f"the low end {first} is above the high end {second}")
             return rng.integers(first, second + 1, count)
         if kind == "logn":
             return np.clip(np.rint(rng.lognormal(np.log(first), 1.0, count)), 1, second).astype(np.int64)
         return np.array([first] + [second] * (count - 1))
     count_text, times, length = part.rpartition("x")
-    count = _number(count_text, spec) if times else 1
-    _check_count(count, spec)
-    return np.full(count, _number(length, spec))
+    count = _number(count_text) if times else 1
+    _check_count(count)
+    return np.full(count, _number(length))
 
 
-def _check_count(count: int, spec: str) -> None:
+def _check_count(count: int) -> None:
     # Before anything of this size is allocated.
     if count > MAX_SEQUENCES:
-        raise LengthsError(f"lengths {spec!r}: at most {MAX_SEQUENCES} sequences; got {count}")
+        raise LengthsError(f"at most {MAX_SEQUENCES} sequences; got {count}")
 
 
-def _number(text: str, spec: str) -> int:
+def _number(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or len(text) > 13 or int(text) < 1:
-        raise LengthsError(f"lengths {spec!r}: expected {FORMS}, with numbers of at least 1; got {text!r}")
+        raise LengthsError(f"expected {FORMS}, with numbers of at least 1; got {text!r}")
     return int(text)

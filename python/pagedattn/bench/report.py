@@ -3,43 +3,50 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pagedattn import _printing
+from pagedattn._printing import table_width
+
 from .measure import OURS
 
-_WIDTH = 132  # of plain text, which nobody wraps
+# Columns that a narrow terminal does without, the first of them first.
+_DISPENSABLE = ("host µs", "error", "quartiles", "of paged roof")
 
 
 def print_report(document: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a measurement: colours and the terminal's width where there is one, plain text elsewhere."""
+    """Print a measurement; a terminal too narrow for all columns gets fewer, and is told which are missing."""
     console = console or Console()
-    if console.is_terminal:
-        console.print(Group(*_parts(document)))
-        return
-    plain = Console(file=io.StringIO(), width=_WIDTH, no_color=True, highlight=False)
-    with plain.capture() as capture:
-        plain.print(Group(*_parts(document)))
-    for line in capture.get().splitlines():
-        print(line.rstrip(), file=console.file)
+    table, left_out = _table(document), 0
+    while console.is_terminal and left_out < len(_DISPENSABLE) and table_width(table, console) > console.width:
+        left_out += 1
+        table = _table(document, without=_DISPENSABLE[:left_out])
+    parts: list[Text | Table] = [*_heading(document), table, Text(""), *_remarks(document)]
+    if left_out:
+        missing = ", ".join(_DISPENSABLE[:left_out])
+        parts.append(Text(f"not shown, for want of width: {missing}; --json has everything", style="yellow"))
+    _printing.print_report(parts, console)
 
 
-def _parts(document: Mapping[str, Any]) -> list[Any]:
+def _heading(document: Mapping[str, Any]) -> list[Text]:
     heading = f"pagedattn {document['pagedattn']} on {document['machine']['device']} ({document['backend']})"
-    parts = [Text(heading, style="bold"), Text(_ceilings(document)), Text(""), _table(document), Text("")]
+    return [Text(heading, style="bold"), Text(_ceilings(document)), Text("")]
+
+
+def _remarks(document: Mapping[str, Any]) -> list[Text]:
+    lines = []
     for peer in document["peers"]:
         if peer["missing"]:
-            parts.append(Text(f"{peer['title']} is not here: {peer['missing']}", style="yellow"))
+            lines.append(Text(f"{peer['title']} is not here: {peer['missing']}", style="yellow"))
         else:
-            parts.append(Text(f"{peer['title']}: {peer['version']}"))
-    parts += [Text(line, style="yellow") for line in _reasons(document)]
-    return parts
+            lines.append(Text(f"{peer['title']}: {peer['version']}"))
+    return lines + [Text(line, style="yellow") for line in _reasons(document)]
 
 
 def _ceilings(document: Mapping[str, Any]) -> str:
@@ -55,35 +62,51 @@ def _ceilings(document: Mapping[str, Any]) -> str:
     return "ceilings measured now: " + ", ".join([*facts, f"{what} {microseconds(c['launch'])} µs"])
 
 
-def _table(document: Mapping[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("case", no_wrap=True)
-    table.add_column("by", no_wrap=True)
-    paged = any(case.get("paged_read") for case in document["cases"])  # not in older documents
-    for title in ("µs", "quartiles", "rate", "of ceiling", *(["of paged roof"] * paged), "× ours", "error", "host µs"):
-        table.add_column(title, justify="right", no_wrap=True)
-    several = len(document["peers"]) > 0
+def _table(document: Mapping[str, Any], without: Sequence[str] = ()) -> Table:
+    """One row for each case and each one measured; a column that has nothing to say is left out."""
     titles = {OURS: OURS} | {peer["name"]: peer["title"] for peer in document["peers"]}
+    several = any(len(_timed(case)) > 1 for case in document["cases"])
+    cells = {id(result): _cells(case, result, several) for case in document["cases"] for result in _timed(case)}
+    names = next(iter(cells.values()))
+    columns = [name for name in names if name not in without and any(row[name] for row in cells.values())]
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("case", no_wrap=True)
+    table.add_column("by", min_width=len(OURS))
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     for case in document["cases"]:
-        timed = [result for result in case["results"] if "seconds" in result]
-        ours = next(result["seconds"] for result in timed if result["peer"] == OURS)
+        timed = _timed(case)
         fastest = min(result["seconds"] for result in timed)
-        for row, result in enumerate(timed):
+        for result in timed:
             table.add_row(
-                case["name"] if row == 0 else "",
+                case["name"] if result is timed[0] else "",
                 titles[result["peer"]],
-                microseconds(result["seconds"]),
-                f"{microseconds(result['low'])}..{microseconds(result['high'])}",
-                case_rate(case, result),
-                f"{100 * result['share']:.0f} %",
-                *([f"{100 * result['paged_share']:.0f} %" if "paged_share" in result else ""] * paged),
-                f"{result['seconds'] / ours:.2f}",
-                f"{result['error']:.1e}",
-                _host(result),
+                *(cells[id(result)][name] for name in columns),
                 style="bold" if several and result["seconds"] == fastest else None,
-                end_section=several and row + 1 == len(timed),
+                end_section=several and result is timed[-1],
             )
     return table
+
+
+def _timed(case: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [result for result in case["results"] if "seconds" in result]
+
+
+def _cells(case: Mapping[str, Any], result: Mapping[str, Any], several: bool) -> dict[str, str]:
+    """A result in the table, by the name of the column."""
+    ours = next(each["seconds"] for each in _timed(case) if each["peer"] == OURS)
+    paged = result.get("paged_share")  # of decode on the CPU, and not in older documents
+    return {
+        "µs": microseconds(result["seconds"]),
+        "quartiles": f"{microseconds(result['low'])}..{microseconds(result['high'])}",
+        "rate": case_rate(case, result),
+        "of ceiling": f"{100 * result['share']:.0f} %",
+        "of paged roof": "" if paged is None else f"{100 * paged:.0f} %",
+        "× ours": f"{result['seconds'] / ours:.2f}" if several else "",
+        "error": f"{result['error']:.1e}",
+        "host µs": _host(result),
+    }
 
 
 def _host(result: Mapping[str, Any]) -> str:

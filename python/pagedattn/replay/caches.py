@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pagedattn._device import ELEMENT, STORAGE, Device, show_bytes
+from pagedattn._device import ELEMENT, STORAGE, Device
+from pagedattn._units import show_bytes
 
 from .settings import Settings, SettingsError
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pagedattn
-from pagedattn._device import show_bytes
+from pagedattn._units import show_bytes
 
 from .settings import Settings
 from .verify import Mismatch

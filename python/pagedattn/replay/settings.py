@@ -7,7 +7,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from pagedattn._device import DTYPES, FP8_DTYPES, ITEM_SIZE, Backend, show_bytes
+from pagedattn._device import DTYPES, FP8_DTYPES, ITEM_SIZE, Backend
+from pagedattn._units import show_bytes
 from pagedattn.bench.model_shape import check_heads
 
 LARGEST = {"float8_e4m3": 448.0, "float8_e5m2": 57344.0}  # finite values of the 8-bit floats

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .units import show_seconds, show_size
+from pagedattn._units import show_seconds, show_size
 
 LEAST_NOISE = 0.03
 MOST_NOISE = 0.10  # a measurement that scatters more says nothing about the difference, so it excuses no more
@@ -94,7 +94,7 @@ def choose(candidates: Sequence[Candidate], *, unit: str = "a request") -> Choic
     place = ordered.index(best)
     rejected = [_fault(c, best, fast) for c in (*ordered[max(0, place - 1) : place], *ordered[place + 1 : place + 2])]
     if rejected:
-        sentences.append("; ".join(rejected) + ".")
+        sentences.append("Blocks of " + "; blocks of ".join(rejected) + ".")
     return Choice(best.block_size, " ".join(sentences), noise)
 
 
@@ -112,15 +112,14 @@ def _merit(best: Candidate, fastest: Candidate, noise: float, unit: str) -> str:
 
 def _fault(other: Candidate, best: Candidate, fast: Sequence[Candidate]) -> str:
     smaller = other.block_size < best.block_size
-    name = f"{'Blocks' if smaller else 'blocks'} of {other.block_size}"
     held = other.held_bytes / best.held_bytes - 1
     more = f"hold {_percent(abs(held))} {'more' if held >= 0 else 'less'}"
     if other not in fast or (abs(held) <= SAME_FOOTPRINT and not smaller):
         longer = f"take {_percent(other.seconds / best.seconds - 1)} longer"
-        return f"{name} {longer}" + (f" and {more}" if held > 0 else "")
+        return f"{other.block_size} {longer}" + (f" and {more}" if held > 0 else "")
     if abs(held) <= SAME_FOOTPRINT:
-        return f"{name} {more}, with tables {_times(best.block_size / other.block_size)} as long"
-    return f"{name} {more}"
+        return f"{other.block_size} {more}, with tables {_times(best.block_size / other.block_size)} as long"
+    return f"{other.block_size} {more}"
 
 
 def _percent(fraction: float) -> str:

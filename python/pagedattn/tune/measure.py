@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pagedattn
-from pagedattn._device import Device, show_bytes
+from pagedattn._device import Device
+from pagedattn._units import show_bytes
 from pagedattn.bench.accuracy import check, reference_rows
 from pagedattn.bench.inputs import Inputs
 from pagedattn.bench.peers.base import Prepared

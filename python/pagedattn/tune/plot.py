@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pagedattn._units import size_unit, time_unit
 from pagedattn.bench.plot_page import FAINT, FONT, GRID, INK, OUR_COLOUR, check_plot
 
 from .choice import Candidate, Choice
 from .report import Report
-from .units import size_unit, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,21 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 import pagedattn
+from pagedattn._units import counted, size_unit, three_digits, time_unit
 from pagedattn.bench.timing import Timing
 
 from .choice import Candidate, Choice, choose
 from .footprint import Footprint
 from .model import Model
-from .units import size_unit, three_digits, time_unit
 from .workload import Workload
 
 TABLE_ITEM_SIZE = 4  # block tables are int32
-_WIDTH = 132  # of plain text, which nobody wraps
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,16 +168,16 @@ class Report:
             f"{m.layers} layers, {dtype}"
         ]
         mean = sum(self.batch) / len(self.batch)
-        sequences = _count(len(self.batch), "sequence")
+        sequences = counted(len(self.batch), "sequence")
         batch = f"decode of {sequences} of {min(self.batch)} to {max(self.batch)} tokens (mean {mean:.0f})"
         if work.shared is None:
             return [*lines, f"{work.source}: {batch}"]
         new = sum(tokens for tokens, _ in self.chunks)
         return [
             *lines,
-            f"{work.source}: {_count(len(work.prompts), 'request')}, means of {work.prompts.mean():.0f} prompt and "
+            f"{work.source}: {counted(len(work.prompts), 'request')}, means of {work.prompts.mean():.0f} prompt and "
             f"{work.outputs.mean():.0f} output tokens",
-            f"{batch}; prefill of {new} tokens of {_count(len(self.chunks), 'prompt')}",
+            f"{batch}; prefill of {new} tokens of {counted(len(self.chunks), 'prompt')}",
         ]
 
     def lines(self) -> list[tuple[str, list[str]]]:
@@ -204,8 +202,8 @@ class Report:
             _times("manager a step", [row.manager_seconds for row in rows]),
         ]
 
-    def rich(self) -> Group:
-        """The report as a rich renderable."""
+    def parts(self) -> list[Text | Table]:
+        """The report for rich to print."""
         choice = self.choice
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         table.add_column("block size", no_wrap=True)
@@ -218,19 +216,7 @@ class Report:
         first, *others = self.heading()
         parts: list[Text | Table] = [Text(first, style="bold"), *(Text(line) for line in others), Text(), table, Text()]
         parts += [Text(f"Recommended: blocks of {choice.block_size}.", style="bold"), Text(choice.reason)]
-        return Group(*parts, *(Text(f"note: {remark}", style="yellow") for remark in self.remarks))
-
-
-def print_report(report: Report, console: Console | None = None) -> None:
-    """Print a report: colours and the terminal's width where there is one, plain text elsewhere."""
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=_WIDTH, no_color=True, highlight=False)
-    console.print(report.rich())
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+        return [*parts, *(Text(f"note: {remark}", style="yellow") for remark in self.remarks)]
 
 
 def _times(name: str, seconds: Sequence[float]) -> tuple[str, list[str]]:
