@@ -210,7 +210,9 @@ Placement validate_gather_kv(const pa_gather_kv_args &args, GatherKvParams *p) {
   }
   if (p->out_dtype == p->kv_dtype &&
       (args.k_scale != nullptr || args.v_scale != nullptr || args.k_scale_value != 1.0 || args.v_scale_value != 1.0)) {
-    check.fail("k_scale", "absent unless a float8 cache is dequantised", "a scale for a plain copy");
+    const bool of_keys = args.k_scale != nullptr || args.k_scale_value != 1.0;
+    check.fail(of_keys ? "k_scale" : "v_scale", "absent unless a float8 cache is dequantised",
+               "a scale for a plain copy");
   }
   p->k_scale = cache_scale(check, "k_scale", args.k_scale, args.k_scale_value, p->kv_dtype, p->num_kv_heads);
   p->v_scale = cache_scale(check, "v_scale", args.v_scale, args.v_scale_value, p->kv_dtype, p->num_kv_heads);

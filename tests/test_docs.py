@@ -53,7 +53,7 @@ def test_the_operations_have_examples() -> None:
         if name.islower() and "_dir" not in name and callable(getattr(pagedattn, name))
         if not any(test.examples for test in finder.find(getattr(pagedattn, name), name))
     ]
-    assert set(without) <= {"get_include", "get_num_threads", "last_kernel", "set_num_threads", "show_config"}
+    assert set(without) <= {"get_include", "get_num_threads", "show_config"}
 
 
 def test_the_numpy_example_of_the_readme_runs_as_it_stands() -> None:

@@ -390,8 +390,11 @@ def test_the_unspoilt_call_passes(backend: NumpyBackend, start: Callable[[], Arg
     assert np.isfinite(backend.host(call["lse"])).all()
 
 
-def test_the_number_of_threads_must_be_positive() -> None:
+@pytest.mark.parametrize(
+    ("number", "got"), [(0, "0"), (-3, "-3"), ("two", "'two'"), (1.5, "1.5"), (4097, "4097"), (2**70, "")]
+)
+def test_the_number_of_threads_must_be_from_1_to_4096(number: Any, got: str) -> None:
     before = pagedattn.get_num_threads()
-    with pytest.raises(pagedattn.InvalidArgumentError, match=r"`num_threads`.*got 0"):
-        pagedattn.set_num_threads(0)
+    with pytest.raises(pagedattn.InvalidArgumentError, match=rf"set_num_threads: `num_threads` must be .*got {got}"):
+        pagedattn.set_num_threads(number)
     assert pagedattn.get_num_threads() == before

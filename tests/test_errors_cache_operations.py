@@ -365,7 +365,7 @@ GATHER = [
     gather(
         "dtype that is not the cache's",
         lambda call: (call.pop("out"), call.update(total_tokens=16, dtype="float16")),
-        "k_out",
+        "dtype",
         "float32.*got float16",
     ),
     gather("scales for a plain copy", put("k_scale", 0.5), "k_scale", "float8"),
@@ -469,6 +469,14 @@ def test_lengths_whose_rows_exceed_all_memory_are_refused_before_anything_is_all
         ({"seq_lens": np.array(["a"])}, "seq_lens", pagedattn.InvalidArgumentError),
         ({"block_tables": np.array(3, np.int32)}, "block_tables", pagedattn.InvalidArgumentError),
         ({"seq_starts": np.array([-(2**31)], np.int32)}, "seq_starts", pagedattn.InvalidArgumentError),
+        ({"seq_lens": [20]}, "`seq_lens` must be an int32 array on the host; got list", pagedattn.InvalidArgumentError),
+        (
+            {"dtype": "float16"},
+            "`dtype` must be that of a cache of float32",
+            pagedattn.InvalidArgumentError,
+        ),
+        ({"dtype": np.float64}, "`dtype` must be one of", pagedattn.InvalidArgumentError),
+        ({"v_scale": 2.0}, "`v_scale` must be absent unless", pagedattn.InvalidArgumentError),
         ({"seq_starts": ["a"]}, "seq_starts", pagedattn.InvalidArgumentError),
         ({"total_tokens": 2.5}, "total_tokens", pagedattn.InvalidArgumentError),
         ({"total_tokens": 2**62}, "an output of shape", pagedattn.OutOfMemoryError),

@@ -4,8 +4,16 @@
 from __future__ import annotations
 
 from pagedattn._block_manager import BlockManager, StepBatch
-from pagedattn._config import config, get_cmake_dir, get_include, get_library_dir, show_config
-from pagedattn._core import get_num_threads, last_kernel, set_num_threads
+from pagedattn._config import (
+    config,
+    get_cmake_dir,
+    get_include,
+    get_library_dir,
+    get_num_threads,
+    last_kernel,
+    set_num_threads,
+    show_config,
+)
 from pagedattn._errors import (
     DeviceError,
     InvalidArgumentError,

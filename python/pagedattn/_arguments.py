@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pagedattn import _core
-from pagedattn._arrays import is_on_cuda
+from pagedattn._arrays import dtype_name, host_dtype, is_8bit, is_on_cuda, numpy_dtype
 from pagedattn._errors import InvalidArgumentError, OutOfMemoryError
 
 
@@ -91,8 +91,7 @@ def _host_integers(operation: str, argument: str, array: Any) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         if not hasattr(array, "__dlpack__") or is_on_cuda(array):
             raise InvalidArgumentError(
-                f"{operation}: `{argument}` must be an int32 array on the host like `seq_lens`; got "
-                f"{type(array).__name__}"
+                f"{operation}: `{argument}` must be an int32 array on the host; got {type(array).__name__}"
             )
         array = np.from_dlpack(array)
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -103,6 +102,17 @@ def _host_integers(operation: str, argument: str, array: Any) -> np.ndarray:
     return integers
 
 
-def too_large(operation: str, shape: tuple[int, ...]) -> OutOfMemoryError:
-    """Return the error of an output that could not be allocated."""
-    return OutOfMemoryError(f"{operation}: an output of shape {shape} could not be allocated")
+def gathered_dtype(dtype: Any, k_cache: Any, kv_dtype: Any) -> str:
+    """Name of the type that `gather_kv` is asked for: the cache's, unless that is float8."""
+    operation = "gather_kv"
+    name = dtype_name(operation, "dtype", dtype)
+    if not is_8bit(k_cache):
+        stored = numpy_dtype(k_cache) if kv_dtype is None else host_dtype(operation, "kv_dtype", kv_dtype)
+        if host_dtype(operation, "dtype", name) != stored:
+            raise InvalidArgumentError(f"{operation}: `dtype` must be that of a cache of {stored}; got {name}")
+    return name
+
+
+def too_large(operation: str, what: str) -> OutOfMemoryError:
+    """Return the error of memory that could not be allocated."""
+    return OutOfMemoryError(f"{operation}: {what} could not be allocated")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was built, what this machine has, and where the C++ package lies."""
+"""What was built, what this machine has, what runs on it, and where the C++ package lies."""
 
 from __future__ import annotations
 
@@ -99,6 +99,53 @@ def show_config(file: TextIO | None = None, *, as_json: bool = False) -> None:
     print("  kernels", file=out)
     for operation, case, kernel in facts["kernels"]:
         print(f"    {operation:<18} {case:<46} {kernel}", file=out)
+
+
+def last_kernel() -> str:
+    """Name of the kernel that the calling thread's last successful operation ran; "" before the first.
+
+    Examples
+    --------
+    >>> import numpy as np, pagedattn
+    >>> pagedattn.copy_blocks(np.zeros((4, 16, 2, 8), np.float32), np.array([[0, 1]]))
+    >>> pagedattn.last_kernel()
+    'cpu_copy_blocks'
+    """
+    return _core.last_kernel()
+
+
+def get_num_threads() -> int:
+    """Threads of the CPU backend.
+
+    Until :func:`set_num_threads` is called: the environment variable ``PAGEDATTN_NUM_THREADS``, else
+    ``OMP_NUM_THREADS``, else the CPUs that the process may run on.
+    """
+    return _core.get_num_threads()
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Set the threads of the CPU backend, for the whole process, from the next call on.
+
+    Parameters
+    ----------
+    num_threads : int
+        1 to 4096, the calling thread included.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The number is none of these.
+
+    Examples
+    --------
+    >>> import pagedattn
+    >>> before = pagedattn.get_num_threads()
+    >>> pagedattn.set_num_threads(2)
+    >>> pagedattn.get_num_threads()
+    2
+    >>> pagedattn.set_num_threads(before)
+    """
+    _core.set_num_threads(num_threads)
 
 
 def _package_dir() -> Path:

@@ -21,7 +21,7 @@ class DeviceError(PagedAttnError, RuntimeError):
 
 
 class OutOfMemoryError(PagedAttnError, MemoryError):
-    """An operation's scratch memory could not be allocated."""
+    """Memory for an operation's scratch or output, or for a cache, could not be allocated."""
 
 
 class OutOfBlocks(PagedAttnError):

@@ -13,6 +13,7 @@ from pagedattn import _core
 from pagedattn._arguments import array_list, too_large
 from pagedattn._arrays import numpy_dtype
 from pagedattn._errors import InvalidArgumentError
+from pagedattn._units import show_bytes
 
 _ALIGNMENT = 256  # bytes, of each cache: accesses of neighbouring threads then begin at a line of the bus
 
@@ -114,4 +115,4 @@ def _allocate(num_bytes: int, device: int | None) -> np.ndarray:
             return np.empty(num_bytes, np.uint8)
         return _core.host_memory(num_bytes, device)
     except (MemoryError, ValueError, OverflowError) as error:
-        raise too_large("HostCache", (num_bytes,)) from error
+        raise too_large("HostCache", f"{show_bytes(num_bytes)} of host memory") from error

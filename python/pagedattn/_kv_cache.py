@@ -12,6 +12,7 @@ import numpy as np
 from pagedattn import _core
 from pagedattn._arguments import too_large
 from pagedattn._arrays import host_dtype
+from pagedattn._units import show_bytes
 
 _HUGE_PAGE = 2 << 20
 
@@ -71,7 +72,7 @@ class KVCache:
         element = host_dtype("KVCache", "dtype", dtype)
         shape = (layers, blocks, 2, *block)
         self.nbytes = math.prod(shape) * element.itemsize
-        memory = _huge_pages(self.nbytes, shape).view(element).reshape(shape)
+        memory = _huge_pages(self.nbytes).view(element).reshape(shape)
         self.k_caches: list[np.ndarray] = [memory[layer, :, 0] for layer in range(layers)]
         self.v_caches: list[np.ndarray] = [memory[layer, :, 1] for layer in range(layers)]
 
@@ -83,12 +84,12 @@ class KVCache:
         )
 
 
-def _huge_pages(num_bytes: int, shape: tuple[int, ...]) -> np.ndarray:
+def _huge_pages(num_bytes: int) -> np.ndarray:
     """Zeros that begin at the border of a huge page; freed with the last array that looks into them."""
     try:
         mapping = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
     except (OSError, OverflowError, ValueError) as error:
-        raise too_large("KVCache", shape) from error
+        raise too_large("KVCache", show_bytes(num_bytes)) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(mapping, np.uint8)

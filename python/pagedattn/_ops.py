@@ -13,12 +13,13 @@ from typing import Any
 from pagedattn import _core
 from pagedattn._arguments import (
     array_list,
+    gathered_dtype,
     gathered_shape,
     parts,
     shape_of,
     too_large,
 )
-from pagedattn._arrays import dtype_code, dtype_name, empty, empty_like, is_8bit
+from pagedattn._arrays import dtype_code, empty, empty_like, is_8bit
 from pagedattn._errors import InvalidArgumentError
 
 
@@ -535,7 +536,7 @@ def gather_kv(
     operation = "gather_kv"
     if out is None:
         shape = gathered_shape(k_cache, block_tables, seq_lens, seq_starts, out_start_loc, total_tokens)
-        name = None if dtype is None else dtype_name(operation, "dtype", dtype)
+        name = None if dtype is None else gathered_dtype(dtype, k_cache, kv_dtype)
         try:
             if name is None:
                 out = (
@@ -545,7 +546,7 @@ def gather_kv(
             else:
                 out = (empty(shape, name, k_cache), empty(shape, name, k_cache))
         except (MemoryError, ValueError) as error:
-            raise too_large(operation, shape) from error
+            raise too_large(operation, f"an output of shape {shape}") from error
     elif not isinstance(out, (tuple, list)) or len(out) != 2:
         raise InvalidArgumentError(f"{operation}: `out` must be a pair of arrays (k, v); got {type(out).__name__}")
     elif dtype is not None or total_tokens is not None:

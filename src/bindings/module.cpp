@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -346,9 +347,10 @@ py::dict device_info(int device) {
   return facts;
 }
 
-void set_num_threads(int num_threads) {
+void set_num_threads(const py::object &num_threads) {
+  const int64_t wanted = whole_number("set_num_threads", "num_threads", num_threads, 1);
   pa_error error;
-  raise_on_error(pa_set_num_threads(num_threads, &error), error);
+  raise_on_error(pa_set_num_threads(static_cast<int32_t>(std::min<int64_t>(wanted, INT32_MAX)), &error), error);
 }
 
 // With the signatures that the stub generator reads.

@@ -355,7 +355,7 @@ int default_threads() {
 void check_environment() {
   const char *text = std::getenv("PAGEDATTN_NUM_THREADS");
   if (text == nullptr || *text == '\0' || count_from_environment("PAGEDATTN_NUM_THREADS", false) != 0) return;
-  throw_invalid("PAGEDATTN_NUM_THREADS: must be a number of threads, 1 to " + std::to_string(kMaxThreads) + "; got `" +
+  throw_invalid("`PAGEDATTN_NUM_THREADS` must be a number of threads, 1 to " + std::to_string(kMaxThreads) + "; got `" +
                 std::string(text) + "`");
 }
 
