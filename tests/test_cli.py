@@ -295,6 +295,12 @@ def test_a_variable_that_cannot_be_is_told_in_a_line():
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_report_survives_a_locale_without_its_letters():
+    done = pagedattn_command("bench", "--quick", "--lengths", "8", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "of ceiling" in done.stdout
+
+
 def test_the_version_is_told():
     assert pagedattn_command("--version").stdout == f"pagedattn {pagedattn.__version__}\n"
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -32,6 +33,8 @@ app.command("tune", short_help="Recommend a block size for what you serve.")(tun
 
 def run() -> None:
     """Run the command that the process was started with."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a µ that the locale lacks must not cost a result
     app(prog_name="pagedattn")
 
 
