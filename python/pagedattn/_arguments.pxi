@@ -40,6 +40,8 @@ cdef object _integer_array(values, str call, str argument):
         array = np.asarray(values)
     except (TypeError, ValueError) as error:
         raise _invalid(call, argument, "be a sequence or array of integers", repr(error)) from None
+    if array.ndim == 0:
+        raise _invalid(call, argument, "be a sequence or array of integers", type(values).__name__)
     if array.ndim != 1:
         raise _invalid(call, argument, "have one dimension", f"shape {array.shape}")
     if array.size == 0:

@@ -123,6 +123,8 @@ def paged_attention(
         An argument is wrong; nothing was written.
     UnsupportedError, DeviceError
         CUDA arrays without a CUDA build, device or driver.
+    MemoryError
+        There is no memory for ``out`` or for scratch, where they are not given.
 
     References
     ----------
@@ -189,6 +191,16 @@ def paged_attention_workspace_size(
 
     The size depends on shapes, types and the device, not on the values.  0 for host arrays.
 
+    Parameters
+    ----------
+    q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, max_query_len, kv_dtype, deterministic
+        As they will be given to :func:`paged_attention`, which also says what it raises.
+
+    Returns
+    -------
+    int
+        Bytes.
+
     Examples
     --------
     >>> import numpy as np, pagedattn
@@ -228,8 +240,10 @@ def merge_states(
         The parts' outputs, float32, float16 or bfloat16.
     lses : sequence of float32 arrays [T, H], or one array [P, T, H]
         Their log-sum-exps.  A part whose lse is ``-inf`` does not count, whatever its output holds.
-    out, lse : array, optional
-        Where to write; must not overlap a part.
+    out : array [T, H, D], optional
+        Where to write the output, of the parts' type; must not overlap a part.
+    lse : float32 array [T, H], optional
+        Where to write the log-sum-exp; must not overlap a part.
     stream : optional
         CUDA stream; the current one by default.
 
@@ -237,6 +251,11 @@ def merge_states(
     -------
     (array, array)
         Output and log-sum-exp over all keys.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An argument is wrong; nothing was written.
 
     Examples
     --------
@@ -431,6 +450,11 @@ def copy_blocks(caches: Any, block_mapping: Any, *, stream: Any = None, check: b
     check : bool, optional
         Verify the mapping on the GPU too (synchronises).  Unchecked, pairs out of range are skipped there.
 
+    Raises
+    ------
+    InvalidArgumentError
+        An argument is wrong; nothing was written.
+
     Examples
     --------
     >>> import numpy as np, pagedattn
@@ -458,6 +482,11 @@ def swap_blocks(src: Any, dst: Any, block_mapping: Any, *, event: Any = None, st
         has passed them, which that of a :class:`HostCache` does by itself.  Memory that is not page-locked is moved
         slower, a block at a time, and the call may wait for it (``last_kernel()`` then says
         ``cuda::swap_blocks_pageable``).
+
+    Raises
+    ------
+    InvalidArgumentError
+        An argument is wrong; nothing was written.
 
     See Also
     --------
@@ -524,6 +553,13 @@ def gather_kv(
     -------
     (array, array)
         Keys and values, [R, Hkv, D].
+
+    Raises
+    ------
+    InvalidArgumentError
+        An argument is wrong; nothing was written.
+    OutOfMemoryError
+        There is no memory for the output.
 
     Examples
     --------
