@@ -83,6 +83,12 @@ def test_shorter_tables_are_not_bought_with_a_slower_measurement() -> None:
     assert "Blocks of 32 take 5.0 % longer and hold 0.5 % more" in choice.reason
 
 
+def test_a_faster_size_that_holds_too_much_is_not_said_to_take_longer() -> None:
+    choice = choose([candidate(16, 1.02, 1000), candidate(32, 1.02, 1005), candidate(64, 1.0, 1014)])
+    assert choice.block_size == 32
+    assert choice.reason.endswith("blocks of 64 hold 0.9 % more.")
+
+
 def test_noise_is_the_quartile_spread_but_neither_below_3_nor_above_10_percent() -> None:
     def taken(difference: float, spread: float) -> int:
         return choose([candidate(16, 1 + difference, 100, spread), candidate(64, 1, 200, spread)]).block_size

@@ -114,10 +114,11 @@ def _fault(other: Candidate, best: Candidate, fast: Sequence[Candidate]) -> str:
     smaller = other.block_size < best.block_size
     held = other.held_bytes / best.held_bytes - 1
     more = f"hold {_percent(abs(held))} {'more' if held >= 0 else 'less'}"
-    if other not in fast or (abs(held) <= SAME_FOOTPRINT and not smaller):
-        longer = f"take {_percent(other.seconds / best.seconds - 1)} longer"
+    slower = other.seconds / best.seconds - 1
+    if other not in fast or (abs(held) <= SAME_FOOTPRINT and not smaller and slower > 0):
+        longer = f"take {_percent(slower)} longer"
         return f"{other.block_size} {longer}" + (f" and {more}" if held > 0 else "")
-    if abs(held) <= SAME_FOOTPRINT:
+    if abs(held) <= SAME_FOOTPRINT and smaller:
         return f"{other.block_size} {more}, with tables {_times(best.block_size / other.block_size)} as long"
     return f"{other.block_size} {more}"
 
