@@ -18,6 +18,7 @@ import pagedattn
 import pytest
 from pagedattn._cli import app
 from pagedattn._cli.shared import check_writable
+from pagedattn._device import choose_backend
 from typer.testing import CliRunner
 
 SMALL = ["--layers", "1", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--num-blocks", "64"]
@@ -278,6 +279,26 @@ def test_info_says_what_was_built():
     for operation, _, kernel in facts["kernels"]:
         assert operation in done.stdout
         assert kernel in done.stdout
+
+
+NO_DRIVER = "no CUDA driver was found (libcuda.so.1 is missing)"
+
+
+@pytest.mark.parametrize(
+    ("devices", "reason"),
+    [
+        ({"devices": [], "no_device_because": f"{NO_DRIVER}; install one"}, NO_DRIVER),
+        ({"devices": [], "no_device_because": None}, "no CUDA device was found"),
+        ({"devices": [{}], "no_device_because": None}, "CuPy cannot be imported"),
+    ],
+)
+def test_cupy_is_asked_for_only_where_there_is_a_gpu(devices, reason, monkeypatch):
+    monkeypatch.setattr(pagedattn, "config", lambda: {"cuda": {"built": True, **devices}})
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    backend, why = choose_backend("auto")
+    assert backend == "cpu"
+    assert why.startswith(reason)
+    assert "install one" not in why
 
 
 def test_info_works_without_cupy():

@@ -110,8 +110,12 @@ class Device:
 
 def cuda_missing() -> str:
     """Why the CUDA backend cannot run here; "" if it can."""
-    if not pagedattn.config()["cuda"]["built"]:
+    cuda = pagedattn.config()["cuda"]
+    if not cuda["built"]:
         return "this build of pagedattn has no CUDA kernels"
+    # Before CuPy: who has no GPU is not to be told to install it.
+    if not cuda["devices"]:
+        return (cuda["no_device_because"] or "no CUDA device was found").partition(";")[0]
     try:
         import cupy
     except ImportError as error:
