@@ -3,7 +3,15 @@
 
 from __future__ import annotations
 
+from pagedattn._attention import merge_states, paged_attention, paged_attention_workspace_size
 from pagedattn._block_manager import BlockManager, StepBatch
+from pagedattn._cache_operations import (
+    copy_blocks,
+    gather_kv,
+    reshape_and_cache,
+    rope_and_cache,
+    swap_blocks,
+)
 from pagedattn._config import (
     config,
     get_cmake_dir,
@@ -24,16 +32,6 @@ from pagedattn._errors import (
 )
 from pagedattn._host_cache import HostCache
 from pagedattn._kv_cache import KVCache
-from pagedattn._ops import (
-    copy_blocks,
-    gather_kv,
-    merge_states,
-    paged_attention,
-    paged_attention_workspace_size,
-    reshape_and_cache,
-    rope_and_cache,
-    swap_blocks,
-)
 from pagedattn._version import __version__
 
 __all__ = [
