@@ -72,7 +72,7 @@ def test_one_query_length_is_for_all() -> None:
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--lengths", "1000000x1000000"], "TiB"),
         (["--heads", "1000000000"], "TiB"),
-        (["--plot", "/nonexistent/x.svg"], "--plot must name a file in a directory that exists"),
+        (["--plot", "/proc/nowhere/x.svg"], "--plot must name a file in a directory that exists"),
         (["--plot", "/proc/x.svg"], "--plot must name a file that can be written; got /proc/x.svg"),
         (["--plot", "x.doc"], "x.doc"),
         (["--backend", "tpu"], "--backend must be auto, cpu or cuda; got tpu"),
