@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +97,30 @@ def test_caches_are_written_through_dlpack() -> None:
     pagedattn.reshape_and_cache(**{name: DLPackArray(array) for name, array in call.items()})
     assert_same_bytes(call["k_cache"], plain["k_cache"])
     assert_same_bytes(call["v_cache"], plain["v_cache"])
+
+
+def test_arrays_of_a_list_live_until_the_call_ends_whatever_becomes_of_the_list() -> None:
+    call = reshape_call()
+    layers = {name: [array, array.copy()] for name, array in call.items() if name != "slot_mapping"}
+    lives: list[bool] = []
+
+    class Thief(DLPackArray):
+        """Takes its neighbour out of the list, as another thread might while the call computes."""
+
+        def __dlpack__(self, **keywords: Any) -> Any:
+            layers["key"][0] = None
+            lives.append(neighbour() is not None)
+            return super().__dlpack__(**keywords)
+
+    class Watched(np.ndarray):
+        """An array that weak references may point to."""
+
+    layers["key"] = [call.pop("key").copy().view(Watched), Thief(layers["key"][1])]
+    neighbour = weakref.ref(layers["key"][0])
+    pagedattn.reshape_and_cache(**layers, slot_mapping=call["slot_mapping"])
+    assert lives == [True]
+    assert neighbour() is None
+    assert_same_bytes(layers["k_cache"][0], layers["k_cache"][1])
 
 
 def test_gather_and_merge_take_dlpack_arrays(rng: np.random.Generator) -> None:

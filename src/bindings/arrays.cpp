@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/cupy.h"
@@ -278,14 +279,17 @@ ArrayList::ArrayList(const Call &call, const char *argument, py::handle objects)
   if (!is_list(objects)) {
     raise_invalid(subject(call, argument) + " must be a list or tuple of arrays");
   }
-  tensors_.reserve(static_cast<size_t>(PySequence_Fast_GET_SIZE(objects.ptr())));
+  const auto size = static_cast<size_t>(PySequence_Fast_GET_SIZE(objects.ptr()));
+  tensors_.reserve(size);
+  owners_.reserve(size);
   // The size anew each time, for an array's own code may change the list.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(objects.ptr()); ++i) {
     const Name name(argument, i);
-    const auto object = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(objects.ptr(), i));
+    auto object = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(objects.ptr(), i));
     if (object.is_none()) raise_invalid(subject(call, name) + " must be an array; got None");
     const Array array(call, name, object);
     tensors_.push_back(array.tensor());
+    owners_.push_back(std::move(object));
     if (array.owner()) owners_.push_back(array.owner());
   }
 }

@@ -53,7 +53,8 @@ class Array {
   pybind11::object owner_;
 };
 
-// A list or tuple of arrays.
+// A list or tuple of arrays, which live as long as this object: another thread may change the list while the call
+// computes without the GIL.
 class ArrayList {
  public:
   ArrayList(const Call &call, const char *argument, pybind11::handle objects);
