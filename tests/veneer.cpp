@@ -51,6 +51,16 @@ struct Cache {
   }
 };
 
+void a_buffer_too_large_for_any_memory_is_refused() {
+  bool refused = false;
+  try {
+    pa::HostBuffer<float> buffer(SIZE_MAX / 4 + 2);  // 4 bytes, were they counted by 64 bits
+  } catch (const std::bad_alloc &) {
+    refused = true;
+  }
+  REQUIRE(refused);
+}
+
 void reshape_and_cache_fills_the_slots() {
   Cache cache;
   REQUIRE(pa::PagedCache<float>::size(2, 2, 1, 8) == cache.k.size());
@@ -219,6 +229,7 @@ void tensors_know_their_type_shape_and_strides() {
 }  // namespace
 
 int main() {
+  a_buffer_too_large_for_any_memory_is_refused();
   reshape_and_cache_fills_the_slots();
   paged_attention_takes_its_options();
   float8_queries_are_scaled();

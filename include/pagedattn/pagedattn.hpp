@@ -106,8 +106,9 @@ class HostBuffer {
 
  public:
   HostBuffer() = default;
-  explicit HostBuffer(std::size_t size)
-      : data_(static_cast<T *>(::operator new(size * sizeof(T), alignment))), size_(size) {
+  explicit HostBuffer(std::size_t size) : size_(size) {
+    if (size > SIZE_MAX / sizeof(T)) throw std::bad_array_new_length();
+    data_.reset(static_cast<T *>(::operator new(size * sizeof(T), alignment)));
     for (std::size_t i = 0; i < size; ++i) ::new (static_cast<void *>(data_.get() + i)) T{};
   }
 
