@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "describe.h"
@@ -77,10 +78,13 @@ void validate_options(const Checker &check, const pa_attention_args &args, Atten
   if (std::isinf(static_cast<float>(args.scale))) check.fail("scale", "finite", number_text(args.scale));
   p->scale =
       std::isnan(args.scale) ? 1.0f / std::sqrt(static_cast<float>(p->head_dim)) : static_cast<float>(args.scale);
-  if (!(args.softcap >= 0.0) || std::isinf(static_cast<float>(args.softcap))) {
-    check.fail("softcap", "a finite number of at least 0 (0: off)", number_text(args.softcap));
-  }
   p->softcap = static_cast<float>(args.softcap);
+  // A smaller one would be off in float32, or scores divided by it infinite.
+  const bool too_small = args.softcap > 0.0 && p->softcap < std::numeric_limits<float>::min();
+  if (!(args.softcap >= 0.0) || std::isinf(p->softcap) || too_small) {
+    check.fail("softcap", "0 (off) or a finite positive number in the range of normal float32",
+               number_text(args.softcap));
+  }
   if (args.window < 0) check.fail("window", "at least 1 (absent: no window)", std::to_string(args.window));
   p->window = args.window;
   check.flag("causal", args.causal);

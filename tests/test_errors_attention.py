@@ -120,6 +120,8 @@ ATTENTION_OPTIONS = [
     attention("softcap of NaN", put("softcap", np.nan), "softcap", "got -?nan"),
     attention("infinite softcap", put("softcap", np.inf), "softcap", "got inf"),
     attention("softcap in words", put("softcap", "big"), "softcap", "got 'big'"),
+    attention("softcap that float32 has no place for", put("softcap", 1e-46), "softcap", "float32.*got 1e-46"),
+    attention("softcap that float32 cannot divide by", put("softcap", 1e-40), "softcap", "float32.*got 1e-40"),
     attention("scale of NaN", put("scale", np.nan), "scale", "finite.*got nan"),
     attention("infinite scale", put("scale", np.inf), "scale", "finite.*got inf"),
     attention("scale beyond float32", put("scale", 1e300), "scale", r"got 1e\+300"),
