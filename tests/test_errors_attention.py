@@ -161,6 +161,8 @@ ATTENTION_OPTIONS = [
     attention("negative v_scale", put("v_scale", -1.0), "v_scale", "positive.*got -1", **FP8),
     attention("k_scale of NaN", put("k_scale", np.nan), "k_scale", "positive.*got -?nan", **FP8),
     attention("infinite k_scale", put("k_scale", np.inf), "k_scale", "finite.*got inf", **FP8),
+    attention("k_scale beyond float64", put("k_scale", 10**400), "k_scale", "finite", **FP8),
+    attention("complex v_scale", put("v_scale", 1j), "v_scale", "number.*got 1j", **FP8),
     attention("float8 cache with float32 q", cast("q", np.float32), "k_cache", "16-bit.*got float8_e4m3", **FP8),
     attention(
         "float16 cache with bfloat16 q",

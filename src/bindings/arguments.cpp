@@ -51,9 +51,9 @@ std::optional<int64_t> as_integer(py::handle value) {
 
 }  // namespace
 
-double number(const char *operation, const char *argument, py::handle value) {
+double number(const char *operation, const char *argument, py::handle value, const char *expected) {
   const double result = as_double(value);
-  if (!std::isfinite(result)) refuse(operation, argument, "a finite number on the host", value);
+  if (!std::isfinite(result)) refuse(operation, argument, expected, value);
   return result;
 }
 

@@ -10,7 +10,8 @@
 namespace pagedattn::bindings {
 
 // A finite host number; a CUDA scalar would have to be read back, and is refused.
-double number(const char *operation, const char *argument, pybind11::handle value);
+double number(const char *operation, const char *argument, pybind11::handle value,
+              const char *expected = "a finite number on the host");
 
 // A host integer of at least `least`, cut to what 64 bits hold.
 int64_t whole_number(const char *operation, const char *argument, pybind11::handle value, int64_t least);

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/arguments.h"
 #include "bindings/cupy.h"
 #include "bindings/dlpack_abi.h"
 #include "bindings/errors.h"
@@ -308,7 +309,7 @@ ScaleArgument::ScaleArgument(const Call &call, const char *argument, py::handle 
     : ScaleArgument(call, argument, object, is_number(object)) {}
 
 ScaleArgument::ScaleArgument(const Call &call, const char *argument, py::handle object, bool is_number)
-    : value_(is_number ? py::float_(py::reinterpret_borrow<py::object>(object)).cast<double>() : 1.0),
+    : value_(is_number ? number(call.operation, argument, object, "a positive finite number or an array") : 1.0),
       array_(call, argument, is_number ? py::handle(Py_None) : object) {}
 
 }  // namespace pagedattn::bindings
