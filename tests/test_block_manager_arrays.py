@@ -125,6 +125,12 @@ def test_a_batch_without_room_for_the_copies_is_refused() -> None:
         ("positions", np.zeros(7, np.int64)),
         ("copies", np.zeros((2, 3), np.int64)),
         ("copies", [[0, 0]]),
+        ("block_tables", None),
+        ("seq_lens", None),
+        ("seq_lens", np.int32(2)),
+        ("slot_mapping", 8),
+        ("slot_mapping", np.array(8)),
+        ("copies", 2),
     ],
 )
 def test_arrays_of_the_wrong_kind_make_no_batch(name: str, array: object) -> None:
@@ -136,6 +142,16 @@ def test_arrays_of_the_wrong_kind_make_no_batch(name: str, array: object) -> Non
     }
     with pytest.raises(InvalidArgumentError, match=f"StepBatch.from_arrays: `{name}` must be"):
         StepBatch.from_arrays(**{**arrays, name: array})
+
+
+def test_arrays_that_share_memory_make_no_batch() -> None:
+    memory = np.zeros(12, np.int64)
+    tables, lens, starts = np.zeros((2, 4), np.int32), np.zeros(2, np.int32), np.zeros(3, np.int32)
+    with pytest.raises(InvalidArgumentError, match="`positions` must be memory apart from `slot_mapping`"):
+        StepBatch.from_arrays(tables, lens, starts, memory[:8], memory[4:])
+    with pytest.raises(InvalidArgumentError, match="`block_tables` must be memory apart from `seq_lens`"):
+        StepBatch.from_arrays(tables, tables[1, :2], starts, memory[:8])
+    StepBatch.from_arrays(tables, lens, starts, memory[:6], memory[6:])
 
 
 def test_read_only_arrays_make_no_batch() -> None:

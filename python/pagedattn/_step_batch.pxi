@@ -2,6 +2,11 @@
 #
 # The arrays of a step.
 
+cdef Py_ssize_t _length(array):
+    """The first extent of an array; 0 for what has none, and is refused."""
+    return array.shape[0] if isinstance(array, np.ndarray) and array.ndim > 0 else 0
+
+
 cdef class StepBatch:
     """The arrays of one step, as the kernels take them.
 
@@ -71,29 +76,34 @@ cdef class StepBatch:
         Raises
         ------
         InvalidArgumentError
-            An array has another dtype or shape, is not contiguous or is read-only.
+            An array has another dtype or shape, is not contiguous or is read-only, or two share memory.
         """
-        seqs = len(seq_lens)
-        tokens = len(slot_mapping)
+        seqs = _length(seq_lens)
+        tokens = _length(slot_mapping)
         if positions is None:
             positions = np.zeros(tokens, np.int64)
         if copies is None:
             copies = np.zeros((seqs, 2), np.int64)
         width = block_tables.shape[1] if getattr(block_tables, "ndim", 0) == 2 else 0
-        for name, array, dtype, shape in (
-            ("block_tables", block_tables, np.int32, (seqs, width)),
+        arrays = (  # those whose lengths others must have come first
             ("seq_lens", seq_lens, np.int32, (seqs,)),
-            ("query_start_loc", query_start_loc, np.int32, (seqs + 1,)),
             ("slot_mapping", slot_mapping, np.int64, (tokens,)),
+            ("block_tables", block_tables, np.int32, (seqs, width)),
+            ("query_start_loc", query_start_loc, np.int32, (seqs + 1,)),
             ("positions", positions, np.int64, (tokens,)),
-            ("copies", copies, np.int64, (len(copies), 2)),
-        ):
+            ("copies", copies, np.int64, (_length(copies), 2)),
+        )
+        for i, (name, array, dtype, shape) in enumerate(arrays):
             if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
                 got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
                 raise InvalidArgumentError(
                     f"StepBatch.from_arrays: `{name}` must be {np.dtype(dtype)} with shape {shape}; got {got}")
             if not array.flags.c_contiguous or not array.flags.writeable:
                 raise InvalidArgumentError(f"StepBatch.from_arrays: `{name}` must be C-contiguous and writable")
+            for other_name, other, _, _ in arrays[:i]:
+                if np.may_share_memory(array, other):
+                    raise InvalidArgumentError(
+                        f"StepBatch.from_arrays: `{name}` must be memory apart from `{other_name}`")
         cdef StepBatch batch = cls.__new__(cls)
         batch._bind(block_tables, seq_lens, query_start_loc, slot_mapping, positions, copies)
         return batch
