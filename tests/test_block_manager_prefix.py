@@ -159,6 +159,27 @@ def test_a_part_of_a_block_counts_as_a_hit_once_though_a_better_one_comes() -> N
     m.check()
 
 
+def test_what_copies_of_a_prompt_find_is_no_hit_of_another_prompt() -> None:
+    m = BlockManager(16, 8)
+    add_computed(m, [0, 1, 2, 3, 9, 9, 9, 9, 9])
+    waiting = m.add(range(9))
+    forks = m.fork(waiting, 3)
+    reordered = m.fork(waiting)
+    m.reorder(reordered, [waiting])
+    add_computed(m, [*range(8), 7])
+    counted = ("prefix_queried_tokens", "prefix_hit_tokens", "partial_hit_tokens")
+    assert m.take_prefix(waiting) == 8
+    before = [m.stats()[name] for name in counted]
+    assert [m.take_prefix(seq) for seq in (*forks, *reordered)] == [8, 8, 8, 8]
+    assert [m.stats()[name] for name in counted] == before
+    restored = BlockManager.restore(m.snapshot())
+    m.preempt(forks[0])
+    assert m.take_prefix(forks[0]) == 8  # which asks anew
+    assert [m.stats()[name] for name in counted] == [before[0] + 9, before[1] + 8, before[2]]
+    restored.free(restored.seqs())
+    assert [restored.stats()[name] for name in counted] == before
+
+
 def test_a_truncated_waiting_sequence_keeps_part_of_a_block() -> None:
     m = BlockManager(16, 4)
     add_computed(m, range(13))

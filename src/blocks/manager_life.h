@@ -97,6 +97,7 @@ inline std::unique_ptr<Sequence> Manager::copy_of(const Sequence &s) {
   auto copy = spares_.take(with_room_to_grow(s.tokens.size()), s.table.size() + 1);
   *copy = s;
   copy->shares_tail = true;
+  copy->counts_hits = false;
   return copy;
 }
 

@@ -60,7 +60,7 @@ inline bool Manager::can_outdo_borrowed_tail(const Sequence &s) const {
 }
 
 inline void Manager::return_borrowed_tail(Sequence &s) {
-  counters_.partial_hit_tokens -= s.num_computed - s.num_published * blocks_.size();
+  if (s.counts_hits) counters_.partial_hit_tokens -= s.num_computed - s.num_published * blocks_.size();
   shrink_table(s, s.num_published);
   s.num_computed = s.num_cached = s.num_published * blocks_.size();
 }
@@ -72,8 +72,10 @@ inline void Manager::take_cached_blocks(Sequence &s) {
   if (s.borrows_tail && can_outdo_borrowed_tail(s)) return_borrowed_tail(s);
   // A truncated sequence may hold part of a block; there is no whole block to add to that.
   if (s.num_computed != s.num_published * blocks_.size()) return;
-  if (!s.queried) counters_.prefix_queried_tokens += s.num_tokens();
-  s.queried = true;
+  if (!s.queried) {
+    counters_.prefix_queried_tokens += s.num_tokens();
+    s.queried = s.counts_hits = true;
+  }
   // The last token is always left to compute: its query gives the logits.
   const int64_t limit = blocks_.full(s.num_tokens() - 1) - s.num_published;
   walk_prefix(s.tip, s.tokens.data() + s.num_computed, limit, [&](int32_t block) {
@@ -89,10 +91,10 @@ inline void Manager::take_cached_blocks(Sequence &s) {
     s.table.push_back(part.block);
     s.num_computed += part.num_tokens;
     s.borrows_tail = s.shares_tail = true;
-    counters_.partial_hit_tokens += part.num_tokens;
+    if (s.counts_hits) counters_.partial_hit_tokens += part.num_tokens;
   }
   s.num_cached = s.num_computed;
-  counters_.prefix_hit_tokens += s.num_computed - before;
+  if (s.counts_hits) counters_.prefix_hit_tokens += s.num_computed - before;
   release_behind_window(s);
 }
 

@@ -28,7 +28,8 @@ struct Sequence {
   bool chain_broken = false;    // an ancestor has left the cache: nothing more can be published
   bool shares_tail = false;     // the last block may be another sequence's too, or the cache's: look before writing
   bool borrows_tail = false;    // the last block is a cached one whose first tokens happen to be this sequence's
-  bool queried = false;         // its prompt has been counted in the hit rate
+  bool queried = false;         // its prompt has been counted in the hit rate,
+  bool counts_hits = false;     // and so is what it finds: not so of a copy, whose prompt is the original's
   int8_t priority = 0;
   int32_t space = 0;       // namespace
   int64_t num_cached = 0;  // of the computed tokens, found in the prefix cache

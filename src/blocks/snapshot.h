@@ -164,8 +164,8 @@ class SnapshotWriter {
   }
 
   static void write_sequence(const Sequence &s, bool is_pin, const std::vector<int32_t> &numbers, Snapshot &out) {
-    const int64_t flags =
-        s.swapped | s.started << 1 | s.chain_broken << 2 | s.queried << 3 | s.borrows_tail << 4 | is_pin << 5;
+    const int64_t flags = s.swapped | s.started << 1 | s.chain_broken << 2 | s.queried << 3 | s.borrows_tail << 4 |
+                          is_pin << 5 | s.counts_hits << 6;
     out.sequences.insert(
         out.sequences.end(),
         {s.id, s.num_tokens(), s.num_blocks(), s.num_computed, s.num_cached, s.num_published, s.num_released,
@@ -370,6 +370,7 @@ class SnapshotReader {
     s.chain_broken = (f[11] & 4) != 0;
     s.queried = (f[11] & 8) != 0;
     s.borrows_tail = (f[11] & 16) != 0;
+    s.counts_hits = (f[11] & 64) != 0;
     s.shares_tail = true;  // the next write looks
     return s;
   }
