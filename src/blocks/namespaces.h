@@ -5,9 +5,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "blocks/block_hash.h"
@@ -52,10 +54,15 @@ class Namespaces {
     free_slots_.push_back(space);
   }
 
+  // All memory is found before anything changes, and that for giving the slot back too.
   void insert(int32_t space, const std::string &key, const HashKey &hash_key) {
-    if (space >= num_slots()) entries_.resize(static_cast<size_t>(space) + 1);
-    by_key_[key] = space;
-    at(space) = {key, root_hash(key, hash_key), 0, 0, true};
+    Entry entry{key, root_hash(key, hash_key), 0, 0, true};
+    const size_t num_entries = std::max(entries_.size(), static_cast<size_t>(space) + 1);
+    if (num_entries > free_slots_.capacity()) free_slots_.reserve(2 * num_entries);
+    if (num_entries > entries_.capacity()) entries_.reserve(2 * num_entries);
+    by_key_.emplace(key, space);
+    entries_.resize(num_entries);
+    at(space) = std::move(entry);
   }
 
   static Hash128 root_hash(const std::string &key, const HashKey &hash_key) {

@@ -130,6 +130,8 @@ class SequenceMap {
 // page, which takes longer than all that is done with it.
 class SpareSequences {
  public:
+  SpareSequences() { spares_.reserve(kMostSpares); }  // now: a sequence is put here when it must not fail any more
+
   // A new sequence with room for so many tokens.
   std::unique_ptr<Sequence> take(size_t num_tokens, size_t num_blocks) {
     auto sequence = std::make_unique<Sequence>();
@@ -147,7 +149,6 @@ class SpareSequences {
 
   void put(std::unique_ptr<Sequence> sequence) {
     if (spares_.size() == kMostSpares || sequence->tokens.capacity() > kMostTokens) return;
-    if (spares_.capacity() == 0) spares_.reserve(kMostSpares);
     spares_.push_back(std::move(sequence));
   }
 

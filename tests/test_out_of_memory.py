@@ -1,0 +1,19 @@
+"""Memory that runs out in the middle of a call, which must then have changed nothing.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from installed import REPOSITORY, output_of, tool
+
+FLAGS = ("-std=c++20", "-O1", "-Wall", "-Wextra", "-Wconversion", "-pedantic", "-Werror", "-pthread")
+INCLUDES = ("-I", REPOSITORY / "src", "-I", REPOSITORY / "include")
+
+
+def test_a_call_of_the_block_manager_that_runs_out_of_memory_has_changed_nothing(tmp_path: Path) -> None:
+    program = tmp_path / "failing_allocations"
+    output_of(tool("g++"), *FLAGS, *INCLUDES, REPOSITORY / "tests/failing_allocations.cpp", "-o", program)
+    assert output_of(program) == "all hold\n"
