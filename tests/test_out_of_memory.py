@@ -17,3 +17,10 @@ def test_a_call_of_the_block_manager_that_runs_out_of_memory_has_changed_nothing
     program = tmp_path / "failing_allocations"
     output_of(tool("g++"), *FLAGS, *INCLUDES, REPOSITORY / "tests/failing_allocations.cpp", "-o", program)
     assert output_of(program) == "all hold\n"
+
+
+def test_threads_that_cannot_be_started_for_want_of_memory_are_done_without(tmp_path: Path) -> None:
+    sources = REPOSITORY / "tests/failing_threads.cpp", REPOSITORY / "src/cpu/thread_pool.cpp"
+    program = tmp_path / "failing_threads"
+    output_of(tool("g++"), *FLAGS, *INCLUDES, *sources, "-o", program)
+    assert output_of(program) == "all hold\n"

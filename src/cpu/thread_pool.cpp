@@ -33,7 +33,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -128,8 +127,9 @@ class ThreadPool {
         Worker &worker = *workers_.back();
         worker.thread = std::thread([this, number, &worker] { work(number, worker); });
       }
-    } catch (const std::system_error &) {
-      workers_.pop_back();  // The system gives no more threads: the work gets done with those there are.
+    } catch (const std::exception &) {
+      // The system gives no more threads, or no memory for them: the work gets done with those there are.
+      if (!workers_.empty() && !workers_.back()->thread.joinable()) workers_.pop_back();
     }
   }
   ~ThreadPool() {
