@@ -81,6 +81,7 @@ class TileProducer {
 
       const uint32_t count = count_ + static_cast<uint32_t>(head), slot = count % Traits::kSlots;
       wait(&shared_.tile_empty[slot], (count / Traits::kSlots & 1) ^ 1);
+      // Lanes meet behind the wait, before anything comes that could end the next phase.
       if (lane_ == 0) arrive_and_expect(&shared_.tile_full[slot], boxes * params_.maps.box_bytes);
       __syncwarp();
       if (seen) {

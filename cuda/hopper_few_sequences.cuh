@@ -77,6 +77,9 @@ struct FewSequencesTraits : MmaTypes<CacheElement_> {
 
 // ---- a warp's ring -----------------------------------------------------------------------------------------------
 
+// One warp fills it and reads it.  A slot is asked for again by lanes that have met behind their last read of its tile,
+// so that none of them still reads it, nor waits for the phase that is over.  No more tiles are on their way than there
+// are slots, so that no barrier is two phases ahead of who waits for it.
 template <class Traits>
 class WarpRing {
   using Kv = typename Traits::KvTile;

@@ -193,6 +193,8 @@ class PrefillGroup {
   __device__ void run() {
     const PrefillSegment &first_segment = wait_segment<Traits>(shared_, 0);
     if (!first_segment.valid) return;
+    // All groups take the same steps, so that waits and arrivals at a turn's barrier alternate; the very last arrival
+    // is for nobody.
     if (next_turn_ == kFirstTurn) named_barrier_arrive<256>(kFirstTurn);
     enter(0);
     begin(0);

@@ -231,7 +231,7 @@ class WarpgroupRows {
   }
 
   // Rows of V that no query sees may hold anything: zeros take their place.  All groups write them, since none waits
-  // for another.
+  // for another: also while another's product already reads the same zeros, but before the group lets the tile go.
   __device__ void clear_unseen(char *v_tile, Range keys, int token) const {
     if (keys.begin <= token && token + kTokens <= keys.end) return;
     const int thread = static_cast<int>(threadIdx.x) % 128;

@@ -6,7 +6,9 @@
 namespace pagedattn::cuda {
 
 // Waits until the kernels before this one have finished and their memory is visible: the first thing that every thread
-// of a kernel does which is launched to start earlier (launch.h).  Devices before Hopper start none earlier.
+// of a kernel does which is launched to start earlier (launch.h).  Devices before Hopper start none earlier.  A kernel
+// that waits ends behind all that came before it in its stream, so whoever waits for the last of many such waits for
+// all.
 __device__ inline void wait_for_kernels_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -53,7 +53,8 @@ class SwapTableReader {
   // A number that counts up from zero.
   __device__ uint32_t claim() const { return atomicAdd(tables_.zeros + kClaimed, 1); }
 
-  // The end of a warp: the last one leaves zeros and tells the host.
+  // The end of a warp: the last one leaves zeros and tells the host that nobody reads the tables any more.  That all
+  // blocks have arrived is for an event behind the kernel to say.
   __device__ void finish() const {
     __syncwarp();
     if (threadIdx.x > 0 || atomicAdd(tables_.zeros + kEnded, 1) < gridDim.x - 1) return;
