@@ -149,6 +149,7 @@ struct State {
   int64_t lanes;  // of all panels
   Way way;
   bool holds = true;     // whether the way could be gone to its end
+  bool near = false;     // tile rows: whether what is read lies in L2
   bool pair_order;       // whether rows of q and acc are in the cache type's pair order
   float *q;              // direct: [num_heads * rows, row_stride]; packed: [num_heads][panel][head_dim][lanes]
   float *acc;            // likewise; tile rows: as direct
@@ -334,6 +335,15 @@ template <int N>
 struct Count {
   static constexpr int value = N;
 };
+
+// Calls f with Count<0> to Count<kCount - 1>, in turn.
+template <int kCount, class F>
+PA_INLINE void each(F f) {
+  if constexpr (kCount > 0) {
+    each<kCount - 1>(f);
+    f(Count<kCount - 1>{});
+  }
+}
 
 // Calls f with Count<n>, 1 <= n <= kMax.
 template <int kMax, class F>

@@ -30,6 +30,17 @@ namespace pagedattn::cpu::PAGEDATTN_ISA {
 // and what is used and what is fetched fit into half an L2 of 2 MiB.
 constexpr int64_t kTileRowsBytes = 128 * 1024;
 constexpr int kMaxGroups = kTileKeys / (kTileRows / 2);
+constexpr int kGroupsAtOnce = 2;  // of keys, that queries are loaded for
+
+// What lies in L2 already is not fetched: that would take a fifth of the time.  How long the scores of a tile take
+// tells it, in ticks of the processor's clock (about 0.4 ns) for 1024 bytes of keys: from L2 60 to 75 in the first
+// tile, whose code and queries are cold, and 25 to 40 later; from L3 150 and 80 at least; where L2 holds most, 90 to
+// 140 and 40 to
+// 70.  In the wrong the one costs a twentieth, the other a fifth.
+constexpr uint64_t kNearTicksAtFirst = 150;
+constexpr uint64_t kNearTicks = 85;
+// What the thread's last item found: the next one's first tile is likely to find the same.
+static thread_local bool near_at_last = false;
 
 // Keys of a tile; a function of the call's shape, as sums follow it.
 static int64_t tile_rows_keys(const AttentionParams &params) {
@@ -130,69 +141,77 @@ static void start_tile_rows(const AttentionParams &params, const AttentionWork &
       }
     }
   });
-  const int64_t size = state.num_heads * state.rows * state.row_stride;
+  state.near = near_at_last;
+  const int64_t size = state.num_heads * state.lanes * head_dim;
   __builtin_memset(state.acc, 0, static_cast<size_t>(size) * sizeof(float));
 }
 
-// Scores of a group of keys, [key][lane].
-PA_KERNEL void row_scores(const float *q, const TileSource &keys, int size, int head_dim, int lanes, float *s,
+// Scores of kGroups groups of keys, [key][lane].
+template <int kGroups>
+PA_KERNEL void row_scores(const float *q, const TileSource *keys, int size, int head_dim, int lanes, float *s,
                           Fetch<BFloat16> &fetch) {
+  // Registers: scores, then queries, then keys.
+  constexpr int kQuery = 4, kKeys = 5, kKeyTiles = 8 - kKeys;
   const int64_t lane_stride = 4 * lanes;
-  tile_zero<0>();
+  each<kGroups>([&](auto g) { tile_zero<g.value>(); });
   for (int d = 0; d < head_dim; d += kTileDepth) {
-    tile_load<1>(q + d / 2 * lanes, lane_stride);
-    tile_load<2>(keys.data + d, keys.stride);
-    tile_multiply<0, 2, 1>();
-    fetch.lines(size);
+    tile_load<kQuery>(q + d / 2 * lanes, lane_stride);
+    each<kGroups>([&](auto g) {
+      constexpr int kKey = kKeys + g.value % kKeyTiles;
+      tile_load<kKey>(keys[g.value].data + d, keys[g.value].stride);
+      tile_multiply<g.value, kKey, kQuery>();
+      fetch.lines(size);
+    });
   }
-  tile_store<0>(s, lane_stride);
+  each<kGroups>([&](auto g) { tile_store<g.value>(s + g.value * size * lanes, lane_stride); });
 }
 
-// acc[row] += weights * values of the groups [from, to), for kBlocks times 32 dimensions from `d` on.
-template <int kBlocks>
-PA_KERNEL void add_row_values(float *acc, int64_t acc_stride, const uint32_t *weights, int lanes,
-                              const TileSource *values, int size, int from, int to, int d, Fetch<BFloat16> &fetch) {
+// Sums of one head, [32 dimensions][even, odd][lane][16]: where both halves fit into one tile register, a product of
+// weights with and without zeros before them makes both.
+constexpr bool joined(int lanes) { return 2 * lanes <= kTileRows; }
+constexpr int64_t sums_of_block(int lanes) { return 2 * lanes * kWidth; }
+static float *sums_of(const State &state, int64_t head, int head_dim) {
+  return state.acc + head * state.lanes * head_dim;
+}
+
+// sums += weights * values of the groups [from, to), for kBlocks times 32 dimensions from `d` on; kHalves tiles hold
+// the sums of 32 dimensions.
+template <int kHalves, int kBlocks>
+PA_KERNEL void add_row_values(float *sums, const uint32_t *weights, int lanes, const TileSource *values, int size,
+                              int from, int to, int d, Fetch<BFloat16> &fetch) {
+  // Registers: sums, then weights, then values.
+  constexpr int kSums = kHalves * kBlocks, kLeft = 4, kRight = kLeft + kHalves, kRights = 8 - kRight;
+  static_assert(kSums <= kLeft);
   const int lines = size * kValuesShare / kFetchShares;
-  tile_load<0>(acc, acc_stride);
-  tile_load<1>(acc + kWidth, acc_stride);
-  if constexpr (kBlocks > 1) {
-    tile_load<2>(acc + 2 * kWidth, acc_stride);
-    tile_load<3>(acc + 3 * kWidth, acc_stride);
-  }
+  const int64_t size_of_sums = sums_of_block(lanes) / kHalves;
+  each<kSums>([&](auto i) { tile_load<i.value>(sums + i.value * size_of_sums, 64); });
   for (int g = from; g < to; ++g) {
     const int first = g * size;
     const uint32_t *const left = weights + first / kTileRows * 2 * lanes * kWidth + first % kTileRows;
-    tile_load<4>(left, 64);
-    tile_load<5>(left + lanes * kWidth, 64);
-    tile_load<6>(values[g].data + d, values[g].stride);
-    tile_multiply<0, 4, 6>();
-    tile_multiply<1, 5, 6>();
-    fetch.lines(lines);
-    if constexpr (kBlocks > 1) {
-      tile_load<7>(values[g].data + d + kTileDepth, values[g].stride);
-      tile_multiply<2, 4, 7>();
-      tile_multiply<3, 5, 7>();
+    each<kHalves>([&](auto i) { tile_load<kLeft + i.value>(left + i.value * lanes * kWidth, 64); });
+    each<kBlocks>([&](auto b) {
+      constexpr int kValue = kRight + b.value % kRights;
+      tile_load<kValue>(values[g].data + d + b.value * kTileDepth, values[g].stride);
+      each<kHalves>([&](auto i) { tile_multiply<kHalves * b.value + i.value, kLeft + i.value, kValue>(); });
       fetch.lines(lines);
-    }
+    });
   }
-  tile_store<0>(acc, acc_stride);
-  tile_store<1>(acc + kWidth, acc_stride);
-  if constexpr (kBlocks > 1) {
-    tile_store<2>(acc + 2 * kWidth, acc_stride);
-    tile_store<3>(acc + 3 * kWidth, acc_stride);
-  }
+  each<kSums>([&](auto i) { tile_store<i.value>(sums + i.value * size_of_sums, 64); });
 }
 
 // acc += weight * value over the keys [begin, end) of the tile, for one row.
 static void add_values_alone(const uint16_t *v, const TileKeys &tile, int begin, int end, int head_dim,
-                             const float *weights, int lanes, float *acc) {
+                             const float *weights, int lanes, float *sums) {
   for (int j = begin; j < end; ++j) {
     const Vec weight = broadcast(weights[j * lanes]);
+    float *even_sums = sums, *odd_sums = sums + lanes * kWidth;
     for (int d = 0; d < head_dim; d += 2 * kWidth) {
       Vec even, odd;
       BFloat16::load_pair(v + tile.v[j] + d, even, odd);
-      store(acc + d, fma(weight, even, load(acc + d)));
-      store(acc + d + kWidth, fma(weight, odd, load(acc + d + kWidth)));
+      store(even_sums, fma(weight, even, load(even_sums)));
+      store(odd_sums, fma(weight, odd, load(odd_sums)));
+      even_sums += sums_of_block(lanes);
+      odd_sums += sums_of_block(lanes);
     }
   }
 }
@@ -207,16 +226,24 @@ static void score_rows(const AttentionParams &params, const AttentionWork &work,
   const Panel &panel = state.panels[0];
   const Groups groups(params, tile.k, panel.any_begin, panel.any_end);
   const TileShape queries = lane_shape(panel, kTileRows), scores = lane_shape(panel, groups.size());
-  const TileShape keys{static_cast<uint8_t>(groups.size()), 64}, unused = keys;
-  configure_tiles({scores, queries, keys, unused, unused, unused, unused, unused});
-  uint16_t *const copy = reinterpret_cast<uint16_t *>(state.key_tiles);
-  for (int g = groups.first(); g < groups.last(); ++g) {
+  const TileShape keys{static_cast<uint8_t>(groups.size()), 64};
+  configure_tiles({scores, scores, scores, scores, queries, keys, keys, keys});
+  uint16_t *const copies = reinterpret_cast<uint16_t *>(state.key_tiles);
+  const auto score = [&](auto count, int g) {
+    constexpr int kGroups = decltype(count)::value;
     for (int64_t head = 0; head < state.num_heads; ++head) {
       const uint16_t *const k = head_data<BFloat16>(params.k_cache, work, head);
-      row_scores(state.q + head * state.lanes * (head_dim / 2), groups.source(k, g, head_dim, copy), groups.size(),
-                 head_dim, panel.lanes, scores_of(state, head) + g * groups.size() * panel.lanes, fetch);
+      TileSource sources[kGroups];
+      for (int i = 0; i < kGroups; ++i) {
+        sources[i] = groups.source(k, g + i, head_dim, copies + i * groups.size() * head_dim);
+      }
+      row_scores<kGroups>(state.q + head * state.lanes * (head_dim / 2), sources, groups.size(), head_dim, panel.lanes,
+                          scores_of(state, head) + g * groups.size() * panel.lanes, fetch);
     }
-  }
+  };
+  int g = groups.first();
+  for (; g + kGroupsAtOnce <= groups.last(); g += kGroupsAtOnce) score(Count<kGroupsAtOnce>{}, g);
+  for (; g < groups.last(); ++g) score(Count<1>{}, g);
 }
 
 // Scores of one head to left operands.  What only some rows see is added alone, and becomes zeros.
@@ -225,7 +252,7 @@ static void weigh_head(const AttentionParams &params, const AttentionWork &work,
                        const TileKeys &tile, int64_t head, Fetch<BFloat16> &fetch) {
   const Panel &panel = state.panels[0];
   float *const s = scores_of(state, head);
-  float *const acc = state.acc + head * state.rows * state.row_stride;
+  float *const sums = sums_of(state, head, params.head_dim);
   uint32_t *const weights = weights_of(state, head);
   const int from = panel.any_begin / kTileRows * kTileRows;
   const int to = static_cast<int>(round_up(panel.any_end, kTileRows));
@@ -234,14 +261,14 @@ static void weigh_head(const AttentionParams &params, const AttentionWork &work,
                                     query_factor(params, work.head_begin + head), s);
   Online &online = state.online[head];
   if (weigh_rows<kLanes>(s, from, to, scale, params.head_dim, online, weights, fetch)) {
-    rescale_rows(acc, state.row_stride, panel.rows, online.factor);
+    rescale_rows(sums, params.head_dim, kLanes, online.factor);
   }
   if (panel.all_begin == panel.any_begin && panel.all_end == panel.any_end) return;
   const uint16_t *const v = head_data<BFloat16>(params.v_cache, work, head);
   for_visible_keys(
       panel, [](int, int) {},
       [&](int r, int begin, int end) {
-        add_values_alone(v, tile, begin, end, params.head_dim, s + r, kLanes, acc + r * state.row_stride);
+        add_values_alone(v, tile, begin, end, params.head_dim, s + r, kLanes, sums + r * kWidth);
       });
   keep_weights<kLanes>(s, from, to, panel.all_begin, panel.all_end, weights);
 }
@@ -256,15 +283,23 @@ static void multiply_values(const AttentionParams &params, const AttentionWork &
   for (int g = groups.first(); g < groups.last(); ++g) {
     values[g] = groups.source(v, g, head_dim, copies + g * groups.size() * head_dim);
   }
-  float *const acc = state.acc + head * state.rows * state.row_stride;
-  const auto columns = [&](auto count, int d) {
-    add_row_values<decltype(count)::value>(acc + d, 4 * state.row_stride, weights_of(state, head),
-                                           static_cast<int>(state.lanes), values, groups.size(), groups.first(),
-                                           groups.last(), d, fetch);
+  float *const sums = sums_of(state, head, head_dim);
+  const auto lanes = static_cast<int>(state.lanes);
+  const auto columns = [&](auto halves, auto blocks, int d) {
+    add_row_values<decltype(halves)::value, decltype(blocks)::value>(
+        sums + d / kTileDepth * sums_of_block(lanes), weights_of(state, head), lanes, values, groups.size(),
+        groups.first(), groups.last(), d, fetch);
   };
-  int d = 0;
-  for (; d + 2 * kTileDepth <= head_dim; d += 2 * kTileDepth) columns(Count<2>{}, d);
-  if (d < head_dim) columns(Count<1>{}, d);
+  const auto all_columns = [&](auto halves) {
+    constexpr int kBlocks = 2 / decltype(halves)::value;
+    int d = 0;
+    for (; d + kBlocks * kTileDepth <= head_dim; d += kBlocks * kTileDepth) columns(halves, Count<kBlocks>{}, d);
+    for (; d < head_dim; d += kTileDepth) columns(halves, Count<1>{}, d);
+  };
+  if (joined(lanes))
+    all_columns(Count<1>{});
+  else
+    all_columns(Count<2>{});
 }
 
 // Scores of all heads, then their weights, then values: what a head stores is not loaded before others had their turn.
@@ -273,9 +308,15 @@ static void tile_rows_tile(const AttentionParams &params, const AttentionWork &w
   const Panel &panel = state.panels[0];
   if (panel.any_begin >= panel.any_end) return;
   const int head_dim = params.head_dim;
-  Fetch<BFloat16> values_ahead(params.v_cache, work, tile.v, tile.count, head_dim);
-  Fetch<BFloat16> keys_ahead(params.k_cache, work, next.k, next.count, head_dim);
+  Fetch<BFloat16> values_ahead, keys_ahead;
+  if (!state.near) values_ahead = {params.v_cache, work, tile.v, tile.count, head_dim};
+  const uint64_t start = __builtin_ia32_rdtsc();
   score_rows(params, work, state, tile, values_ahead);
+  const uint64_t ticks = __builtin_ia32_rdtsc() - start;
+  const bool first = tile.first == work.kv_begin;
+  const auto bytes = static_cast<uint64_t>(tile.count * state.num_heads * head_dim * 2);
+  if (first || state.near) state.near = ticks * 1024 < (first ? kNearTicksAtFirst : kNearTicks) * bytes;
+  if (!state.near) keys_ahead = {params.k_cache, work, next.k, next.count, head_dim};
   with_lanes(panel.lanes, [&](auto count) {
     for (int64_t head = 0; head < state.num_heads; ++head) {
       weigh_head<decltype(count)::value>(params, work, state, tile, head, keys_ahead);
@@ -283,29 +324,42 @@ static void tile_rows_tile(const AttentionParams &params, const AttentionWork &w
   });
   if (panel.all_begin >= panel.all_end) return;
   const Groups groups(params, tile.v, panel.all_begin, panel.all_end);
-  const auto num_rows = static_cast<uint8_t>(panel.rows), size = static_cast<uint8_t>(groups.size());
-  const TileShape sums{num_rows, 64}, weights{num_rows, static_cast<uint16_t>(4 * size)}, values{size, 64};
-  configure_tiles({sums, sums, sums, sums, weights, weights, values, values});
+  const bool both = joined(panel.lanes);
+  const auto left_rows = static_cast<uint8_t>(both ? 2 * panel.lanes : panel.lanes);
+  const auto size = static_cast<uint8_t>(groups.size());
+  const TileShape sums{left_rows, 64}, weights{left_rows, static_cast<uint16_t>(4 * size)}, values{size, 64};
+  configure_tiles({sums, sums, sums, sums, weights, both ? values : weights, values, values});
   for (int64_t head = 0; head < state.num_heads; ++head) {
     multiply_values(params, work, state, groups, head, keys_ahead);
   }
 }
 
-// Whether no result is NaN.
-static bool tile_rows_hold(const State &state) {
-  const int64_t size = state.num_heads * state.rows * state.row_stride;
+// Sums to rows in pair order, as other ways leave them.  Returns whether none is NaN.
+static bool finish_tile_rows(const AttentionParams &params, State &state) {
+  const auto lanes = static_cast<int>(state.lanes);
   VecI odd = {};
-  for (int64_t i = 0; i < size; i += kWidth) {
-    const Vec x = load(state.acc + i);
-    odd |= x != x;
+  for (int64_t head = 0; head < state.num_heads; ++head) {
+    for (int64_t row = 0; row < state.rows; ++row) {
+      const float *src = sums_of(state, head, params.head_dim) + row * kWidth;
+      float *const dst = state.q + (head * state.rows + row) * state.row_stride;
+      for (int d = 0; d < params.head_dim; d += kWidth, src += lanes * kWidth) {
+        const Vec x = load(src);
+        odd |= x != x;
+        store(dst + d, x);
+      }
+    }
   }
+  float *const rows = state.q;  // queries have served
+  state.q = state.acc;
+  state.acc = rows;
+  near_at_last = state.near;
   return !any(odd);
 }
 
 #else
 
 // No such registers.
-static bool tile_rows_hold(const State &) { return true; }
+static bool finish_tile_rows(const AttentionParams &, State &) { return true; }
 static int64_t tile_rows_keys(const AttentionParams &) { return kTileKeys; }
 static void start_tile_rows(const AttentionParams &, const AttentionWork &, State &) {}
 static void tile_rows_tile(const AttentionParams &, const AttentionWork &, State &, const TileKeys &,

@@ -69,7 +69,7 @@ static State accumulate(const AttentionParams &params, const AttentionWork &work
     for_tiles(params, work, state, tile_rows_keys(params),
               [&](const TileKeys &tile, const TileKeys &next) { tile_rows_tile(params, work, state, tile, next); });
     finish_tiles();
-    state.holds = tile_rows_hold(state);
+    state.holds = finish_tile_rows(params, state);
   } else if (way == Way::kDirect) {
     start_direct(params, work, state);
     with_type([&](auto tag) {

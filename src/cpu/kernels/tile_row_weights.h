@@ -87,10 +87,10 @@ static void keep_weights(float *s, int from, int to, int begin, int end, uint32_
   }
 }
 
-static void rescale_rows(float *acc, int64_t row_stride, int rows, const float *factor) {
-  for (int r = 0; r < rows; ++r, acc += row_stride) {
-    const Vec by = broadcast(factor[r]);
-    for (int64_t d = 0; d < row_stride; d += kWidth) store(acc + d, load(acc + d) * by);
+// Sums of one head, [head_dim / 16][lane][16].
+static void rescale_rows(float *sums, int head_dim, int lanes, const float *factor) {
+  for (int d = 0; d < head_dim; d += kWidth) {
+    for (int lane = 0; lane < lanes; ++lane, sums += kWidth) store(sums, load(sums) * broadcast(factor[lane]));
   }
 }
 
