@@ -196,10 +196,13 @@ def test_the_paged_roof_reads_the_blocks_that_a_query_sees() -> None:
     roof()
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_reading_blocks_leaves_nothing_out(rng: np.random.Generator, transposed: bool) -> None:
-    words = rng.integers(0, 1 << 63, (2, 5, 4, 2, 8), np.uint64)
-    k_cache, v_cache = words.transpose(0, 1, 3, 2, 4) if transposed else words
+@pytest.mark.parametrize(
+    "axes", [(0, 1, 2, 3, 4), (0, 1, 3, 2, 4), (1, 0, 2, 3, 4)], ids=["NHD", "HND", "side by side"]
+)
+def test_reading_blocks_leaves_nothing_out(rng: np.random.Generator, axes: tuple[int, ...]) -> None:
+    shape = [2, 5, 4, 2, 8]
+    words = rng.integers(0, 1 << 63, [shape[axis] for axis in axes], np.uint64)
+    k_cache, v_cache = words.transpose(axes)
     blocks = np.array([3, 0, 3], np.int32)
     expected = sum(int(cache[block].sum(dtype=np.uint64)) for cache in (k_cache, v_cache) for block in blocks)
     assert _core.read_blocks(k_cache, v_cache, blocks, 1) == expected % 2**64
@@ -211,8 +214,9 @@ def test_reading_blocks_that_are_not_there_is_refused(rng: np.random.Generator) 
     for bad in (-1, 4):
         with pytest.raises(pagedattn.InvalidArgumentError, match=rf"`blocks` must lie in 0 ... 3; got {bad}"):
             _core.read_blocks(cache, cache, np.array([0, bad], np.int32), 1)
-    with pytest.raises(pagedattn.InvalidArgumentError, match="`v_cache` must hold at least one block"):
-        _core.read_blocks(cache, cache[::2], np.array([0], np.int32), 1)
+    for gaps in (cache[:, ::2], cache[:, ::-1], cache[::-1], np.broadcast_to(cache[:1], cache.shape)):
+        with pytest.raises(pagedattn.InvalidArgumentError, match="`v_cache` must hold at least one block"):
+            _core.read_blocks(cache, gaps, np.array([0], np.int32), 1)
     with pytest.raises(pagedattn.InvalidArgumentError, match="`k_cache` must hold at least one block"):
         _core.read_blocks(cache[:0], cache, np.array([0], np.int32), 1)
 

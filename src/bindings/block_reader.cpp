@@ -15,25 +15,34 @@ namespace {
 
 constexpr int64_t kLine = 64;
 
-// The dense blocks of one cache.
+// The dense blocks of one cache, which may have gaps between them.
 struct Blocks {
   const char *data;
   int64_t count;
-  int64_t bytes;  // of one
+  int64_t stride;  // bytes
+  int64_t bytes;   // of one
 
   Blocks(const char *argument, const py::array &cache)
       : data(static_cast<const char *>(cache.data())),
         count(cache.ndim() > 0 ? cache.shape(0) : 0),
+        stride(count > 0 ? cache.strides(0) : 0),
         bytes(count > 0 ? cache.nbytes() / count : 0) {
-    if (count < 1 || (count > 1 && cache.strides(0) != bytes)) {
+    int64_t extent = cache.itemsize();
+    bool forward = true;
+    for (py::ssize_t i = 1; i < cache.ndim(); ++i) {
+      extent += (cache.shape(i) - 1) * cache.strides(i);
+      forward = forward && cache.strides(i) > 0;
+    }
+    if (count < 1 || !forward || extent != bytes || (count > 1 && stride < bytes)) {
       raise_invalid(std::string("read_blocks: `") + argument +
-                    "` must hold at least one block, and blocks that follow each other without gaps; got shape " +
+                    "` must hold at least one block, and blocks without gaps inside that follow each other; got "
+                    "shape " +
                     py::str(cache.attr("shape")).cast<std::string>() + ", strides " +
                     py::str(cache.attr("strides")).cast<std::string>());
     }
   }
 
-  const char *at(int64_t block) const { return data + block * bytes; }
+  const char *at(int64_t block) const { return data + block * stride; }
 };
 
 // Whole lines of a block, and meanwhile those of the next one are fetched: the processor's own prefetchers do not know

@@ -47,8 +47,9 @@ class Inputs:
         check_memory(case, device)
         rng = np.random.default_rng(seed)
         xp = device.xp
-        self.k_cache = _random_cache(case, device, rng)
-        self.v_cache = _random_cache(case, device, rng)
+        self.k_cache, self.v_cache = _empty_caches(case, device)
+        for cache in (self.k_cache, self.v_cache):
+            _fill(cache, case, device, rng)
         self.host_block_tables = _block_tables(case, rng)
         _poison_unused_slots(case, self.host_block_tables, (self.k_cache, self.v_cache))
         q = rng.standard_normal((sum(case.q_lens), case.heads, case.head_dim), np.float32).astype(ELEMENT[case.dtype])
@@ -155,28 +156,29 @@ def check_memory(case: Case, device: Device) -> None:
         )
 
 
-def _random_cache(case: Case, device: Device, rng: np.random.Generator) -> Any:
+def _empty_caches(case: Case, device: Device) -> tuple[Any, Any]:
+    """Memory of K and V, as arrays [N, S, Hkv, D] with the strides of the case's layout."""
+    n, s, h, d = case.num_blocks, case.block_size, case.kv_heads, case.head_dim
+    storage = STORAGE[case.kv_dtype]
+    if case.layout == "HND":
+        return tuple(device.xp.empty((n, h, s, d), storage).transpose(0, 2, 1, 3) for _ in "kv")
+    if device.backend == "cpu":
+        caches = pagedattn.KVCache(n, s, h, d, case.kv_dtype)
+        return caches.k_caches[0].view(storage), caches.v_caches[0].view(storage)
+    return tuple(device.xp.empty((n, s, h, d), storage) for _ in "kv")
+
+
+def _fill(cache: Any, case: Case, device: Device, rng: np.random.Generator) -> None:
     storage = STORAGE[case.kv_dtype]
     block = (case.block_size, case.kv_heads, case.head_dim)
     block_bytes = int(np.prod(block)) * storage.itemsize
     pool_size = min(case.num_blocks, max(2, _POOL_BYTES // block_bytes))
     normal = rng.standard_normal((pool_size, *block), np.float32)
     pool = device.put(normal.astype(ELEMENT[case.kv_dtype]).view(storage))
-    cache = _empty_cache(case, device)
     step = max(1, _FILL_BYTES // block_bytes)
     for start in range(0, case.num_blocks, step):
         stop = min(start + step, case.num_blocks)
         cache[start:stop] = pool[device.put(rng.integers(0, pool_size, stop - start))]
-    return cache
-
-
-def _empty_cache(case: Case, device: Device) -> Any:
-    """Memory of a cache, as an array [N, S, Hkv, D] with the strides of the case's layout."""
-    n, s, h, d = case.num_blocks, case.block_size, case.kv_heads, case.head_dim
-    storage = STORAGE[case.kv_dtype]
-    if case.layout == "HND":
-        return device.xp.empty((n, h, s, d), storage).transpose(0, 2, 1, 3)
-    return device.xp.empty((n, s, h, d), storage)
 
 
 def _block_tables(case: Case, rng: np.random.Generator) -> NDArray[np.int32]:

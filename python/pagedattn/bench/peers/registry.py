@@ -8,13 +8,14 @@ from .base import Peer
 from .fa3 import FlashAttention3
 from .flashinfer import FlashInfer, FlashInferTensorCores
 from .llama_cpp import LlamaCpp
-from .torch_sdpa import Contiguous, Gathered
+from .torch_sdpa import Contiguous, Gathered, Plain
 from .vllm_cpu import VllmCpu
 
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Contiguous(),
+        Plain(),
         Gathered(),
         FlashAttention3(),
         FlashInfer(),

@@ -36,7 +36,10 @@ class _Sdpa(Peer):
 
 
 class Contiguous(_Sdpa):
-    """Keys and values in one piece, laid out head by head beforehand: the yardstick for the cost of paging."""
+    """Keys and values in one piece, laid out head by head beforehand: the yardstick for the cost of paging.
+
+    In decode on the CPU the query heads of one KV head go as the rows of one: torch would read K and V once for each.
+    """
 
     name = "contiguous"
     title = "torch SDPA, contiguous KV"
@@ -46,6 +49,22 @@ class Contiguous(_Sdpa):
         with refusals():
             keys, values = (cache.contiguous() for cache in _gather(inputs)())
         return _prepare(inputs, lambda: (keys, values))
+
+
+class Plain(_Sdpa):
+    """The call as a model makes it, over keys and values that lie token by token as its projections wrote them."""
+
+    name = "plain"
+    title = "torch SDPA, plain call"
+
+    def missing(self, backend: Backend) -> str:
+        return "on CUDA its fast kernels take either call alike" if backend == "cuda" else super().missing(backend)
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        _require_dense(inputs.case)
+        with refusals():
+            keys, values = _gather(inputs)()
+        return _prepare(inputs, lambda: (keys, values), as_rows=False)
 
 
 class Gathered(_Sdpa):
@@ -84,7 +103,7 @@ def _gather(inputs: Inputs) -> Callable[[], tuple[Any, Any]]:
     return gather
 
 
-def _prepare(inputs: Inputs, keys_and_values: Callable[[], tuple[Any, Any]]) -> Prepared:
+def _prepare(inputs: Inputs, keys_and_values: Callable[[], tuple[Any, Any]], *, as_rows: bool = True) -> Prepared:
     from torch.nn.functional import scaled_dot_product_attention as attention
 
     case = inputs.case
@@ -92,8 +111,7 @@ def _prepare(inputs: Inputs, keys_and_values: Callable[[], tuple[Any, Any]]) -> 
     use_our_threads()
     q = as_tensor(inputs.q, case.dtype)
     out, result = empty_out(inputs)
-    # On the CPU the query heads of one KV head go as the rows of one: torch would read K and V once for each.
-    as_rows = q_len == 1 and inputs.device.backend == "cpu"
+    as_rows = as_rows and q_len == 1 and inputs.device.backend == "cpu"
     if as_rows:
         q = q.view(sequences, case.kv_heads, -1, case.head_dim)
         result = result.view(q.shape)
