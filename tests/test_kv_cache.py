@@ -6,6 +6,8 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import gc
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,27 @@ def test_k_and_v_of_a_block_lie_side_by_side(dtype: str) -> None:
         assert not v.view(np.uint8).any()
     assert cache.k_caches[0].ctypes.data % (2 << 20) == 0
     assert f"3 layers of 5 blocks of 16 tokens, 2 heads of 24, {DTYPES[dtype]}, {cache.nbytes} bytes" in repr(cache)
+
+
+def memory_of(address: int) -> dict[str, str]:
+    """What the system says of the mapping that holds an address."""
+    fields: dict[str, str] = {}
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(mapping[1], 16) <= address < int(mapping[2], 16)
+        elif inside:
+            name, value = line.split(":", 1)
+            fields[name] = value
+    return fields
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
+def test_huge_pages_are_asked_for_in_memory_that_can_have_them() -> None:
+    cache = pagedattn.KVCache(100, 16, 8, 128, "bfloat16")
+    flags = memory_of(cache.k_caches[0].ctypes.data)["VmFlags"].split()
+    assert "hg" in flags
+    assert "sh" not in flags  # memory to be shared gets none, unless the system was told so
 
 
 def test_no_slot_is_shared(rng: np.random.Generator) -> None:

@@ -87,7 +87,9 @@ class KVCache:
 def _huge_pages(num_bytes: int) -> np.ndarray:
     """Zeros that begin at the border of a huge page; freed with the last array that looks into them."""
     try:
-        mapping = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
+        # Private: memory to be shared with other processes has huge pages only where the system was told so.
+        pages = -(-num_bytes // _HUGE_PAGE) + 1
+        mapping = mmap.mmap(-1, pages * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError, ValueError) as error:
         raise too_large("KVCache", show_bytes(num_bytes)) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
