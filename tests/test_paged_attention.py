@@ -346,6 +346,24 @@ def test_every_float8_code_is_decoded_exactly(backend: NumpyBackend, kv_dtype: s
     np.testing.assert_array_equal(backend.host(out)[0, 0].astype(np.float32), codes.astype(np.float32))
 
 
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_float8_code_is_exact_for_several_rows(backend: NumpyBackend, dtype: str, kv_dtype: str) -> None:
+    # One visible key of each head: its log-sum-exp is a code of the keys, its result all codes of the values.
+    codes = np.arange(256, dtype=np.uint8).view(DTYPES[kv_dtype])
+    codes = np.where(np.isfinite(codes.astype(np.float32)), codes, np.zeros(1, codes.dtype)).astype(codes.dtype)
+    k_cache, v_cache = np.zeros((1, 1, 256, 256), codes.dtype), np.broadcast_to(codes, (1, 1, 256, 256)).copy()
+    k_cache[..., 5] = codes
+    q = np.zeros((1, 8 * 256, 256), DTYPES[dtype])
+    q[..., 5] = 1
+    args = backend.arrays(q, k_cache, v_cache, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+    kind = backend.kv_dtype(codes.dtype)
+    out, lse = pagedattn.paged_attention(*args, scale=0.125, kv_dtype=kind, return_lse=True)
+    expected = np.repeat(codes.astype(np.float64), 8) / 8
+    np.testing.assert_allclose(backend.host(lse)[0], expected, rtol=1e-6, atol=1e-12)
+    np.testing.assert_array_equal(backend.host(out)[0].astype(np.float32), np.tile(codes.astype(np.float32), (2048, 1)))
+
+
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16", "float8_e4m3", "float8_e5m2"])
 def test_storage_arrays_with_kv_dtype_give_the_bits_of_typed_arrays(rng: np.random.Generator, kv_dtype: str) -> None:
     dtype = BFLOAT16 if is_float8(DTYPES[kv_dtype]) else DTYPES[kv_dtype]
@@ -458,9 +476,13 @@ def test_any_few_rows_match_the_reference_on_the_cpu(
 # Keys that lie evenly in groups of 16, of 8, and not at all; windows that begin anywhere in a block.
 @pytest.mark.parametrize("block_size", [1, 7, 8, 16, 24, 48, 128])
 @pytest.mark.parametrize("layout", ["NHD", "HND", "interleaved NHD", "padded", "odd rows"])
-def test_few_rows_over_bfloat16_are_served_from_any_blocks_on_the_cpu(
-    rng: np.random.Generator, block_size: int, layout: str
+@pytest.mark.parametrize(
+    "kind", [("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3"), ("float16", "float8_e5m2")], ids="-".join
+)
+def test_few_rows_are_served_from_any_blocks_on_the_cpu(
+    rng: np.random.Generator, kind: tuple[str, str], block_size: int, layout: str
 ) -> None:
+    dtype, kv_dtype = (DTYPES[name] for name in kind)
     for tokens in (1, 4):
         batch = make_batch(
             rng,
@@ -471,8 +493,10 @@ def test_few_rows_over_bfloat16_are_served_from_any_blocks_on_the_cpu(
             head_dim=int(rng.choice([32, 64, 96, 256])),
             block_size=block_size,
             layout=layout,
-            dtype=DTYPES["bfloat16"],
+            dtype=dtype,
+            kv_dtype=kv_dtype,
             window=[None, int(rng.integers(1, 200))][int(rng.integers(2))],
+            **scale_for(kv_dtype, rng, 3, dtype),
         )
         check_batch(NumpyBackend(), batch)
 
@@ -515,12 +539,24 @@ def test_a_value_that_is_no_number_reaches_on_the_cpu_only_the_rows_that_see_it(
     assert not np.isfinite(result[100:].astype(np.float32)).any()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("float32", "float32"),
+        ("float16", "float16"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float8_e5m2"),
+        ("float16", "float8_e5m2"),
+    ],
+    ids="-".join,
+)
 @pytest.mark.parametrize("group", [1, 4, 8, 16])
 def test_an_infinite_value_reaches_on_the_cpu_only_its_dimension(
-    rng: np.random.Generator, group: int, dtype: str
+    rng: np.random.Generator, group: int, kind: tuple[str, str]
 ) -> None:
-    batch = make_batch(rng, [150, 130], num_q_heads=2 * group, num_kv_heads=2, head_dim=64, dtype=DTYPES[dtype])
+    dtype, kv_dtype = kind
+    shape: dict[str, Any] = {"num_q_heads": 2 * group, "num_kv_heads": 2, "head_dim": 64}
+    batch = make_batch(rng, [150, 130], **shape, dtype=DTYPES[dtype], kv_dtype=DTYPES[kv_dtype])
     expected, _ = batch.reference()
     batch.v_cache[batch.block_tables[0, 100 // 16], 100 % 16, 1, 6] = np.inf
     args, options = batch.on(NumpyBackend())

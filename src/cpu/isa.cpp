@@ -30,13 +30,14 @@ struct Isa {
 #if defined(PAGEDATTN_EMULATED_ISAS)
 bool has_amx() { return true; }
 #elif defined(PAGEDATTN_CPU_HAS_amx)
-// Whether the processor has tile registers with bfloat16, and the system lets this process use them: it must be asked
-// first, since they enlarge what it saves of a thread.  Without its leave the first tile instruction would be a fault.
+// Whether the processor has tile registers with bfloat16 and shuffles of bytes, as all with the former do, and the
+// system lets this process use tiles: it must be asked first, since they enlarge what it saves of a thread.  Without
+// its leave the first tile instruction would be a fault.
 bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24;
-  if ((edx & kBfloat16) == 0 || (edx & kTile) == 0) return false;
+  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24, kByteShuffles = 1u << 1;
+  if ((edx & kBfloat16) == 0 || (edx & kTile) == 0 || (ecx & kByteShuffles) == 0) return false;
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

@@ -112,6 +112,26 @@ PA_EMULATED __mmask16 not_less_mask(__m512 a, __m512 b) {
   return sign_mask(bits<__m512i>(~(bits<Floats>(a) < bits<Floats>(b))));
 }
 
+PA_EMULATED __m512i interleave_low_bytes(__m512i a, __m512i b) {
+  return by_halves<__m512i, __m256i>([](__m256i x, __m256i y) { return _mm256_unpacklo_epi8(x, y); }, a, b);
+}
+PA_EMULATED __m512i interleave_high_bytes(__m512i a, __m512i b) {
+  return by_halves<__m512i, __m256i>([](__m256i x, __m256i y) { return _mm256_unpackhi_epi8(x, y); }, a, b);
+}
+// The bytes of a, then of b, that the lower 7 bits of those of `from` number.
+PA_EMULATED __m512i look_up_bytes(__m512i a, __m512i from, __m512i b) {
+  struct Bytes {
+    uint8_t at[64];
+  };
+  const Bytes low = bits<Bytes>(a), high = bits<Bytes>(b), numbers = bits<Bytes>(from);
+  Bytes r;
+  for (int i = 0; i < 64; ++i) {
+    const int number = numbers.at[i] & 127;
+    r.at[i] = number < 64 ? low.at[number] : high.at[number - 64];
+  }
+  return bits<__m512i>(r);
+}
+
 }  // namespace emulation
 
 // Immediate operands that nobody has thought of do not compile.
@@ -139,3 +159,6 @@ PA_EMULATED __mmask16 not_less_mask(__m512 a, __m512 b) {
 #define _mm512_scalef_ps emulation::scale_by_power
 #define _mm512_cmp_ps_mask(a, b, what) \
   (__extension__({ static_assert((what) == _CMP_NLT_UQ); }), emulation::not_less_mask(a, b))
+#define _mm512_unpacklo_epi8 emulation::interleave_low_bytes
+#define _mm512_unpackhi_epi8 emulation::interleave_high_bytes
+#define _mm512_permutex2var_epi8 emulation::look_up_bytes

@@ -88,14 +88,27 @@ static bool tiles_pay(const AttentionParams &params, int64_t rows) {
   return rows >= min_converted_rows(params.kv_dtype);
 }
 
+// Whether few rows may take the way of attention_tile_rows.h or attention_float8_rows.h.  Scales wait for the softmax
+// there, too.
+static bool tile_rows_serve([[maybe_unused]] const AttentionParams &params) {
+#if defined(PAGEDATTN_TILES)
+  if (params.head_dim % 32 != 0 || !(params.scale > 0.0f)) return false;
+  if (params.kv_dtype == DType::kBFloat16) return params.q_dtype == DType::kBFloat16;
+  if (params.kv_dtype != DType::kFloat8E4M3 && params.kv_dtype != DType::kFloat8E5M2) return false;
+  for (int64_t head = 0; head < params.num_kv_heads; ++head) {
+    if (!(query_factor(params, head) > 0.0f)) return false;
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
 static Way way_of(const AttentionParams &params, const AttentionWork &work) {
   const int64_t rows = work.row_end - work.row_begin;
-#if defined(PAGEDATTN_TILES)
-  const bool bfloat16 = params.q_dtype == DType::kBFloat16 && params.kv_dtype == DType::kBFloat16;
-  // Scales wait for the softmax, which takes only positive ones.
-  const bool served = bfloat16 && params.scale > 0.0f && params.head_dim % 32 == 0;
-  if (served && rows <= kMaxTileRows && (rows > 4 || work.seq_len >= kMinTileKeys)) return Way::kTileRows;
-#endif
+  if (rows <= kMaxTileRows && (rows > 4 || work.seq_len >= kMinTileKeys) && tile_rows_serve(params)) {
+    return Way::kTileRows;
+  }
   if (rows <= max_direct_rows(params.kv_dtype)) return Way::kDirect;
   return tiles_pay(params, rows) ? Way::kTiles : Way::kPacked;
 }
@@ -160,7 +173,7 @@ struct State {
   float *value_columns;  // packed: [head_dim / kMicro][kTileKeys][kMicro], padded, values in fp32
   char *key_tiles;       // tile registers' operands, as attention_tiles.h lays them out; tile rows: copies
   char *value_tiles;
-  uint32_t *weights;       // tile rows: [num_heads][kTileKeys / 16][2][lanes][16], operands of products with values
+  uint32_t *weights;       // tile rows: [num_heads][2 * lanes * kTileKeys], operands of products with values
   int64_t *visible_begin;  // [rows] keys that a row sees
   int64_t *visible_end;
   Panel *panels;
@@ -180,7 +193,7 @@ static size_t lay_out(State &state, const AttentionParams &params, void *base) {
     array = reinterpret_cast<decltype(+array)>(reinterpret_cast<uintptr_t>(base) + used);
     used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(*array)), 64));
   };
-  const bool tiles = tiles_serve(params);
+  const bool tiles = tiles_serve(params) || tile_rows_serve(params);
   const int64_t rows = max_head_rows(params);
   // Rows padded to vectors, over all heads: at worst one row more than a vector, or than half a vector.  Tiles pad to
   // whole panels, which are the more the fewer rows a head has.

@@ -260,7 +260,7 @@ static void weigh_head(const AttentionParams &params, const AttentionWork &work,
   const float scale = finish_scores(params, work, state, tile, panel, head, from / keys, to / keys,
                                     query_factor(params, work.head_begin + head), s);
   Online &online = state.online[head];
-  if (weigh_rows<kLanes>(s, from, to, scale, params.head_dim, online, weights, fetch)) {
+  if (weigh_rows<SpreadWeights, kLanes>(s, from, to, scale, params.head_dim, online, weights, fetch)) {
     rescale_rows(sums, params.head_dim, kLanes, online.factor);
   }
   if (panel.all_begin == panel.any_begin && panel.all_end == panel.any_end) return;
@@ -270,7 +270,7 @@ static void weigh_head(const AttentionParams &params, const AttentionWork &work,
       [&](int r, int begin, int end) {
         add_values_alone(v, tile, begin, end, params.head_dim, s + r, kLanes, sums + r * kWidth);
       });
-  keep_weights<kLanes>(s, from, to, panel.all_begin, panel.all_end, weights);
+  keep_weights<SpreadWeights, kLanes>(s, from, to, panel.all_begin, panel.all_end, weights);
 }
 
 // The products of weights and values that all rows see.

@@ -103,6 +103,9 @@ PA_INLINE VecU8 float_to_float8(Vec v, uint32_t max_bits, uint32_t nan) {
 
 struct Float8E4M3 {
   using Storage = uint8_t;
+  static constexpr int kMantissa = 3, kBias = 7;
+  static constexpr bool is_infinity(unsigned) { return false; }
+  static constexpr bool is_nan(unsigned code) { return code == 0x7f; }  // without sign
   PA_INLINE Vec load(const uint8_t *p) {
     const VecU16 x = load_widened(p);
     const VecU16 magnitude = x & (uint16_t)0x7f;
@@ -111,13 +114,20 @@ struct Float8E4M3 {
     const VecU16 half = (magnitude << 7) | ((x << 8) & (uint16_t)0x8000) | nan;
     return half_to_float(half) * 256.0f;
   }
-  PA_INLINE void store(uint8_t *p, Vec v) { store_as(p, float_to_float8<3, 7>(v, 0x43e00000u, 0x7fu)); }  // 448
+  PA_INLINE void store(uint8_t *p, Vec v) {
+    store_as(p, float_to_float8<kMantissa, kBias>(v, 0x43e00000u, 0x7fu));
+  }  // 448
 };
 
 struct Float8E5M2 {
   using Storage = uint8_t;
+  static constexpr int kMantissa = 2, kBias = 15;
+  static constexpr bool is_infinity(unsigned code) { return code == 0x7c; }
+  static constexpr bool is_nan(unsigned code) { return code > 0x7c; }
   PA_INLINE Vec load(const uint8_t *p) { return half_to_float(load_widened(p) << 8); }
-  PA_INLINE void store(uint8_t *p, Vec v) { store_as(p, float_to_float8<2, 15>(v, 0x47600000u, 0x7fu)); }  // 57344
+  PA_INLINE void store(uint8_t *p, Vec v) {
+    store_as(p, float_to_float8<kMantissa, kBias>(v, 0x47600000u, 0x7fu));
+  }  // 57344
 };
 
 // The first `n` < kWidth elements, zeros behind them; touches no others.

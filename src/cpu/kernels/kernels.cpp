@@ -6,10 +6,11 @@
 // that a block is read in one go whatever its layout.  Scores become weights relative to a running maximum of each row;
 // what was accumulated under an older maximum is rescaled.  Few rows go the direct way (attention_direct.h), many the
 // packed way (attention_packed.h), all in fp32.  With tile registers few rows over bfloat16 go the way of
-// attention_tile_rows.h, many that of attention_tiles.h; what tiles cannot compute goes the way
-// it would go without them.
+// attention_tile_rows.h and over float8 that of attention_float8_rows.h, many that of attention_tiles.h; what tiles
+// cannot compute goes the way it would go without them.
 #include "kernels/attention_direct.h"
 #include "kernels/attention_finish.h"
+#include "kernels/attention_float8_rows.h"
 #include "kernels/attention_packed.h"
 #include "kernels/attention_tile_rows.h"
 #include "kernels/attention_tiles.h"
@@ -58,13 +59,41 @@ PA_INLINE void with_parts(const AttentionParams &params, F f) {
   });
 }
 
+// Calls f with the type of a float8 cache and the number of parts that keep what queries and results tell apart.
+template <class F>
+PA_INLINE void with_float8_parts(const AttentionParams &params, F f) {
+  const auto with_type = [&](auto tag) {
+    if (params.out_dtype == DType::kBFloat16) {
+      f(tag, Count<1>{});
+    } else {
+      f(tag, Count<2>{});
+    }
+  };
+  if (params.kv_dtype == DType::kFloat8E4M3) {
+    with_type(Float8E4M3{});
+  } else {
+    with_type(Float8E5M2{});
+  }
+}
+
 // Accumulates the rows of an item, up to their maxima and sums.
 static State accumulate(const AttentionParams &params, const AttentionWork &work, Way way, void *scratch) {
   State state = make_state(params, work, way, scratch);
   const auto with_type = [&](auto f) {
     if (work.kv_begin < work.kv_end) with_dtype(params.kv_dtype, f);
   };
-  if (way == Way::kTileRows) {
+  if (way == Way::kTileRows && params.kv_dtype != DType::kBFloat16) {
+    with_float8_parts(params, [&](auto tag, auto parts) {
+      using T = decltype(tag);
+      constexpr int kParts = decltype(parts)::value;
+      start_float8_rows<kParts>(params, work, state);
+      for_tiles(params, work, state, float8_rows_keys(params), [&](const TileKeys &tile, const TileKeys &next) {
+        float8_rows_tile<T, kParts>(params, work, state, tile, next);
+      });
+    });
+    finish_tiles();
+    state.holds = finish_float8_rows(params, state);
+  } else if (way == Way::kTileRows) {
     start_tile_rows(params, work, state);
     for_tiles(params, work, state, tile_rows_keys(params),
               [&](const TileKeys &tile, const TileKeys &next) { tile_rows_tile(params, work, state, tile, next); });

@@ -17,18 +17,58 @@ namespace pagedattn::cpu::PAGEDATTN_ISA {
 constexpr int kFetchShares = 4;
 constexpr int kValuesShare = 3;
 
-// Weights of 16 keys, [key][lane], to left operands: first [lane][key] in bfloat16 with a zero behind each, then the
-// same with a zero before each.
-template <int kLanes>
-PA_INLINE void spread_weights(Vec (&weights)[kLanes], uint32_t *dst) {
-  rotate(weights, 4);
+// Left operands for values as they lie, in which dimensions are pairs: weights of 16 keys, first [lane][key] in
+// bfloat16 with a zero behind each, then the same with a zero before each.
+struct SpreadWeights {
+  static constexpr int kKeys = kTileRows;
+  // Of 32 bits, up to those of a key that is a multiple of so many.
+  static constexpr int offset(int key, int lanes) { return key * 2 * lanes; }
+
+  // From weights [key][lane].
+  template <int kLanes>
+  PA_INLINE void put(Vec (&weights)[kLanes], uint32_t *dst) {
+    rotate(weights, 4);
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    // Rounded to nearest, ties up; weights are no infinities, and NaN keeps a bit of its mantissa.
-    const VecU rounded = as_bits(weights[i]) + 0x8000u;
-    store_as(dst + i * kWidth, rounded >> 16);
-    store_as(dst + (kLanes + i) * kWidth, rounded & 0xffff0000u);
+    for (int i = 0; i < kLanes; ++i) {
+      // Rounded to nearest, ties up; weights are no infinities, and NaN keeps a bit of its mantissa.
+      const VecU rounded = as_bits(weights[i]) + 0x8000u;
+      store_as(dst + i * kWidth, rounded >> 16);
+      store_as(dst + (kLanes + i) * kWidth, rounded & 0xffff0000u);
+    }
   }
+};
+
+// Left operands for values in pairs of keys that are 16 apart: weights of 32 keys, [part][lane][pair].
+template <int kParts>
+struct PairedWeights {
+  static constexpr int kKeys = 2 * kTileRows;
+  static constexpr int offset(int key, int lanes) { return key / kKeys * kParts * lanes * kWidth; }
+
+  template <int kVecs>
+  PA_INLINE void put(Vec (&weights)[kVecs], uint32_t *dst) {
+    constexpr int kLanes = kVecs / 2;
+    Vec halves[2][kLanes];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) halves[h][i] = weights[h * kLanes + i];
+      rotate(halves[h], 4);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      const Depth<kParts> pairs = split<kParts>(halves[0][i], halves[1][i]);
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; ++p) store_as(dst + (p * kLanes + i) * kWidth, pairs.part[p]);
+    }
+  }
+};
+
+// A product rounded down, or almost: what it lacks is then no negative exponent of 2, of which the smallest would
+// become a weight 1e-7 below 1.
+PA_INLINE Vec product_below(Vec a, Vec b) {
+  const Vec nearest = a * b;
+  const Vec magnitude = as_float(as_bits(nearest) & 0x7fffffffu);
+  return fma(a, b, -nearest) < 0.0f ? nearest - magnitude * 0x1p-23f : nearest;
 }
 
 // Raises the origin of the rows that ask for it; what was accumulated is then to be multiplied by online.factor.
@@ -45,45 +85,48 @@ PA_INLINE bool raise_row_origin(Vec largest, Online &online) {
   return true;
 }
 
-// Scores of the keys [from, to), multiples of 16, once multiplied by `scale`: to weights, in place and as operands.
-// Returns whether the origin rose.
-template <int kLanes>
+// Scores of the keys [from, to), multiples of Operands::kKeys, once multiplied by `scale`: to weights, in place and as
+// operands.  Returns whether the origin rose.
+template <class Operands, int kLanes, class T>
 PA_KERNEL bool weigh_rows(float *s, int from, int to, float scale, int head_dim, Online &online, uint32_t *operands,
-                          Fetch<BFloat16> &fetch) {
+                          Fetch<T> &fetch) {
+  constexpr int kVecs = kLanes * Operands::kKeys / kWidth;
   const Vec scales = broadcast(scale);
   Vec largest = broadcast(-kInfinity);
   for (int i = from * kLanes; i < to * kLanes; i += kWidth) largest = max(largest, load(s + i));
-  const bool rose = raise_row_origin(max_over_keys(largest, kLanes) * scales, online);
+  largest = max_over_keys(largest, kLanes);
+  const bool rose = raise_row_origin(product_below(largest, scales), online);
   // While every score is -inf the weights are to be 0, not NaN.
   const Vec origin = load(online.max);
   const Vec minus_origin = origin == broadcast(-kInfinity) ? zero() : -origin;
   Vec sum = zero();  // of these keys alone, as small as what is added to it
-  for (int j = from; j < to; j += kTileRows) {
-    fetch.lines(kTileRows * fetch.lines_of_row(head_dim) * (kFetchShares - kValuesShare) / kFetchShares);
-    Vec weights[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
+  for (int j = from; j < to; j += Operands::kKeys) {
+    fetch.lines(Operands::kKeys * fetch.lines_of_row(head_dim) * (kFetchShares - kValuesShare) / kFetchShares);
+    Vec weights[kVecs];
+#pragma GCC unroll 32
+    for (int i = 0; i < kVecs; ++i) {
       float *const x = s + j * kLanes + i * kWidth;
       weights[i] = exp2_for_float32(fma(load(x), scales, minus_origin));
       store(x, weights[i]);
       sum += weights[i];
     }
-    spread_weights<kLanes>(weights, operands + j * 2 * kLanes);
+    Operands::put(weights, operands + Operands::offset(j, kLanes));
   }
   store(online.sum, load(online.sum) + sum);
   return rose;
 }
 
 // Operands of the keys [begin, end) alone, with zeros for others in [from, to).
-template <int kLanes>
+template <class Operands, int kLanes>
 static void keep_weights(float *s, int from, int to, int begin, int end, uint32_t *operands) {
+  constexpr int kVecs = kLanes * Operands::kKeys / kWidth;
   if (begin > end) begin = end;
   __builtin_memset(s + from * kLanes, 0, static_cast<size_t>((begin - from) * kLanes) * sizeof(float));
   __builtin_memset(s + end * kLanes, 0, static_cast<size_t>((to - end) * kLanes) * sizeof(float));
-  for (int j = from; j < to; j += kTileRows) {
-    Vec weights[kLanes];
-    for (int i = 0; i < kLanes; ++i) weights[i] = load(s + j * kLanes + i * kWidth);
-    spread_weights<kLanes>(weights, operands + j * 2 * kLanes);
+  for (int j = from; j < to; j += Operands::kKeys) {
+    Vec weights[kVecs];
+    for (int i = 0; i < kVecs; ++i) weights[i] = load(s + j * kLanes + i * kWidth);
+    Operands::put(weights, operands + Operands::offset(j, kLanes));
   }
 }
 
