@@ -46,7 +46,7 @@ enum class Way { kDirect, kTileRows, kPacked, kTiles };
 
 // Rows that fit into one tile register, and the shortest sequence for which tiles are faster for up to 4 rows.
 constexpr int kMaxTileRows = 16;
-constexpr int64_t kMinTileKeys = 96;
+constexpr int64_t min_tile_keys(DType kv_dtype) { return kv_dtype == DType::kBFloat16 ? 96 : 24; }
 // The fewest rows for which tiles are faster where keys and values are to be converted first.
 constexpr int64_t min_converted_rows(DType kv_dtype) { return kv_dtype == DType::kFloat32 ? 64 : 24; }
 
@@ -106,7 +106,7 @@ static bool tile_rows_serve([[maybe_unused]] const AttentionParams &params) {
 
 static Way way_of(const AttentionParams &params, const AttentionWork &work) {
   const int64_t rows = work.row_end - work.row_begin;
-  if (rows <= kMaxTileRows && (rows > 4 || work.seq_len >= kMinTileKeys) && tile_rows_serve(params)) {
+  if (rows <= kMaxTileRows && (rows > 4 || work.seq_len >= min_tile_keys(params.kv_dtype)) && tile_rows_serve(params)) {
     return Way::kTileRows;
   }
   if (rows <= max_direct_rows(params.kv_dtype)) return Way::kDirect;
