@@ -127,6 +127,38 @@ def test_deterministic_results_do_not_depend_on_the_number_of_threads(rng: np.ra
         pagedattn.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("bfloat16", "bfloat16"), ("float16", "float8_e5m2")])
+def test_an_infinite_value_of_a_head_leaves_the_bits_of_other_heads_to_themselves(
+    rng: np.random.Generator, dtype: str, kv_dtype: str
+) -> None:
+    """A head that tile registers cannot compute is computed again; heads that share its work item were, too."""
+    heads, length = 8, 256
+    cache = pagedattn.KVCache(length // 16, 16, heads, 64, kv_dtype)
+    k_cache, v_cache = cache.k_caches[0], cache.v_caches[0]
+    for array in (k_cache, v_cache):
+        array[...] = rng.standard_normal(array.shape, np.float32).astype(array.dtype)
+    q = rng.standard_normal((1, 4 * heads, 64), np.float32).astype(DTYPES[dtype])
+    tables, lens = rng.permutation(length // 16).astype(np.int32)[None], np.array([length], np.int32)
+
+    def attend(num_threads: int) -> np.ndarray:
+        pagedattn.set_num_threads(num_threads)
+        return pagedattn.paged_attention(q, k_cache, v_cache, tables, lens, deterministic=True)
+
+    threads = pagedattn.get_num_threads()
+    try:
+        others = np.arange(4 * heads) // 4 != 5
+        finite = attend(1)
+        v_cache[3, 2, 5, 7] = np.inf
+        out = attend(1)
+        assert np.isinf(out[0, ~others, 7].astype(np.float32)).all()
+        assert np.isfinite(out[0, ~others, 8:].astype(np.float32)).all()
+        assert_same_bytes(out[:, others], finite[:, others])
+        for num_threads in (2, 3, 7):
+            assert_same_bytes(attend(num_threads), out)
+    finally:
+        pagedattn.set_num_threads(threads)
+
+
 def test_huge_queries_of_a_neighbour_do_not_change_the_bits_of_a_deterministic_prompt(
     backend: NumpyBackend, rng: np.random.Generator
 ) -> None:

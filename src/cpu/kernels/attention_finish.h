@@ -30,12 +30,13 @@ static void save_row(const AttentionParams &params, const AttentionWork &work, i
   __builtin_memcpy(work.partial + i * params.head_dim, acc, static_cast<size_t>(params.head_dim) * sizeof(float));
 }
 
-// What a partial result holds behind its rows.
-static void save_sums(const AttentionParams &params, const AttentionWork &work, const State &state) {
-  const int64_t rows = state.num_heads * state.rows;
-  float *extra = work.partial + rows * params.head_dim;
-  __builtin_memcpy(extra, state.row_max, static_cast<size_t>(rows) * sizeof(float));
-  __builtin_memcpy(extra + rows, state.row_sum, static_cast<size_t>(rows) * sizeof(float));
+// What a partial result of the item holds behind its rows.  The state's heads are the item's from `head` on.
+static void save_sums(const AttentionParams &params, const AttentionWork &work, const State &state, int64_t head) {
+  const int64_t all_rows = (work.head_end - work.head_begin) * state.rows;
+  float *const extra = work.partial + all_rows * params.head_dim + head * state.rows;
+  const auto size = static_cast<size_t>(state.num_heads * state.rows) * sizeof(float);
+  __builtin_memcpy(extra, state.row_max, size);
+  __builtin_memcpy(extra + all_rows, state.row_sum, size);
 }
 
 // Joins partial results, in order, to the state's rows.
@@ -114,6 +115,18 @@ static void finish_row(const AttentionParams &params, const AttentionWork &work,
   }
 }
 
+// Whether no result of a head is NaN, in rows as below.
+static bool head_holds(const AttentionParams &params, const State &state, int64_t head) {
+  VecI odd = {};
+  for (int64_t i = head * state.rows; i < (head + 1) * state.rows; ++i) {
+    for (int64_t d = 0; d < params.head_dim; d += kWidth) {
+      const Vec x = load(state.acc + i * state.row_stride + d);
+      odd |= x != x;
+    }
+  }
+  return !any(odd);
+}
+
 // All rows, from [num_heads * rows, row_stride].
 static void finish_rows(const AttentionParams &params, const AttentionWork &work, const State &state) {
   for (int64_t head = 0; head < state.num_heads; ++head) {
@@ -122,11 +135,12 @@ static void finish_rows(const AttentionParams &params, const AttentionWork &work
     }
   }
 }
-static void save_rows(const AttentionParams &params, const AttentionWork &work, const State &state) {
+// The same as a part of the item's partial result: the state's heads are the item's from `head` on.
+static void save_rows(const AttentionParams &params, const AttentionWork &work, const State &state, int64_t head) {
   for (int64_t i = 0; i < state.num_heads * state.rows; ++i) {
-    save_row(params, work, i, state.acc + i * state.row_stride);
+    save_row(params, work, head * state.rows + i, state.acc + i * state.row_stride);
   }
-  save_sums(params, work, state);
+  save_sums(params, work, state, head);
 }
 
 }  // namespace pagedattn::cpu::PAGEDATTN_ISA

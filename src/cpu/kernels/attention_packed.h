@@ -222,7 +222,7 @@ static void finish_packed(const AttentionParams &params, const AttentionWork &wo
       }
     });
   }
-  if (work.partial != nullptr) save_sums(params, work, state);
+  if (work.partial != nullptr) save_sums(params, work, state, 0);
 }
 
 // Scores, softmax and values of one head.

@@ -130,19 +130,40 @@ static State accumulate(const AttentionParams &params, const AttentionWork &work
   return state;
 }
 
+// Heads of an item that tiles could not compute, again, each by itself: how many heads share an item may follow the
+// number of threads, which what the others compute must not.
+static void attend_heads_again(const AttentionParams &params, const AttentionWork &work, const State &tiles,
+                               void *scratch) {
+  bool holds[kMaxStateRows];
+  const int64_t num_heads = tiles.num_heads;  // `tiles` lies in the scratch
+  for (int64_t head = 0; head < num_heads; ++head) holds[head] = head_holds(params, tiles, head);
+  for (int64_t head = 0; head < num_heads; ++head) {
+    if (holds[head]) continue;
+    AttentionWork one = work;
+    one.head_begin = work.head_begin + static_cast<int32_t>(head);
+    one.head_end = one.head_begin + 1;
+    State state = accumulate(params, one, Way::kDirect, scratch);
+    gather_rows(state);
+    if (work.partial != nullptr) {
+      save_rows(params, work, state, head);
+    } else {
+      finish_rows(params, one, state);
+    }
+  }
+}
+
 static void attend(const AttentionParams &params, const AttentionWork &work, void *scratch) {
   State state = accumulate(params, work, way_of(params, work), scratch);
-  if (!state.holds) {
-    state = accumulate(params, work, state.way == Way::kTileRows ? Way::kDirect : Way::kPacked, scratch);
-  }
+  if (!state.holds && packs(state.way)) state = accumulate(params, work, Way::kPacked, scratch);
   gather_rows(state);
   if (packs(state.way)) {
     finish_packed(params, work, state);
   } else if (work.partial != nullptr) {
-    save_rows(params, work, state);
+    save_rows(params, work, state, 0);
   } else {
     finish_rows(params, work, state);
   }
+  if (!state.holds && state.way == Way::kTileRows) attend_heads_again(params, work, state, scratch);
 }
 
 static void merge_partials(const AttentionParams &params, const AttentionWork &work, const float *partials,
