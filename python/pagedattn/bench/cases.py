@@ -234,13 +234,16 @@ CPU_DECODE = (
     decode("cpu_dec_skew16", "skew:16:16384:64"),
     decode("cpu_dec_b1_1k_fp32", "1024", dtype="float32", kv_dtype="float32"),
     decode("cpu_dec_b8_4k_fp32", "8x4096", dtype="float32", kv_dtype="float32"),
+    decode("cpu_dec_b8_8k_fp32", "8x8192", dtype="float32", kv_dtype="float32"),
     decode("cpu_dec_b8_4k_fp8", "8x4096", kv_dtype="float8_e4m3"),
 )
 CPU_PREFILL = (
     prefill("cpu_pre_512", "512", "512"),
     prefill("cpu_pre_2048", "2048", "2048"),
+    prefill("cpu_pre_8192", "8192", "8192"),
     prefill("cpu_pre_512_fp32", "512", "512", dtype="float32", kv_dtype="float32"),
     prefill("cpu_pre_2048_fp32", "2048", "2048", dtype="float32", kv_dtype="float32"),
+    prefill("cpu_pre_8192_fp32", "8192", "8192", dtype="float32", kv_dtype="float32"),
     prefill("cpu_mixed", "128+8x1", "2048+8x512"),
 )
 GROUPS = {
