@@ -240,11 +240,14 @@ CPU_DECODE = (
 CPU_PREFILL = (
     prefill("cpu_pre_512", "512", "512"),
     prefill("cpu_pre_2048", "2048", "2048"),
-    prefill("cpu_pre_8192", "8192", "8192"),
     prefill("cpu_pre_512_fp32", "512", "512", dtype="float32", kv_dtype="float32"),
     prefill("cpu_pre_2048_fp32", "2048", "2048", dtype="float32", kv_dtype="float32"),
-    prefill("cpu_pre_8192_fp32", "8192", "8192", dtype="float32", kv_dtype="float32"),
     prefill("cpu_mixed", "128+8x1", "2048+8x512"),
+)
+# Minutes beside some peers.
+CPU_LONG_PREFILL = (
+    prefill("cpu_pre_8192", "8192", "8192"),
+    prefill("cpu_pre_8192_fp32", "8192", "8192", dtype="float32", kv_dtype="float32"),
 )
 GROUPS = {
     "decode": DECODE,
@@ -253,6 +256,7 @@ GROUPS = {
     "prefill-shapes": PREFILL_SHAPES,
     "cpu-decode": CPU_DECODE,
     "cpu-prefill": CPU_PREFILL,
+    "cpu-prefill-long": CPU_LONG_PREFILL,
 }
 
 
