@@ -81,6 +81,7 @@ struct Plan {
   std::vector<RowTile> tiles;
   std::vector<Item> items;
   std::vector<Merge> merges;
+  std::vector<int64_t> left;  // items that a thread without memory of its own left to the caller
   int64_t partial_floats = 0;
   int64_t cost = 0;  // in bytes of cache read, computing counted as the bytes that take as long
 
@@ -222,6 +223,11 @@ void make_plan(const AttentionParams &p, Plan &plan) {
   }
 }
 
+Scratch &scratch_of_thread() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
 }  // namespace
 
 void paged_attention(const AttentionParams &p) {
@@ -233,10 +239,15 @@ void paged_attention(const AttentionParams &p) {
   float *const partials =
       static_cast<float *>(partials_of_thread.get(static_cast<size_t>(plan.partial_floats) * sizeof(float)));
   const size_t scratch_size = k.attention_scratch_size(p);
+  const auto num_items = static_cast<int64_t>(plan.items.size());
 
-  const auto run_item = [&](int64_t i) {
-    thread_local Scratch scratch_of_worker;
-    void *const scratch = scratch_of_worker.get(scratch_size);
+  // A call that fails has changed nothing: all that the caller needs is there before anything is written, and it can do
+  // what the others cannot.
+  void *const scratch_of_caller = scratch_of_thread().get(scratch_size);
+  plan.left.resize(static_cast<size_t>(num_items));
+  std::atomic<size_t> num_left{0};
+
+  const auto run_item = [&](int64_t i, void *scratch) {
     Item &item = plan.items[static_cast<size_t>(i)];
     if (item.merge < 0) {
       k.attend(p, item.work, scratch);
@@ -251,13 +262,19 @@ void paged_attention(const AttentionParams &p) {
       k.merge_partials(p, merge.work, first, merge.count, merge.stride, scratch);
     }
   };
-  const auto num_items = static_cast<int64_t>(plan.items.size());
   if (plan.cost < kMinSharedWork) {
     parallel_for(1, [&](int64_t, int) {
-      for (int64_t i = 0; i < num_items; ++i) run_item(i);
+      for (int64_t i = 0; i < num_items; ++i) run_item(i, scratch_of_caller);
     });
   } else {
-    parallel_for(num_items, [&](int64_t i, int) { run_item(i); });
+    parallel_for(num_items, [&](int64_t i, int) {
+      if (void *const scratch = scratch_of_thread().try_get(scratch_size)) {
+        run_item(i, scratch);
+      } else {
+        plan.left[num_left.fetch_add(1, std::memory_order_relaxed)] = i;
+      }
+    });
+    for (size_t i = 0; i < num_left; ++i) run_item(plan.left[i], scratch_of_caller);
   }
   record_kernel("paged_attention", k.attention_name);
 }

@@ -18,18 +18,24 @@ class Scratch {
 
   // At least `size` bytes, aligned to 64.
   void *get(size_t size) {
-    if (size > size_) {
-      release();
-      data_ = ::operator new(size, kAlignment);
-      size_ = size;
-    }
+    if (!reserve(size)) throw std::bad_alloc();
     return data_;
   }
+  // The same, or null where there is not as much memory; `size` is at least 1.
+  void *try_get(size_t size) noexcept { return reserve(size) ? data_ : nullptr; }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
 
-  void release() {
+  bool reserve(size_t size) noexcept {
+    if (size <= size_) return true;
+    release();
+    data_ = ::operator new(size, kAlignment, std::nothrow);
+    if (data_ != nullptr) size_ = size;
+    return data_ != nullptr;
+  }
+
+  void release() noexcept {
     if (data_ != nullptr) ::operator delete(data_, kAlignment);
     data_ = nullptr;
     size_ = 0;
