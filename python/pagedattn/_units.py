@@ -48,11 +48,8 @@ def three_digits(value: float) -> str:
 
 def show_bytes(size: float) -> str:
     """A size for people, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+    bytes_, unit = size_unit(size)
+    return f"{size / bytes_:.{0 if bytes_ == 1 else 1}f} {unit}"
 
 
 def counted(number: int, noun: str) -> str:

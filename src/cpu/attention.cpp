@@ -244,8 +244,6 @@ void paged_attention(const AttentionParams &p) {
   // A call that fails has changed nothing: all that the caller needs is there before anything is written, and it can do
   // what the others cannot.
   void *const scratch_of_caller = scratch_of_thread().get(scratch_size);
-  plan.left.resize(static_cast<size_t>(num_items));
-  std::atomic<size_t> num_left{0};
 
   const auto run_item = [&](int64_t i, void *scratch) {
     Item &item = plan.items[static_cast<size_t>(i)];
@@ -267,6 +265,8 @@ void paged_attention(const AttentionParams &p) {
       for (int64_t i = 0; i < num_items; ++i) run_item(i, scratch_of_caller);
     });
   } else {
+    plan.left.resize(static_cast<size_t>(num_items));
+    std::atomic<size_t> num_left{0};
     parallel_for(num_items, [&](int64_t i, int) {
       if (void *const scratch = scratch_of_thread().try_get(scratch_size)) {
         run_item(i, scratch);

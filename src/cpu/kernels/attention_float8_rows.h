@@ -340,9 +340,7 @@ static bool finish_float8_rows(const AttentionParams &params, State &state) {
       }
     }
   }
-  float *const rows = state.q;
-  state.q = state.acc;
-  state.acc = rows;
+  state.acc = state.q;
   return !any(odd);
 }
 

@@ -62,16 +62,22 @@ static float query_factor(const AttentionParams &params, int64_t kv_head) {
   return params.softcap > 0.0f ? factor / params.softcap : factor * kLog2e;
 }
 
+#if defined(PAGEDATTN_TILES)
+static bool factors_are_positive(const AttentionParams &params) {
+  for (int64_t head = 0; head < params.num_kv_heads; ++head) {
+    if (!(query_factor(params, head) > 0.0f)) return false;
+  }
+  return true;
+}
+#endif
+
 // Whether many rows may take the way of attention_tiles.h.  Scales wait for the softmax there, which takes only
 // positive ones; those of float32 are folded into queries.
 static bool tiles_serve([[maybe_unused]] const AttentionParams &params) {
 #if defined(PAGEDATTN_TILES)
   if (params.kv_dtype == DType::kFloat32) return true;
   if (params.q_dtype != DType::kFloat16 && params.q_dtype != DType::kBFloat16) return false;
-  for (int64_t head = 0; head < params.num_kv_heads; ++head) {
-    if (!(query_factor(params, head) > 0.0f)) return false;
-  }
-  return true;
+  return factors_are_positive(params);
 #else
   return false;
 #endif
@@ -95,10 +101,7 @@ static bool tile_rows_serve([[maybe_unused]] const AttentionParams &params) {
   if (params.head_dim % 32 != 0 || !(params.scale > 0.0f)) return false;
   if (params.kv_dtype == DType::kBFloat16) return params.q_dtype == DType::kBFloat16;
   if (params.kv_dtype != DType::kFloat8E4M3 && params.kv_dtype != DType::kFloat8E5M2) return false;
-  for (int64_t head = 0; head < params.num_kv_heads; ++head) {
-    if (!(query_factor(params, head) > 0.0f)) return false;
-  }
-  return true;
+  return factors_are_positive(params);
 #else
   return false;
 #endif

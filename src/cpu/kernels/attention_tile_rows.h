@@ -334,7 +334,7 @@ static void tile_rows_tile(const AttentionParams &params, const AttentionWork &w
   }
 }
 
-// Sums to rows in pair order, as other ways leave them.  Returns whether none is NaN.
+// Sums to rows in pair order, as other ways leave them, which take the queries' place.  Returns whether none is NaN.
 static bool finish_tile_rows(const AttentionParams &params, State &state) {
   const auto lanes = static_cast<int>(state.lanes);
   VecI odd = {};
@@ -349,9 +349,7 @@ static bool finish_tile_rows(const AttentionParams &params, State &state) {
       }
     }
   }
-  float *const rows = state.q;  // queries have served
-  state.q = state.acc;
-  state.acc = rows;
+  state.acc = state.q;
   near_at_last = state.near;
   return !any(odd);
 }
