@@ -92,10 +92,16 @@ PA_KERNEL bool weigh_rows(float *s, int from, int to, float scale, int head_dim,
                           Fetch<T> &fetch) {
   constexpr int kVecs = kLanes * Operands::kKeys / kWidth;
   const Vec scales = broadcast(scale);
-  Vec largest = broadcast(-kInfinity);
-  for (int i = from * kLanes; i < to * kLanes; i += kWidth) largest = max(largest, load(s + i));
-  largest = max_over_keys(largest, kLanes);
-  const bool rose = raise_row_origin(product_below(largest, scales), online);
+  // Of every fourth vector by itself: a maximum waits for the one before it longer than for its vector.
+  constexpr int kChains = kVecs < 4 ? kVecs : 4;
+  Vec largest[kChains];
+  for (Vec &v : largest) v = broadcast(-kInfinity);
+  for (int i = from * kLanes; i < to * kLanes; i += kChains * kWidth) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) largest[c] = max(largest[c], load(s + i + c * kWidth));
+  }
+  for (int c = 1; c < kChains; ++c) largest[0] = max(largest[0], largest[c]);
+  const bool rose = raise_row_origin(product_below(max_over_keys(largest[0], kLanes), scales), online);
   // While every score is -inf the weights are to be 0, not NaN.
   const Vec origin = load(online.max);
   const Vec minus_origin = origin == broadcast(-kInfinity) ? zero() : -origin;
