@@ -72,7 +72,7 @@ class Checker {
   double positive_finite(Name argument, double value) const;
 
  private:
-  // An extent of [B, max_blocks]-like arrays in words: "int32 with shape (num_seqs, max_blocks) = (8, 64)".
+  // An extent of [B, max_blocks]-like arrays in words: "int32 with shape (num_seqs, max_blocks) = (8, 32)".
   static std::string shape_expected(const pa_tensor &tensor, std::initializer_list<Dim> dims);
 
   const char *operation_;

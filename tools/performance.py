@@ -101,7 +101,7 @@ def managers_page(documents: dict[str, dict[str, Any]]) -> str:
                 for seconds in results
             ]
             rows.append([unit["name"], *cells, f"{unit['aim'] * 1e6:g}"])
-        versions = ", ".join(one["version"] for one in contestants)
+        versions = ", ".join(dict.fromkeys(one["version"] for one in contestants))
         lines += [
             f"Measured on {document['date'][:10]} on `{machine}`, Python {document['python']}: {versions}. "
             f"µs, the best of {_rounds(document)} rounds in turns, and their median.",
