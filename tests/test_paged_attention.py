@@ -14,7 +14,7 @@ import reference
 from accuracy import assert_close, assert_lse_close, assert_same_bytes
 from attention_check import check_batch
 from backends import BFLOAT16, DTYPES, Array, NumpyBackend, is_float8
-from batches import LAYOUTS, TENSOR_CORE_KINDS, Batch, make_batch, normal, poison, scale_for
+from batches import LAYOUTS, TENSOR_CORE_KINDS, Batch, is_poison, make_batch, normal, poison, scale_for
 from pairwise import case_id, pairwise
 
 # Decode, speculative decode, chunk, full prefill, a sequence without new tokens and an empty one.
@@ -362,6 +362,30 @@ def test_every_float8_code_is_exact_for_several_rows(backend: NumpyBackend, dtyp
     expected = np.repeat(codes.astype(np.float64), 8) / 8
     np.testing.assert_allclose(backend.host(lse)[0], expected, rtol=1e-6, atol=1e-12)
     np.testing.assert_array_equal(backend.host(out)[0].astype(np.float32), np.tile(codes.astype(np.float32), (2048, 1)))
+
+
+@pytest.mark.parametrize("query_len", [1, 2, 5, 40])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "spread", "scale"),
+    [
+        ("bfloat16", "bfloat16", 1e4, None),
+        ("bfloat16", "bfloat16", 1e8, None),
+        ("float16", "float16", 1e4, None),
+        ("float32", "float32", 1e8, None),
+        ("bfloat16", "float8_e4m3", 50, 1e6),
+        ("float16", "float8_e5m2", 100, 1e6),
+    ],
+)
+def test_scores_of_any_size_that_float32_holds_give_no_nan(
+    rng: np.random.Generator, dtype: str, kv_dtype: str, spread: float, scale: float | None, query_len: int
+) -> None:
+    # From 2^24 on the rounding of a score is more than 1, and a weight that it went into 0 or infinite.
+    options = {} if scale is None else {"scale": scale}
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "dtype": DTYPES[dtype], "kv_dtype": DTYPES[kv_dtype]}
+    batch = make_batch(rng, [150], [query_len], **shape, spread=spread, **options)
+    written = ~is_poison(batch.v_cache)
+    batch.v_cache[written] = normal(rng, batch.v_cache.shape, batch.v_cache.dtype)[written]
+    check_batch(NumpyBackend(), batch)
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16", "float8_e4m3", "float8_e5m2"])

@@ -81,6 +81,7 @@ struct Unit {
   int panel;
   int from, to;  // multiples of 32
   int number = 0;
+  bool multiplied = false;  // scores by their factor
 };
 // Keys that have weights for a panel, whose values are yet to be added.
 struct Batch {
@@ -98,6 +99,7 @@ static bool next_unit(const State &state, Unit &unit) {
     if (from < panel.any_end) {
       const int end = static_cast<int>(round_up(panel.any_end, kTileDepth));
       ++unit.number;
+      unit.multiplied = false;
       unit.from = from;
       unit.to = end < from + kStepKeys ? end : from + kStepKeys;
       return true;
@@ -169,7 +171,7 @@ class ChunkOfHead {
 
  private:
   // What scores are yet to be multiplied by once they are adjusted.
-  float factor() const { return adjusted_ ? 1.0f : scale_; }
+  float factor(const Unit &unit) const { return adjusted_ || unit.multiplied ? 1.0f : scale_; }
   Online &online_of(int panel) const { return state_.online[head_ * state_.num_panels + panel]; }
   float *acc_of(int panel) const {
     return state_.acc + (head_ * state_.lanes + state_.panels[panel].first_lane) * dims_;
@@ -206,26 +208,32 @@ class ChunkOfHead {
   }
 
   // Finds what the weights of a unit are relative to.
-  void set_origin(const Unit &unit, Batch &batch) const {
+  void set_origin(Unit &unit, Batch &batch) const {
     Online &online = online_of(unit.panel);
-    const Scores largest = largest_scores(scores_of(unit), unit.to - unit.from);
-    if (!asks_for_origin(largest, factor(), online)) return;
+    Scores largest = largest_scores(scores_of(unit), unit.to - unit.from);
+    if (factor(unit) != 1.0f && are_far(largest, factor(unit))) {
+      scale_scores(scores_of(unit), (unit.to - unit.from) * kMaxLanes, factor(unit));
+      unit.multiplied = true;
+      largest = largest_scores(scores_of(unit), unit.to - unit.from);
+    }
+    if (!asks_for_origin(largest, factor(unit), online)) return;
     add_values(batch);
-    raise_origin(largest, factor(), online);
+    raise_origin(largest, factor(unit), online);
     if (online.started) rescale_lanes<kVecsOfPanel>(acc_of(unit.panel), dims_, online.factor);
   }
 
   // Takes the weights of a unit into a batch.
   __attribute__((noinline)) void weigh(const Unit &unit, Batch &batch) const {
     Online &online = online_of(unit.panel);
-    Weighing<kParts>(scores_of(unit), unit.to - unit.from, factor(), online, weights_of(unit, batch)).finish(online);
+    Weighing<kParts>(scores_of(unit), unit.to - unit.from, factor(unit), online, weights_of(unit, batch))
+        .finish(online);
     batch.to = unit.to;
   }
 
   // The same, beside the products of the next unit.
   __attribute__((noinline)) void score_and_weigh(const Unit &next, const Unit &unit, Batch &batch) const {
     Online &online = online_of(unit.panel);
-    Weighing<kParts> weighing(scores_of(unit), unit.to - unit.from, factor(), online, weights_of(unit, batch));
+    Weighing<kParts> weighing(scores_of(unit), unit.to - unit.from, factor(unit), online, weights_of(unit, batch));
     score(next, [&]() __attribute__((always_inline)) { weighing.next_pair(); });
     weighing.finish(online);
     batch.to = unit.to;
@@ -251,7 +259,7 @@ class ChunkOfHead {
       if (!odd_[j]) continue;
       for (int lane = 0; lane < panel.rows; ++lane) {
         if (j < panel.begin[lane] || j >= panel.end[lane]) continue;
-        const float x = scores_of(unit)[(j - unit.from) * kMaxLanes + lane] * factor() - online.max[lane];
+        const float x = scores_of(unit)[(j - unit.from) * kMaxLanes + lane] * factor(unit) - online.max[lane];
         const float weight = exp2_for_parts<kParts>(broadcast(x))[0];
         for (int d = 0; d < params_.head_dim; ++d) {
           acc[d * kMaxLanes + lane] += weight * load_partial<T>(v + chunk_.v[j] + d, 1)[0];

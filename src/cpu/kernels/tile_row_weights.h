@@ -91,7 +91,7 @@ template <class Operands, int kLanes, class T>
 PA_KERNEL bool weigh_rows(float *s, int from, int to, float scale, int head_dim, Online &online, uint32_t *operands,
                           Fetch<T> &fetch) {
   constexpr int kVecs = kLanes * Operands::kKeys / kWidth;
-  const Vec scales = broadcast(scale);
+  Vec scales = broadcast(scale);
   // Of every fourth vector by itself: a maximum waits for the one before it longer than for its vector.
   constexpr int kChains = kVecs < 4 ? kVecs : 4;
   Vec largest[kChains];
@@ -101,7 +101,13 @@ PA_KERNEL bool weigh_rows(float *s, int from, int to, float scale, int head_dim,
     for (int c = 0; c < kChains; ++c) largest[c] = max(largest[c], load(s + i + c * kWidth));
   }
   for (int c = 1; c < kChains; ++c) largest[0] = max(largest[0], largest[c]);
-  const bool rose = raise_row_origin(product_below(max_over_keys(largest[0], kLanes), scales), online);
+  Vec score = max_over_keys(largest[0], kLanes);
+  if (is_far(score * scales)) {
+    scale_scores(s + from * kLanes, (to - from) * kLanes, scale);
+    score *= scales;
+    scales = broadcast(1.0f);
+  }
+  const bool rose = raise_row_origin(product_below(score, scales), online);
   // While every score is -inf the weights are to be 0, not NaN.
   const Vec origin = load(online.max);
   const Vec minus_origin = origin == broadcast(-kInfinity) ? zero() : -origin;

@@ -4,6 +4,10 @@
 //
 // What weights are relative to need not be the largest score, only near it: it rises when a score is kSlack above, so
 // that sums are seldom rescaled.  Each row decides for itself, whatever rows lie beside it.
+//
+// The factor of scores is multiplied in and the origin subtracted at once, so that scores keep what float32 would
+// round. But the origin is rounded: far from 0 a score's distance from itself would then be anything.  So far scores
+// are multiplied first.
 #pragma once
 
 #include "kernels/softmax.h"
@@ -42,6 +46,12 @@ PA_INLINE Vec exp2_for_parts(Vec x) {
   return kParts == 1 ? exp2_for_bfloat16(x) : exp2_for_float32(x);
 }
 
+constexpr float kFarScore = 0x1p20f;  // whose last place is an eighth
+
+PA_INLINE bool is_far(Vec score) {
+  return any((VecI)(score > kFarScore) | ((VecI)(score < -kFarScore) & (VecI)(score > -kInfinity)));
+}
+
 // One score of each lane.
 struct Scores {
   Vec lanes[kVecsOfPanel];
@@ -57,6 +67,12 @@ PA_KERNEL Scores largest_scores(const float *scores, int keys) {
     }
   }
   return largest;
+}
+
+PA_INLINE bool are_far(const Scores &largest, float factor) {
+  bool far = false;
+  for (int v = 0; v < kVecsOfPanel; ++v) far |= is_far(largest.lanes[v] * factor);
+  return far;
 }
 
 // Whether scores, once multiplied by `factor`, ask for a higher origin.
