@@ -21,7 +21,7 @@ constexpr int64_t kMaxStateRows = 288;
 // Rows of one KV head, which share what is unpacked: in fp32 and, on tile registers, bfloat16.  Processors with tiles
 // have an L2 of 2 MiB.
 constexpr int64_t kMaxHeadRows = 2 * kMaxStateRows;
-constexpr int64_t kMaxTiledHeadRows = 1024;
+constexpr int64_t kMaxTiledHeadRows = 2048;
 #else
 constexpr int kTileKeys = 64;
 constexpr int kMaxChunkKeys = kTileKeys;
