@@ -15,32 +15,21 @@ struct QChunk {
   uint32_t pairs[4];
 };
 
-__device__ inline QChunk load_q_chunk(const AttentionKernelParams &params, const uint16_t *row, int chunk) {
-  if (params.q_wide) {
-    const uint4 x = *reinterpret_cast<const uint4 *>(row + chunk * 8);
-    return {{x.x, x.y, x.z, x.w}};
-  }
-  QChunk x;
+// Eight elements of 16 bits, or of eight as they come in the first two words, from where no more than one can be read.
+__device__ inline QChunk load_halves(const uint16_t *x) {
+  QChunk chunk;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x.pairs[i] = row[chunk * 8 + 2 * i] | static_cast<uint32_t>(row[chunk * 8 + 2 * i + 1]) << 16;
-  }
-  return x;
+  for (int i = 0; i < 4; ++i) chunk.pairs[i] = x[2 * i] | static_cast<uint32_t>(x[2 * i + 1]) << 16;
+  return chunk;
+}
+__device__ inline QChunk load_bytes(const uint8_t *x) {
+  QChunk chunk{};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) chunk.pairs[i / 4] |= static_cast<uint32_t>(x[i]) << i % 4 * 8;
+  return chunk;
 }
 
-// Float8 ones as they come, in the first two words.
-__device__ inline QChunk load_float8_q_chunk(const AttentionKernelParams &params, const uint8_t *row, int chunk) {
-  if (params.q_wide) {
-    const uint2 x = *reinterpret_cast<const uint2 *>(row + chunk * 8);
-    return {{x.x, x.y, 0, 0}};
-  }
-  QChunk x{};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x.pairs[i / 4] |= static_cast<uint32_t>(row[chunk * 8 + i]) << i % 4 * 8;
-  return x;
-}
-
-// What has come so, as float16.
+// Float8 ones, which come in two words, as float16.
 template <class Float8>
 __device__ QChunk widen_q_chunk(uint32_t first, uint32_t second) {
   QChunk wide;
@@ -76,72 +65,103 @@ __device__ float normalise_bfloat16_row(QChunk *x) {
 
 // Chunks of the item's query rows on their way to shared memory, zeros where there is no row or dimension: a thread's
 // kCount from the `first` on.  Fetched before the keys and values are asked for, they need not queue behind those.
+// What is the same for all chunks is asked once, so that all are on their way together.
 template <class Traits, int kCount>
 class QueryChunks {
   static constexpr int kChunks = Traits::QTile::kChunks;
   static constexpr int kLanes = kChunks > 16 ? 32 : kChunks > 8 ? 16 : 8;  // a power of two that a row's chunks fit in
+  static constexpr int kRowsAtOnce = Traits::kQThreads / kLanes;           // of which the threads have a chunk each
+  static_assert(Traits::kQThreads % kLanes == 0);
 
  public:
   // Of a thread, to cover this many rows.
-  __device__ static constexpr int chunks_of_thread(int rows) {
-    return (rows * kLanes + Traits::kQThreads - 1) / Traits::kQThreads;
-  }
+  __device__ static constexpr int chunks_of_thread(int rows) { return (rows + kRowsAtOnce - 1) / kRowsAtOnce; }
 
-  __device__ QueryChunks(int first, int thread) : first_(first), thread_(thread) {}
+  __device__ QueryChunks(int first, int thread)
+      : first_row_(first * kRowsAtOnce + static_cast<int>(static_cast<uint32_t>(thread) / kLanes)),
+        chunk_(static_cast<int>(static_cast<uint32_t>(thread) % kLanes)) {}
 
   __device__ void fetch(const AttentionKernelParams &params, const WorkItem &item) {
-    const int rows = num_rows(params.batch, item.seq), group = static_cast<int>(params.batch.group.divisor);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const TileRow place = tile_row<typename Traits::Shape>(params.batch, item, row(i));
-      const int packed_row = item.query_tile * Traits::kRows + place.row;
-      chunks_[i] = {};
-      if (row(i) < Traits::kRows && place.head < 1 << item.head_shift && packed_row < rows &&
-          chunk(i) * 8 < params.head_dim) {
-        const int query = params.batch.group.divide(packed_row);
-        const int64_t token = item.seq.first_token + query;
-        const int64_t head = (item.kv_head + place.head) * group + packed_row - query * group;
-        const int64_t offset = token * params.q.token_stride + head * params.q.head_stride;
-        if (Traits::kFloat8 && params.q_is_float8) {
-          chunks_[i] = load_float8_q_chunk(params, static_cast<const uint8_t *>(params.q.data) + offset, chunk(i));
-        } else {
-          chunks_[i] = load_q_chunk(params, static_cast<const uint16_t *>(params.q.data) + offset, chunk(i));
+    if (params.q_wide) {
+      fetch_with(params, item, [](const char *x, bool is_float8) {
+        if (is_float8) {
+          const uint2 words = *reinterpret_cast<const uint2 *>(x);
+          return QChunk{{words.x, words.y, 0, 0}};
         }
-      }
+        const uint4 words = *reinterpret_cast<const uint4 *>(x);
+        return QChunk{{words.x, words.y, words.z, words.w}};
+      });
+    } else {
+      fetch_with(params, item, [](const char *x, bool is_float8) {
+        return is_float8 ? load_bytes(reinterpret_cast<const uint8_t *>(x))
+                         : load_halves(reinterpret_cast<const uint16_t *>(x));
+      });
     }
   }
 
   __device__ void store(const AttentionKernelParams &params, char *q_tile, RowTable<Traits::kRows> &rows) {
+    float scales[kCount];
+    if constexpr (Traits::kFloat8) make_float16(params, scales);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
+      if (row(i) >= Traits::kRows || chunk_ >= kChunks) continue;
       const QChunk &x = chunks_[i];
-      float scale = 1.0f;
       if constexpr (Traits::kFloat8) {
-        if (params.q_is_bfloat16) scale = normalise_bfloat16_row<kLanes>(&chunks_[i]);
-        if (params.q_is_float8) chunks_[i] = widen_q_chunk<typename Traits::CacheElement>(x.pairs[0], x.pairs[1]);
-      }
-      if (row(i) >= Traits::kRows || chunk(i) >= kChunks) continue;
-      if constexpr (Traits::kFloat8) {
-        if (chunk(i) == 0) rows.q_scale[row(i)] = scale;
+        if (chunk_ == 0) rows.q_scale[row(i)] = scales[i];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const int pair = float8_pair_place(chunk(i) * 4 + k);
+          const int pair = float8_pair_place(chunk_ * 4 + k);
           *reinterpret_cast<uint32_t *>(q_tile + Traits::QTile::offset(row(i), pair / 4) + pair % 4 * 4) = x.pairs[k];
         }
       } else {
-        *reinterpret_cast<uint4 *>(q_tile + Traits::QTile::offset(row(i), chunk(i))) = {x.pairs[0], x.pairs[1],
-                                                                                        x.pairs[2], x.pairs[3]};
+        *reinterpret_cast<uint4 *>(q_tile + Traits::QTile::offset(row(i), chunk_)) = {x.pairs[0], x.pairs[1],
+                                                                                      x.pairs[2], x.pairs[3]};
       }
     }
   }
 
  private:
-  __device__ int index(int i) const { return (first_ + i) * Traits::kQThreads + thread_; }
-  __device__ int row(int i) const { return index(i) / kLanes; }
-  __device__ int chunk(int i) const { return index(i) % kLanes; }
+  // `load` takes where eight elements lie, and whether they are float8.
+  template <class Load>
+  __device__ void fetch_with(const AttentionKernelParams &params, const WorkItem &item, Load &&load) {
+    const bool is_float8 = Traits::kFloat8 && params.q_is_float8;
+    const int rows = num_rows(params.batch, item.seq), group = static_cast<int>(params.batch.group.divisor);
+    const int first_row = item.query_tile * Traits::kRows, heads = 1 << item.head_shift;
+    const int64_t token_bytes = params.q.token_stride * (is_float8 ? 1 : 2);
+    const int64_t head_bytes = params.q.head_stride * (is_float8 ? 1 : 2);
+    const char *const q = static_cast<const char *>(params.q.data) + item.seq.first_token * token_bytes +
+                          static_cast<int64_t>(item.kv_head) * group * head_bytes + chunk_ * (is_float8 ? 8 : 16);
+    const bool has_dimensions = chunk_ * 8 < params.head_dim;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const TileRow place = tile_row<typename Traits::Shape>(params.batch, item, row(i));
+      const int packed_row = first_row + place.row;
+      chunks_[i] = {};
+      if (has_dimensions && row(i) < Traits::kRows && place.head < heads && packed_row < rows) {
+        const int query = params.batch.group.divide(packed_row);
+        const int head = place.head * group + packed_row - query * group;
+        chunks_[i] = load(q + query * token_bytes + head * head_bytes, is_float8);
+      }
+    }
+  }
 
-  int first_;
-  int thread_;
+  // What the chunks have come as becomes float16: bfloat16 rows divided by `scales`, or float8 ones.
+  __device__ void make_float16(const AttentionKernelParams &params, float (&scales)[kCount]) {
+#pragma unroll
+    for (float &scale : scales) scale = 1.0f;
+    if (params.q_is_bfloat16) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) scales[i] = normalise_bfloat16_row<kLanes>(&chunks_[i]);
+    } else if (params.q_is_float8) {
+#pragma unroll
+      for (QChunk &x : chunks_) x = widen_q_chunk<typename Traits::CacheElement>(x.pairs[0], x.pairs[1]);
+    }
+  }
+
+  __device__ int row(int i) const { return first_row_ + i * kRowsAtOnce; }
+
+  int first_row_;
+  int chunk_;
   QChunk chunks_[kCount];
 };
 
