@@ -157,17 +157,17 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
 }
 
 // Over float8 caches: makes float16 of what has come, of K or of the rest.
-template <class Traits>
-__device__ void widen_data(const HopperParams &params, typename Traits::Shared &shared, bool keys) {
-  Widener<Traits> widener(params, shared, keys, Traits::kWidenerBarrier + (keys ? 0 : 1));
+template <class Traits, bool kKeys>
+__device__ void widen_data(const HopperParams &params, typename Traits::Shared &shared) {
+  Widener<Traits, kKeys> widener(params, shared);
 #pragma unroll 1
   for (uint32_t number = 0;; ++number) {
     const PrefillSegment &segment = wait_segment<Traits>(shared, number);
     if (!segment.valid) return;
     const int tiles = segment.tiles.end - segment.tiles.begin;
-    const int kv_head = segment.item.kv_head;
+    if constexpr (!kKeys) widener.widen_queries(number, segment.item);
     release_segment<Traits>(shared, number);
-    widener.widen_segment(number, tiles, params.q_scale.of_head(kv_head) * params.k_scale.of_head(kv_head));
+    widener.widen_tiles(tiles);
   }
 }
 
@@ -426,7 +426,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else if (warpgroup < Traits::kFirstMathGroup) {
     give_registers<Traits::kProducerRegisters>();
-    if constexpr (Traits::kFloat8) widen_data<Traits>(params, shared, threadIdx.x < 192);
+    if constexpr (Traits::kFloat8) {
+      if (threadIdx.x < 192) {
+        widen_data<Traits, true>(params, shared);
+      } else {
+        widen_data<Traits, false>(params, shared);
+      }
+    }
     if constexpr (Traits::kFloat8Products) transpose_values<Traits>(shared, static_cast<int>(threadIdx.x) / 32 % 4);
   } else {
     take_registers<Traits::kMathRegisters>();

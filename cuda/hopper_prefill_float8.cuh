@@ -13,6 +13,7 @@
 #pragma once
 
 #include <numeric>
+#include <utility>
 
 #include "hopper_prefill_traits.cuh"
 #include "hopper_wgmma.cuh"
@@ -21,112 +22,177 @@
 namespace pagedattn::cuda {
 
 // Half of the warpgroup widens keys, the other half queries and values.
-template <class Traits>
+template <class Traits, bool kKeys>
 class Widener {
   using Tile = typename Traits::KvTile;
   using Queries = typename Traits::QTile;
   static constexpr int kThreads = 64;
   static constexpr int kChunks = Traits::kHeadDim / 8;  // of eight elements in a row
-  static constexpr int kRows = Traits::kTokens / 4;     // a tile is widened in quarters
+  // A tile is widened in pieces of so many rows; the next is read while one is written, if registers have room for
+  // both.
+  static constexpr int kRows = kChunks % 8 == 0 && kChunks > 16 ? 8 : kChunks % 4 == 0 ? 16 : 32;
+  static constexpr int kPieces = Traits::kTokens / kRows;
   static constexpr int kOfThread = kRows * kChunks / kThreads;
+  static constexpr int kAhead = kOfThread <= 4 ? 1 : 0;
   // The places of a thread's chunks are the same again every so many, and so many bytes further on.
   static constexpr int kPlaces = std::lcm(kThreads, Traits::kHeadDim) / kThreads;
   static constexpr int kPlacesBytes = kPlaces * kThreads / Traits::kHeadDim * Tile::kEightRows;
-  static_assert(kRows % 8 == 0 && kRows * kChunks % kThreads == 0);
+  static_assert(Traits::kTokens % kRows == 0 && kRows * kChunks % kThreads == 0);
+
+  // Pieces in whose place, as they came, float16 of the first so many goes, and how many a thread has read before it
+  // writes one.
+  static constexpr int overwritten_by(int pieces) {
+    const int bytes = pieces * kRows / 8 * Tile::kEightRows - Traits::kRawPlace;
+    constexpr int kRawPiece = kRows * Traits::kHeadDim;
+    return bytes <= 0 ? 0 : (bytes + kRawPiece - 1) / kRawPiece;
+  }
+  static constexpr int read_before(int piece) { return smaller(piece + 1 + kAhead, kPieces); }
+  // Must all threads have come as far before they write the piece?
+  static constexpr bool must_meet(int piece) {
+    int known = 0;
+    for (int i = 0; i <= piece; ++i) {
+      const bool must = overwritten_by(i + 1) > known;
+      if (must) known = read_before(i);
+      if (i == piece) return must;
+    }
+    return false;
+  }
+  static_assert(overwritten_by(kPieces) == kPieces);
 
  public:
-  // `barrier`: for the half's threads to meet at.
-  __device__ Widener(const HopperParams &params, typename Traits::Shared &shared, bool keys, int barrier)
-      : params_(params),
-        shared_(shared),
-        keys_(keys),
-        thread_(static_cast<int>(threadIdx.x) % kThreads),
-        barrier_(barrier) {
-#pragma unroll
-    for (int i = 0; i < kPlaces; ++i) {
-      const int index = thread_ + kThreads * i;
-      places_[i] = Tile::offset(index / kChunks, index % kChunks);
+  __device__ Widener(const HopperParams &params, typename Traits::Shared &shared) : params_(params), shared_(shared) {}
+
+  // A segment's queries, with what is to be known of them.
+  __device__ void widen_queries(uint32_t number, const WorkItem &item) {
+    const uint32_t stage = number % Traits::kQStages;
+    auto &facts = shared_.raw.facts[stage];
+    const float scale = params_.q_scale.of_head(item.kv_head) * params_.k_scale.of_head(item.kv_head);
+    wait(&shared_.raw.q[stage], number / Traits::kQStages & 1);
+    tell_what_rows_see(facts, item);
+    const int thread = own_thread();
+    if (params_.q_is_bfloat16) {
+#pragma unroll 1
+      for (int row = thread / 8; row < Traits::kRows; row += kThreads / 8) {
+        const float power = widen_query_row(shared_.q[stage], row);
+        if (thread % 8 == 0) facts.factors[row] = power * scale;
+      }
+    } else {
+      if (params_.q_is_float8) widen_float8_queries(shared_.q[stage]);
+      for (int row = thread; row < Traits::kRows; row += kThreads) facts.factors[row] = scale;
     }
+    publish(&shared_.q_full[stage]);
   }
 
-  // So many tiles of K, or of V, and the queries that meet them.
-  __device__ void widen_segment(uint32_t number, int tiles, float scale) {
-    if (!keys_) widen_queries(number % Traits::kQStages, number / Traits::kQStages & 1, scale);
+  // So many tiles of K, or of V.
+  __device__ void widen_tiles(int tiles) {
 #pragma unroll 1
     for (; tiles > 0; --tiles, ++tile_) {
       const uint32_t stage = tile_ % Traits::kKvStages;
-      wait(keys_ ? &shared_.raw.k[stage] : &shared_.raw.v[stage], tile_ / Traits::kKvStages & 1);
-      widen_tile(keys_ ? shared_.k[stage] : shared_.v[stage]);
-      publish(keys_ ? &shared_.k_full[stage] : &shared_.v_full[stage]);
+      const Places places = find_places();
+      wait(kKeys ? &shared_.raw.k[stage] : &shared_.raw.v[stage], tile_ / Traits::kKvStages & 1);
+      widen_tile(kKeys ? shared_.k[stage] : shared_.v[stage], places);
+      publish(kKeys ? &shared_.k_full[stage] : &shared_.v_full[stage]);
     }
   }
 
  private:
   using Chunks = uint2[kOfThread];
+  struct Places {  // of a thread's first chunks in a piece
+    uint32_t of[kPlaces];
+  };
 
-  // Float16 of the first two quarters lies where nothing is.  That of the third takes the place of these as they came,
-  // and that of the fourth the place of the last two: all threads have read what is overwritten.
-  __device__ void widen_tile(char *tile) const {
-    Chunks chunks;
+  // Of the half's threads.
+  __device__ static int own_thread() { return thread_index() % kThreads; }
+
+  // For each tile anew, while it is on its way: to keep them takes registers that there are too few of.
+  __device__ static Places find_places() {
+    Places places;
+    const auto thread = static_cast<uint32_t>(own_thread());
 #pragma unroll
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      load(chunks, tile + Traits::kRawPlace + quarter * kRows * Traits::kHeadDim);
-      if (quarter >= 2) named_barrier<kThreads>(barrier_);
-      store(chunks, tile + quarter * (kRows / 8) * Tile::kEightRows);
+    for (int i = 0; i < kPlaces; ++i) {
+      const uint32_t index = thread + kThreads * i, row = index / kChunks;
+      places.of[i] =
+          static_cast<uint32_t>(Tile::offset(static_cast<int>(row), static_cast<int>(index - row * kChunks)));
     }
+    return places;
   }
-  __device__ void load(Chunks &chunks, const char *from) const {
+
+  __device__ static void widen_tile(char *tile, const Places &places) {
+    widen_pieces(tile, places, std::make_integer_sequence<int, kPieces>());
+  }
+  template <int... kPiece>
+  __device__ static void widen_pieces(char *tile, const Places &places, std::integer_sequence<int, kPiece...>) {
+    Chunks chunks[1 + kAhead];
+    if constexpr (kAhead > 0) load<0>(tile, chunks[0]);
+    (widen_piece<kPiece>(tile, places, chunks), ...);
+  }
+  template <int kPiece>
+  __device__ static void widen_piece(char *tile, const Places &places, Chunks (&chunks)[1 + kAhead]) {
+    static_assert(overwritten_by(kPiece + 1) <= read_before(kPiece));
+    if constexpr (kPiece + kAhead < kPieces) load<kPiece + kAhead>(tile, chunks[(kPiece + kAhead) % (1 + kAhead)]);
+    if constexpr (must_meet(kPiece)) meet();
+    store<kPiece>(tile, chunks[kPiece % (1 + kAhead)], places);
+  }
+  template <int kPiece>
+  __device__ static void load(const char *tile, Chunks &chunks) {
+    const char *const from = tile + Traits::kRawPlace + kPiece * kRows * Traits::kHeadDim;
+    const uint2 *const own = reinterpret_cast<const uint2 *>(from) + own_thread();
 #pragma unroll
-    for (int i = 0; i < kOfThread; ++i) chunks[i] = reinterpret_cast<const uint2 *>(from)[thread_ + kThreads * i];
+    for (int i = 0; i < kOfThread; ++i) chunks[i] = own[kThreads * i];
   }
-  __device__ void store(const Chunks &chunks, char *to) const {
+  template <int kPiece>
+  __device__ static void store(char *tile, const Chunks &chunks, const Places &places) {
+    char *const to = tile + kPiece * (kRows / 8) * Tile::kEightRows;
 #pragma unroll
     for (int i = 0; i < kOfThread; ++i) {
       uint4 wide;
       widen<typename Traits::CacheElement>(chunks[i].x, wide.x, wide.y);
       widen<typename Traits::CacheElement>(chunks[i].y, wide.z, wide.w);
-      *reinterpret_cast<uint4 *>(to + places_[i % kPlaces] + i / kPlaces * kPlacesBytes) = wide;
+      *reinterpret_cast<uint4 *>(to + places.of[i % kPlaces] + i / kPlaces * kPlacesBytes) = wide;
     }
-  }
-  __device__ void publish(Barrier *full) const {
-    publish_shared_writes();
-    __syncwarp();
-    if (thread_ % 32 == 0) arrive(full);
   }
 
-  __device__ void widen_queries(uint32_t stage, uint32_t phase, float scale) {
-    float (&factors)[Traits::kRows] = shared_.raw.factors[stage];
-    wait(&shared_.raw.q[stage], phase);
-    if (params_.q_is_bfloat16) {
-#pragma unroll 1
-      for (int row = thread_ / 8; row < Traits::kRows; row += kThreads / 8) {
-        const float power = widen_query_row(shared_.q[stage], row);
-        if (thread_ % 8 == 0) factors[row] = power * scale;
-      }
-    } else {
-      if (params_.q_is_float8) widen_float8_queries(shared_.q[stage]);
-      for (int row = thread_; row < Traits::kRows; row += kThreads) factors[row] = scale;
+  // Found here, where nobody waits for it, so that the warps that compute need no divisions.
+  __device__ void tell_what_rows_see(typename Traits::QueryFacts &facts, const WorkItem &item) const {
+    const Batch &batch = params_.batch;
+    const int thread = own_thread();
+    if (thread < Traits::kGroups) {
+      facts.visible_to_all[thread] = {keys_of_row(batch, item, 64 * thread + 63).begin,
+                                      keys_of_row(batch, item, 64 * thread).end};
     }
-    publish(&shared_.q_full[stage]);
+    if (thread == 0) {
+      const int queries = min(batch.tile_queries, item.seq.num_queries - item.query_tile * batch.tile_queries);
+      facts.num_rows = queries * static_cast<int>(batch.group.divisor);
+    }
+  }
+
+  // The half's threads.
+  __device__ static void meet() { named_barrier<kThreads>(Traits::kWidenerBarrier + (kKeys ? 0 : 1)); }
+
+  __device__ static void publish(Barrier *full) {
+    publish_shared_writes();
+    __syncwarp();
+    if (thread_index() % 32 == 0) arrive(full);
   }
 
   // They come to the end of each column's room.  Rows are widened from the first on, so that what a row takes the place
   // of has been widened, or read, before.  Eight lanes have a row.
   __device__ void widen_float8_queries(char *q) const {
+    const int thread = own_thread();
 #pragma unroll 1
-    for (int row = thread_ / 8; row < Traits::kRows; row += kThreads / 8) {
+    for (int row = thread / 8; row < Traits::kRows; row += kThreads / 8) {
       uint2 raw[Queries::kColumns];
 #pragma unroll
       for (int column = 0; column < Queries::kColumns; ++column) {
         const char *const column_start = q + column * Queries::kColumnBytes + Traits::kRawQueryPlace;
-        raw[column] = *reinterpret_cast<const uint2 *>(column_start + row * 64 + thread_ % 8 * 8);
+        raw[column] = *reinterpret_cast<const uint2 *>(column_start + row * 64 + own_thread() % 8 * 8);
       }
-      named_barrier<kThreads>(barrier_);
+      meet();
 #pragma unroll
       for (int column = 0; column < Queries::kColumns; ++column) {
         const QChunk wide = widen_q_chunk<typename Traits::CacheElement>(raw[column].x, raw[column].y);
-        *reinterpret_cast<uint4 *>(q + Queries::offset(row, column * 8 + thread_ % 8)) = {wide.pairs[0], wide.pairs[1],
-                                                                                          wide.pairs[2], wide.pairs[3]};
+        *reinterpret_cast<uint4 *>(q + Queries::offset(row, column * 8 + own_thread() % 8)) = {
+            wide.pairs[0], wide.pairs[1], wide.pairs[2], wide.pairs[3]};
       }
     }
   }
@@ -137,7 +203,7 @@ class Widener {
     QChunk x[Queries::kColumns];
 #pragma unroll
     for (int column = 0; column < Queries::kColumns; ++column) {
-      chunks[column] = reinterpret_cast<uint4 *>(q + Queries::offset(row, column * 8 + thread_ % 8));
+      chunks[column] = reinterpret_cast<uint4 *>(q + Queries::offset(row, column * 8 + own_thread() % 8));
       const uint4 words = *chunks[column];
       x[column] = {{words.x, words.y, words.z, words.w}};
     }
@@ -151,11 +217,7 @@ class Widener {
 
   const HopperParams &params_;
   typename Traits::Shared &shared_;
-  bool keys_;
-  int thread_;
-  int barrier_;
   uint32_t tile_ = 0;
-  int places_[kPlaces];  // of the first chunks in a quarter of a tile
 };
 
 }  // namespace pagedattn::cuda

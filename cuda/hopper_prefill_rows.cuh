@@ -6,6 +6,7 @@
 #include "attention_epilogue.cuh"
 #include "hopper_params.cuh"
 #include "hopper_ptx.cuh"
+#include "hopper_row_results.cuh"
 #include "hopper_wgmma.cuh"
 #include "prefill_schedule.cuh"
 #include "row_results.cuh"
@@ -43,8 +44,7 @@ class WarpgroupRows {
 
   __device__ WarpgroupRows(const HopperParams &params, typename Traits::Shared &shared, int group, int barrier)
       : params_(params), shared_(shared), group_(group), barrier_(barrier) {
-    const int thread = static_cast<int>(threadIdx.x) % 128;
-    row_ = 64 * group + thread / 32 * 16 + thread % 32 / 4;
+    if constexpr (!Traits::kFloat8) row_ = find_row();
     take_sums();
   }
 
@@ -53,14 +53,20 @@ class WarpgroupRows {
     item_ = &item;
     q_tile_ = shared_.q[q_stage];
     q_ = operand(shared_address(q_tile_ + Q::offset(64 * group_, 0)), Q::kColumnBytes, Q::kEightRows);
-    if constexpr (Traits::kFloat8) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) scale_[i] = shared_.raw.factors[q_stage][row_ + 8 * i] * transformed_scale();
-    }
-    visible_to_all_ = {keys_of(64 * group_ + 63).begin, keys_of(64 * group_).end};
     // Rows that no token has hold others' queries, or what was there before: they must not decide.
+    if constexpr (Traits::kFloat8) {
+      const auto &facts = shared_.raw.facts[q_stage];
+      visible_to_all_ = facts.visible_to_all[group_];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) most_[i] = exists(item, row_ + 8 * i) ? __float_as_uint(kLargestWeight) : ~0u;
+      for (int i = 0; i < 2; ++i) {
+        scale_[i] = facts.factors[own_row() + 8 * i] * transformed_scale();
+        most_[i] = own_row() + 8 * i < facts.num_rows ? __float_as_uint(kLargestWeight) : ~0u;
+      }
+    } else {
+      visible_to_all_ = {keys_of(64 * group_ + 63).begin, keys_of(64 * group_).end};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) most_[i] = exists(item, own_row() + 8 * i) ? __float_as_uint(kLargestWeight) : ~0u;
+    }
   }
 
   // Starts s = Q K^T.
@@ -92,12 +98,12 @@ class WarpgroupRows {
     if (!scores_are_plain()) {
       const float factors[2] = {kOwnScales ? scale_[0] : transformed_scale(),
                                 kOwnScales ? scale_[1] : transformed_scale()};
-      const float slope[2] = {slope_of(row_), slope_of(row_ + 8)};
-      const int position[2] = {position_of(row_), position_of(row_ + 8)};
+      const float slope[2] = {slope_of(own_row()), slope_of(own_row() + 8)};
+      const int position[2] = {position_of(own_row()), position_of(own_row() + 8)};
       transform_scores(s, params_, factors, slope, position, token);
     }
     if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
-      const Range keys[2] = {keys_of(row_), keys_of(row_ + 8)};
+      const Range keys[2] = {keys_of(own_row()), keys_of(own_row() + 8)};
       mask_scores(s, keys, token);
     }
   }
@@ -234,7 +240,7 @@ class WarpgroupRows {
   // for another: also while another's product already reads the same zeros, but before the group lets the tile go.
   __device__ void clear_unseen(char *v_tile, Range keys, int token) const {
     if (keys.begin <= token && token + kTokens <= keys.end) return;
-    const int thread = static_cast<int>(threadIdx.x) % 128;
+    const int thread = block_thread() % 128;
     const auto clear = [&](int first, int end) {
       constexpr int kChunks = Kv::kColumns * 8;
       for (int i = thread; i < (end - first) * kChunks; i += 128) {
@@ -277,6 +283,22 @@ class WarpgroupRows {
   __device__ bool scores_are_plain() const {
     if constexpr (kOwnScales) return params_.plain_scale > 0.0f && scale_[0] > 0.0f;
     return params_.plain_scale > 0.0f;
+  }
+
+  // Over float8 caches there are fewer registers: whatever comes of the thread's number is found anew where it is
+  // needed.
+  __device__ static int block_thread() {
+    if constexpr (Traits::kFloat8) return thread_index();
+    return static_cast<int>(threadIdx.x);
+  }
+  // Of the item's tile, the thread's first; the other is the eighth after it.
+  __device__ int own_row() const {
+    if constexpr (Traits::kFloat8) return find_row();
+    return row_;
+  }
+  __device__ int find_row() const {
+    const int thread = block_thread() % 128;
+    return 64 * group_ + thread / 32 * 16 + thread % 32 / 4;
   }
 
   __device__ static float quad_max(float x) {
@@ -326,7 +348,7 @@ class WarpgroupRows {
 
   // By one warp alone, for its 16 rows, with keys from where they come from: their tile is somebody else's by now.
   __device__ void multiply_q_k_again(Scores &s, int token) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32, first_row = row_ - lane / 4;
+    const int lane = block_thread() % 32, first_row = own_row() - lane / 4;
 #pragma unroll
     for (int tile = 0; tile < kTokens / 8; ++tile) {
 #pragma unroll
@@ -363,15 +385,11 @@ class WarpgroupRows {
            place * cache.token_stride + item_->kv_head * cache.head_stride;
   }
 
-  // Of a row of the current item's tile: its query token, of those of the sequence, and the query head.  Rows that no
-  // token has are given the last one's.
-  __device__ int query_of(int row) const {
-    const int queries = params_.batch.tile_queries;
-    const int query = item_->query_tile * queries + min(params_.batch.group.divide(row), queries - 1);
-    return min(query, item_->seq.num_queries - 1);
+  // Of a row of the current item's tile.
+  __device__ Range keys_of(int row) const { return keys_of_row(params_.batch, *item_, row); }
+  __device__ int position_of(int row) const {
+    return item_->seq.length - item_->seq.num_queries + query_of_row(params_.batch, *item_, row);
   }
-  __device__ Range keys_of(int row) const { return visible_keys(params_.batch, item_->seq, query_of(row)); }
-  __device__ int position_of(int row) const { return item_->seq.length - item_->seq.num_queries + query_of(row); }
   __device__ float slope_of(int row) const {
     return params_.alibi_slopes == nullptr ? 0.0f : params_.alibi_slopes[head_of(*item_, row)] * kLog2E;
   }
@@ -380,42 +398,57 @@ class WarpgroupRows {
     return item.kv_head * group + row - params_.batch.group.divide(row) * group;
   }
 
-  __device__ bool exists(const WorkItem &item, int row) const {
-    const int query = params_.batch.group.divide(row), queries = params_.batch.tile_queries;
-    return query < min(queries, item.seq.num_queries - item.query_tile * queries);
-  }
+  __device__ bool exists(const WorkItem &item, int row) const { return row_exists(params_.batch, item, row); }
 
   __device__ void write(const WorkItem &item, const Sums &sums) const {
-    const int lane = static_cast<int>(threadIdx.x) % 4;
+    if constexpr (Traits::kFloat8) {
+      write_through_shared(item, sums);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float factor = 0.0f;
-      int64_t offset = -1;
-      const int row = row_ + 8 * i;
-      if (exists(item, row)) {
-        const int query = item.query_tile * params_.batch.tile_queries + params_.batch.group.divide(row);
-        const int64_t token = item.seq.first_token + query;
-        const int head = head_of(item, row);
-        factor = end_row(params_, token, head, item.kv_head, sums.m[i], sums.l[i], lane == 0);
-        offset = token * params_.out.token_stride + head * params_.out.head_stride;
-      }
-      if (kOwnScales && params_.out_is_bfloat16) {
-        write_row<__nv_bfloat16>(params_, o_, i, offset, factor);
-      } else {
-        write_row<std::conditional_t<kOwnScales, __half, Math>>(params_, o_, i, offset, factor);
+      for (int i = 0; i < 2; ++i) {
+        float factor = 0.0f;
+        const int64_t offset = end_row_of(item, sums, i, factor);
+        if (Traits::kFloat8Products && params_.out_is_bfloat16) {
+          write_row<__nv_bfloat16>(params_, o_, i, offset, factor);
+        } else {
+          write_row<std::conditional_t<Traits::kFloat8Products, __half, Math>>(params_, o_, i, offset, factor);
+        }
       }
     }
+  }
+  __device__ void write_through_shared(const WorkItem &item, const Sums &sums) const {
+    float factors[2] = {};
+    const int64_t offsets[2] = {end_row_of(item, sums, 0, factors[0]), end_row_of(item, sums, 1, factors[1])};
+    const SharedAddress room = shared_address(shared_.raw.results[4 * group_ + block_thread() % 128 / 32].bytes);
+    // A warp's room is its own.  The group's barrier, since behind __syncwarp ptxas believes that warps part, and keeps
+    // operands of products out of the uniform registers.
+    const auto meet = [&] { named_barrier<128>(barrier_); };
+    if (params_.out_is_bfloat16) {
+      write_rows<__nv_bfloat16>(params_, room, o_, offsets, factors, meet);
+    } else {
+      write_rows<__half>(params_, room, o_, offsets, factors, meet);
+    }
+  }
+  // Where a row's results go, or -1 where no token has it; `factor` is what its output is to be multiplied with.
+  __device__ int64_t end_row_of(const WorkItem &item, const Sums &sums, int i, float &factor) const {
+    const int row = own_row() + 8 * i;
+    if (!exists(item, row)) return -1;
+    const int query = item.query_tile * params_.batch.tile_queries + params_.batch.group.divide(row);
+    const int64_t token = item.seq.first_token + query;
+    const int head = head_of(item, row);
+    factor = end_row(params_, token, head, item.kv_head, sums.m[i], sums.l[i], block_thread() % 4 == 0);
+    return token * params_.out.token_stride + head * params_.out.head_stride;
   }
 
   // A row of a partial result.
   __device__ float *partial_row(int place, int i) const {
-    return params_.partials + static_cast<uint32_t>(place * params_.place_floats) + (row_ + 8 * i) * kRowFloats;
+    return params_.partials + static_cast<uint32_t>(place * params_.place_floats) + (own_row() + 8 * i) * kRowFloats;
   }
 
   __device__ void store_partial(const PrefillSegment &segment, const Sums &sums) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (!exists(segment.item, row_ + 8 * i)) continue;
+      if (!exists(segment.item, own_row() + 8 * i)) continue;
       store_partial_row(partial_row(segment.plan.first_place + segment.plan.segment, i), o_, i, sums.m[i], sums.l[i]);
     }
   }
@@ -423,7 +456,8 @@ class WarpgroupRows {
   // Each group counts for itself.
   __device__ bool arrives_last(const SegmentPlan &plan) const {
     return arrive_last(plan, params_.arrivals + plan.first_owner * Traits::kGroups + group_,
-                       shared_.last_to_arrive[group_], threadIdx.x % 128 == 0, [&] { named_barrier<128>(barrier_); });
+                       shared_.last_to_arrive[group_], block_thread() % 128 == 0,
+                       [&] { named_barrier<128>(barrier_); });
   }
 
   // Always in the order of the segments, so that the bits do not depend on who does it.
@@ -434,7 +468,7 @@ class WarpgroupRows {
       sums.l[i] = 0.0f;
 #pragma unroll
       for (int tile = 0; tile < kHeadDim / 8; ++tile) o_[tile][2 * i] = o_[tile][2 * i + 1] = 0.0f;
-      if (!exists(segment.item, row_ + 8 * i)) continue;
+      if (!exists(segment.item, own_row() + 8 * i)) continue;
 #pragma unroll 1
       for (int number = 0; number < segment.plan.num_segments; ++number) {
         add_partial_row(partial_row(segment.plan.first_place + number, i), o_, i, sums.m[i], sums.l[i]);
@@ -446,7 +480,7 @@ class WarpgroupRows {
   typename Traits::Shared &shared_;
   int group_;
   int barrier_;
-  int row_;  // of the item's tile; the thread's other is the eighth after it
+  int row_;  // but for float8 caches
   const WorkItem *item_;
   const char *q_tile_;
   float scale_[2];  // of the rows' products, over float8 caches

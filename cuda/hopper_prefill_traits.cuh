@@ -7,6 +7,7 @@
 #include "attention_kernel.h"
 #include "hopper_params.cuh"
 #include "hopper_ptx.cuh"
+#include "hopper_row_results.cuh"
 #include "mma_traits.cuh"
 #include "prefill_schedule.cuh"
 #include "work_schedule.cuh"
@@ -76,11 +77,17 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   // Of a segment's last that the next is wanted.
   static constexpr int kTilesAhead = Types::kFloat8 ? 2 : 1;
 
+  struct QueryFacts {
+    float factors[kRows];           // of the rows' scores
+    Range visible_to_all[kGroups];  // keys that all rows of a group see
+    int num_rows;                   // that are a token's; others come behind
+  };
   struct RawData {  // float8, and queries of that call in their own type
     Barrier k[kKvStages];
     Barrier v[kKvStages];
     Barrier q[kQStages];
-    float factors[kQStages][kRows];  // of the rows' scores
+    QueryFacts facts[kQStages];
+    ResultsRoom results[4 * kGroups];  // of a warp's rows each
   };
   struct NoRawData {};
   struct Shared {

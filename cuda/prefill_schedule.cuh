@@ -33,6 +33,22 @@ struct PrefillSegment {
   SegmentPlan plan;
 };
 
+// Does a row of an item's tile have a token?  Others come behind those that have.
+__device__ inline bool row_exists(const Batch &batch, const WorkItem &item, int row) {
+  const int query = batch.group.divide(row), queries = batch.tile_queries;
+  return query < min(queries, item.seq.num_queries - item.query_tile * queries);
+}
+
+// The query token, of those of the sequence, that a row of an item's tile is of.  Rows that no token has are given the
+// last one's.
+__device__ inline int query_of_row(const Batch &batch, const WorkItem &item, int row) {
+  const int query = item.query_tile * batch.tile_queries + min(batch.group.divide(row), batch.tile_queries - 1);
+  return min(query, item.seq.num_queries - 1);
+}
+__device__ inline Range keys_of_row(const Batch &batch, const WorkItem &item, int row) {
+  return visible_keys(batch, item.seq, query_of_row(batch, item, row));
+}
+
 // Shape's tiles hold whole query tokens.  kThreads is the block's, kTokenBytes what a token has of K and V for a head.
 template <class Shape, int kThreads, int kTokenBytes>
 class PrefillSchedule {

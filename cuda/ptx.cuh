@@ -41,6 +41,15 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+__device__ inline uint4 load_shared(SharedAddress address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
 // Four 8 x 8 matrices of 16-bit elements.  Lane l gives the address of row l % 8 of matrix l / 8 and receives elements
 // 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each.
 __device__ inline void load_matrices(uint32_t (&m)[4], SharedAddress row) {
@@ -104,6 +113,13 @@ __device__ inline float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// threadIdx.x, read where it is asked for: what comes of threadIdx.x itself is kept in registers, or spilled from them.
+__device__ inline int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
 }
 
 // The bytes of x and of a zero (numbers 4 to 7) that the four selectors name, lowest first.

@@ -52,7 +52,7 @@ __host__ __device__ inline int ceil_divide(int a, int b) {
 }
 __host__ __device__ inline int clamp_to(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 __host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
-__host__ __device__ inline int smaller(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 struct Range {
   int begin;
