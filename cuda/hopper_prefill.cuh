@@ -42,7 +42,7 @@ class TileCopier {
         full_(full),
         empty_(empty),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        pieces_(Traits::kFloat8 ? 1 : Tile::kColumns / params.maps.box_columns) {}
+        pieces_(Tile::kColumns / params.maps.box_columns) {}
 
   // The tiles of a segment, from the last on.  Calls before(n) ahead of a tile with n behind it.
   template <class Before>
@@ -64,7 +64,7 @@ class TileCopier {
       before(tile - tiles.begin);
       const uint32_t slot = count_ % Traits::kKvStages;
       wait(&empty_[slot], (count_ / Traits::kKvStages & 1) ^ 1);
-      if (lane_ == 0) arrive_and_expect(&full_[slot], Traits::kRawBytes);
+      if (lane_ == 0) arrive_and_expect(&full_[slot], Tile::kBytes);
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kBoxes; ++i) {
@@ -80,8 +80,8 @@ class TileCopier {
     const int place = token - params_.block_size.divide(token) * static_cast<int>(params_.block_size.divisor);
     const int corner[5] = {column * 64, heads > 0 ? 0 : place, 0, heads > 0 ? place / 8 : kv_head,
                            heads > 0 ? block * heads + kv_head : block};
-    const int to = Traits::kFloat8 ? Traits::kRawPlace + row * Traits::kHeadDim : Tile::offset(row, column * 8);
-    cuda::copy_box(shared_address(ring_[slot]) + static_cast<SharedAddress>(to), map_, corner, &full_[slot]);
+    cuda::copy_box(shared_address(ring_[slot]) + static_cast<SharedAddress>(Tile::offset(row, column * 8)), map_,
+                   corner, &full_[slot]);
   }
 
   const HopperParams &params_;
@@ -99,10 +99,8 @@ class TileCopier {
 // would be waited for.
 template <class Traits>
 __device__ void produce_tiles(const HopperParams &params, typename Traits::Shared &shared, bool keys) {
-  Barrier *full = keys ? shared.k_full : shared.v_full;
-  if constexpr (Traits::kFloat8) full = keys ? shared.raw.k : shared.raw.v;
-  TileCopier<Traits> copier(params, keys ? &params.maps.k : &params.maps.v, keys ? shared.k : shared.v, full,
-                            keys ? shared.k_empty : shared.v_empty);
+  TileCopier<Traits> copier(params, keys ? &params.maps.k : &params.maps.v, keys ? shared.k : shared.v,
+                            keys ? shared.k_full : shared.v_full, keys ? shared.k_empty : shared.v_empty);
 #pragma unroll 1
   for (uint32_t number = 0;; ++number) {
     const PrefillSegment &segment = wait_segment<Traits>(shared, number);
@@ -418,7 +416,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warp == 0) {
       produce_queries<Traits>(params, shared, schedule);
     } else if (warp < 3) {
-      if constexpr (Traits::kFloat8Products) {
+      if constexpr (Traits::kFloat8 || Traits::kFloat8Products) {
         copy_float8_tiles<Traits>(params, shared, warp == 1);
       } else {
         produce_tiles<Traits>(params, shared, warp == 1);

@@ -17,6 +17,7 @@
 #include <numeric>
 #include <type_traits>
 
+#include "hopper_prefill_float8_copies.cuh"
 #include "hopper_prefill_segments.cuh"
 #include "hopper_prefill_traits.cuh"
 #include "hopper_wgmma.cuh"
@@ -58,6 +59,7 @@ struct HopperPrefillFloat8Traits {
   static constexpr int kSumRows = 8;
   using VTile = ColumnTile<kHeadDim + kSumRows, kTokens, false, 1>;
   static_assert(VTile::kColumns == 1);
+  static constexpr int kRawBytes = KvTile::kBytes;
   static constexpr int kRawQueryPlace = 0;
   static constexpr int kQStages = 2;
   static constexpr int kKvStages = kTokens <= 96 ? 4 : 3;  // of K, of V as it comes, and of V transposed
@@ -90,6 +92,12 @@ struct HopperPrefillFloat8Traits {
     typename Schedule::Shared schedule;
   };
   static_assert(sizeof(Shared) <= 227 * 1024, "what a block may have on sm_90");
+
+  __device__ static Float8Ring ring(Shared &shared, bool keys) {
+    return keys ? Float8Ring{shared.k[0], shared.k_full, shared.k_empty}
+                : Float8Ring{shared.v_rows[0], shared.v_rows_full, shared.v_rows_empty};
+  }
+  __device__ static int raw_row(int row) { return KvTile::offset(row, 0); }
 };
 
 // One of the warps that transpose V.
@@ -208,51 +216,6 @@ class Transposer {
   uint32_t first_bytes_;  // of two words of keys, those of the dimension that goes first
   uint32_t count_ = 0;
 };
-
-// Brings K, or V, of one segment after the other, as produce_tiles does.  A tile is half as many bytes and is wanted in
-// less than half the time: lanes have a box each, and know its block a tile ahead.
-template <class Traits>
-__device__ void copy_float8_tiles(const HopperParams &params, typename Traits::Shared &shared, bool keys) {
-  constexpr int kTokens = Traits::kTokens;
-  const CUtensorMap *const map = keys ? &params.maps.k : &params.maps.v;
-  auto *const ring = keys ? shared.k : shared.v_rows;
-  Barrier *const full = keys ? shared.k_full : shared.v_rows_full;
-  Barrier *const empty = keys ? shared.k_empty : shared.v_rows_empty;
-  const int lane = static_cast<int>(threadIdx.x) % 32, row = lane * params.maps.box_tokens;
-  uint32_t count = 0;
-#pragma unroll 1
-  for (uint32_t number = 0;; ++number) {
-    const PrefillSegment &segment = wait_segment<Traits>(shared, number);
-    if (!segment.valid) return;
-    const int32_t *const table = params.block_tables + segment.item.seq.index * params.block_table_stride;
-    const Range visible = segment.item.keys, tiles = segment.tiles;
-    const int kv_head = segment.item.kv_head, ahead = smaller(tiles.end - tiles.begin - 1, Traits::kTilesAhead);
-    const auto block_of = [&](int tile) {
-      const int token = tile * kTokens + row;
-      // What no row sees comes from behind the last block, as zeros.
-      return row < kTokens && token < visible.end && token + params.maps.box_tokens > visible.begin
-                 ? clamp_to(table[params.block_size.divide(token)], 0, params.last_block)
-                 : params.last_block + 1;
-    };
-    int block = block_of(tiles.end - 1);
-#pragma unroll 1
-    for (int tile = tiles.end - 1; tile >= tiles.begin; --tile, ++count) {
-      const int next = block_of(larger(tile - 1, tiles.begin)), token = tile * kTokens + row;
-      const int place = token - params.block_size.divide(token) * static_cast<int>(params.block_size.divisor);
-      if (keys && tile - tiles.begin == ahead && lane == 0) arrive(&shared.wanted);
-      const uint32_t stage = count % Traits::kKvStages;
-      wait(&empty[stage], (count / Traits::kKvStages & 1) ^ 1);
-      if (lane == 0) arrive_and_expect(&full[stage], Traits::KvTile::kBytes);
-      __syncwarp();
-      if (row < kTokens) {
-        const int corner[5] = {0, place, 0, kv_head, block};
-        copy_box(shared_address(ring[stage] + Traits::KvTile::offset(row, 0)), map, corner, &full[stage]);
-      }
-      block = next;
-    }
-    release_segment<Traits>(shared, number);
-  }
-}
 
 // As many tiles of V as come, by one of the warps.
 template <class Traits>

@@ -33,6 +33,13 @@ struct ColumnTile {
   __host__ __device__ static constexpr int step_offset(int step) { return step / 4 * kColumnBytes + step % 4 * 32; }
 };
 
+// Rooms that tiles of float8 keys, or of values, come to, one behind the other.
+struct Float8Ring {
+  char *rooms;
+  Barrier *full;
+  Barrier *empty;
+};
+
 template <class CacheElement_, int kHeadDim_>
 struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   using CacheElement = CacheElement_;
@@ -109,6 +116,12 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
     typename Schedule::Shared schedule;
   };
   static_assert(sizeof(Shared) <= 227 * 1024, "what a block may have on sm_90");
+
+  __device__ static Float8Ring ring(Shared &shared, bool keys) {
+    return keys ? Float8Ring{shared.k[0], shared.raw.k, shared.k_empty}
+                : Float8Ring{shared.v[0], shared.raw.v, shared.v_empty};
+  }
+  __device__ static int raw_row(int row) { return kRawPlace + row * kHeadDim; }
 };
 
 }  // namespace pagedattn::cuda
