@@ -37,6 +37,9 @@ class Widener {
   // The places of a thread's chunks are the same again every so many, and so many bytes further on.
   static constexpr int kPlaces = std::lcm(kThreads, Traits::kHeadDim) / kThreads;
   static constexpr int kPlacesBytes = kPlaces * kThreads / Traits::kHeadDim * Tile::kEightRows;
+  // Rows of bfloat16 queries that eight lanes widen at once, so that these need not wait for each other, and how far
+  // they are apart.
+  static constexpr int kQueryRows = larger(4 / Queries::kColumns, 1), kQueryStep = kThreads / 8;
   static_assert(Traits::kTokens % kRows == 0 && kRows * kChunks % kThreads == 0);
 
   // Pieces in whose place, as they came, float16 of the first so many goes, and how many a thread has read before it
@@ -72,9 +75,8 @@ class Widener {
     const int thread = own_thread();
     if (params_.q_is_bfloat16) {
 #pragma unroll 1
-      for (int row = thread / 8; row < Traits::kRows; row += kThreads / 8) {
-        const float power = widen_query_row(shared_.q[stage], row);
-        if (thread % 8 == 0) facts.factors[row] = power * scale;
+      for (int row = thread / 8; row < Traits::kRows; row += kQueryRows * kQueryStep) {
+        widen_query_rows(shared_.q[stage], row, &facts.factors[row], scale);
       }
     } else {
       if (params_.q_is_float8) widen_float8_queries(shared_.q[stage]);
@@ -197,22 +199,37 @@ class Widener {
     }
   }
 
-  // Returns the power of two that it has been divided by.  Eight lanes have a row.
-  __device__ float widen_query_row(char *q, int row) const {
-    uint4 *chunks[Queries::kColumns];
-    QChunk x[Queries::kColumns];
+  // Divides rows, every kQueryStep-th from this one on, by powers of two, which become part of their factors.  Eight
+  // lanes have a row.
+  __device__ static void widen_query_rows(char *q, int row, float *factors, float scale) {
+    constexpr int kColumns = Queries::kColumns;
+    static_assert(kQueryStep == 8, "of eight rows all have their chunks at the same places");
+    char *const first = q + Queries::offset(row, own_thread() % 8);
+    QChunk x[kQueryRows][kColumns];
 #pragma unroll
-    for (int column = 0; column < Queries::kColumns; ++column) {
-      chunks[column] = reinterpret_cast<uint4 *>(q + Queries::offset(row, column * 8 + own_thread() % 8));
-      const uint4 words = *chunks[column];
-      x[column] = {{words.x, words.y, words.z, words.w}};
-    }
-    const float power = normalise_bfloat16_row<8, Queries::kColumns>(x);
+    for (int i = 0; i < kQueryRows; ++i) {
 #pragma unroll
-    for (int column = 0; column < Queries::kColumns; ++column) {
-      *chunks[column] = {x[column].pairs[0], x[column].pairs[1], x[column].pairs[2], x[column].pairs[3]};
+      for (int column = 0; column < kColumns; ++column) {
+        const uint4 words = *query_chunk(first, i, column);
+        x[i][column] = {{words.x, words.y, words.z, words.w}};
+      }
     }
-    return power;
+#pragma unroll
+    for (int i = 0; i < kQueryRows; ++i) {
+      const float power = normalise_bfloat16_row<8, kColumns>(x[i]);
+      if (own_thread() % 8 == 0) factors[i * kQueryStep] = power * scale;
+    }
+#pragma unroll
+    for (int i = 0; i < kQueryRows; ++i) {
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column) {
+        const uint32_t (&pairs)[4] = x[i][column].pairs;
+        *query_chunk(first, i, column) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+      }
+    }
+  }
+  __device__ static uint4 *query_chunk(char *first, int i, int column) {
+    return reinterpret_cast<uint4 *>(first + i * Queries::kEightRows + column * Queries::kColumnBytes);
   }
 
   const HopperParams &params_;
