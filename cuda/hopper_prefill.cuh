@@ -27,7 +27,8 @@ namespace pagedattn::cuda {
 
 // ---- the warps that bring data -----------------------------------------------------------------------------------
 
-// Asks for the tiles of K, or of V, into a ring.
+// Asks for the tiles of K, or of V, into a ring.  What is asked for is found a tile ahead, so that nothing but the
+// requests themselves comes between room and data.
 template <class Traits>
 class TileCopier {
   using Tile = typename Traits::KvTile;
@@ -42,46 +43,62 @@ class TileCopier {
         full_(full),
         empty_(empty),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        pieces_(Tile::kColumns / params.maps.box_columns) {}
+        whole_rows_(params.maps.box_columns == Tile::kColumns) {}
 
   // The tiles of a segment, from the last on.  Calls before(n) ahead of a tile with n behind it.
   template <class Before>
   __device__ void copy(const WorkItem &item, Range tiles, Before &&before) {
     const int32_t *const table = params_.block_tables + item.seq.index * params_.block_table_stride;
     const Range keys = item.keys;
-    const int kv_head = item.kv_head, box_tokens = params_.maps.box_tokens;
+    const int kv_head = item.kv_head;
+    Box boxes[kBoxes];
+    const auto find_boxes = [&](int tile) {
+#pragma unroll
+      for (int i = 0; i < kBoxes; ++i) boxes[i] = find_box(i, tile * Traits::kTokens, table, keys, kv_head);
+    };
+    find_boxes(tiles.end - 1);
 #pragma unroll 1
     for (int tile = tiles.end - 1; tile >= tiles.begin; --tile, ++count_) {
-      int blocks[kBoxes];
-#pragma unroll
-      for (int i = 0; i < kBoxes; ++i) {
-        const int token = tile * Traits::kTokens + (lane_ + 32 * i) / pieces_ * box_tokens;
-        // What no row sees comes from behind the last block, as zeros.
-        blocks[i] = token < keys.end && token + box_tokens > keys.begin
-                        ? clamp_to(table[params_.block_size.divide(token)], 0, params_.last_block)
-                        : params_.last_block + 1;
-      }
       before(tile - tiles.begin);
       const uint32_t slot = count_ % Traits::kKvStages;
       wait(&empty_[slot], (count_ / Traits::kKvStages & 1) ^ 1);
       if (lane_ == 0) arrive_and_expect(&full_[slot], Tile::kBytes);
       __syncwarp();
 #pragma unroll
-      for (int i = 0; i < kBoxes; ++i) {
-        const int first = (lane_ + 32 * i) / pieces_ * box_tokens;
-        if (first < Traits::kTokens) copy_box(slot, first, tile * Traits::kTokens + first, kv_head, blocks[i], i);
+      for (const Box &box : boxes) {
+        const int corner[5] = {box.element, box.place, 0, box.head, box.block};
+        if (box.to >= 0) {
+          copy_box(shared_address(ring_[slot]) + static_cast<SharedAddress>(box.to), map_, corner, &full_[slot]);
+        }
       }
+      find_boxes(larger(tile - 1, tiles.begin));
     }
   }
 
  private:
-  __device__ void copy_box(uint32_t slot, int row, int token, int kv_head, int block, int i) const {
-    const int column = (lane_ + 32 * i) % pieces_, heads = params_.maps.heads_to_block;
-    const int place = token - params_.block_size.divide(token) * static_cast<int>(params_.block_size.divisor);
-    const int corner[5] = {column * 64, heads > 0 ? 0 : place, 0, heads > 0 ? place / 8 : kv_head,
-                           heads > 0 ? block * heads + kv_head : block};
-    cuda::copy_box(shared_address(ring_[slot]) + static_cast<SharedAddress>(Tile::offset(row, column * 8)), map_,
-                   corner, &full_[slot]);
+  struct Box {
+    int to;  // in the tile's room; negative: none
+    int element;
+    int place;  // in its block
+    int head;
+    int block;
+  };
+
+  // The lane's i-th of the tile from `token` on.
+  __device__ Box find_box(int i, int token, const int32_t *table, Range keys, int kv_head) const {
+    const int index = lane_ + 32 * i, box_tokens = params_.maps.box_tokens, heads = params_.maps.heads_to_block;
+    const int column = whole_rows_ ? 0 : index % Tile::kColumns;
+    const int row = (whole_rows_ ? index : index / Tile::kColumns) * box_tokens;
+    token += row;
+    const int number = params_.block_size.divide(token);
+    const int place = token - number * static_cast<int>(params_.block_size.divisor);
+    // What no row sees comes from behind the last block, as zeros.
+    const int block = row < Traits::kTokens && token < keys.end && token + box_tokens > keys.begin
+                          ? clamp_to(table[number], 0, params_.last_block)
+                          : params_.last_block + 1;
+    const int to = Tile::offset(row, column * 8);
+    return {row < Traits::kTokens ? to : -1, column * 64, heads > 0 ? 0 : place, heads > 0 ? place / 8 : kv_head,
+            heads > 0 ? block * heads + kv_head : block};
   }
 
   const HopperParams &params_;
@@ -90,7 +107,7 @@ class TileCopier {
   Barrier *full_;
   Barrier *empty_;
   int lane_;
-  int pieces_;  // that the columns come in
+  bool whole_rows_;  // a box has all columns
   uint32_t count_ = 0;
 };
 
