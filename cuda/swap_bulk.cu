@@ -177,7 +177,6 @@ bool bulk_kernel_serves(const CopyBlocksParams &p, const BlockRuns &runs) {
 void swap_by_bulk_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs *pairs, int64_t num_warps,
                          cudaStream_t stream) {
   Args args = {};
-  args.tables = pairs->to_be_brought(p);
   args.src_block_stride = p.src_block_stride * p.block.element_size;
   args.dst_block_stride = p.dst_block_stride * p.block.element_size;
   args.block_bytes = runs.run_bytes;
@@ -196,6 +195,7 @@ void swap_by_bulk_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapP
   const auto step_bytes = static_cast<unsigned>(args.lanes * args.piece_bytes);
   args.first_interval = blocks * step_bytes / kFirstRate;
   args.interval_beside_reads = blocks * step_bytes / kRateBesideReads;
+  args.tables = pairs->to_be_brought(p);  // behind all checks: only the kernel gives the memory back
   swap_blocks_bulk_kernel<<<blocks, 32, shared_bytes, stream>>>(args);
   check_launch("swap_blocks_bulk_kernel");
 }

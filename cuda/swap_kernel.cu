@@ -104,7 +104,6 @@ void swap_by_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs 
                     cudaStream_t stream) {
   const int64_t access_bytes = widest_access(p, runs);
   Args args = {};
-  args.tables = pairs->copied(p);
   args.block = block_accesses(p, runs, access_bytes);
   args.num_pairs = FastDivisor::of(checked_int(p.num_pairs, "block pairs"));
   const int64_t pieces_per_block = ceil_div(args.block.accesses_per_block, kPiece);
@@ -113,6 +112,7 @@ void swap_by_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapPairs 
   checked_int(num_pieces + num_warps, "pieces of 2 KB");  // where the kernel's count ends
   args.num_pieces = static_cast<int>(num_pieces);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(args.num_pieces, num_warps));
+  args.tables = pairs->copied(p);  // behind all checks: only the kernel gives the memory back
   with_access(access_bytes, [&](auto access) { launch<decltype(access)>(args, blocks, stream); });
 }
 
