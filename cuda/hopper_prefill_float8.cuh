@@ -163,8 +163,7 @@ class Widener {
                                       keys_of_row(batch, item, 64 * thread).end};
     }
     if (thread == 0) {
-      const int queries = min(batch.tile_queries, item.seq.num_queries - item.query_tile * batch.tile_queries);
-      facts.num_rows = queries * static_cast<int>(batch.group.divisor);
+      facts.num_rows = tile_rows(batch, item);
     }
   }
 

@@ -398,7 +398,7 @@ class WarpgroupRows {
     return item.kv_head * group + row - params_.batch.group.divide(row) * group;
   }
 
-  __device__ bool exists(const WorkItem &item, int row) const { return row_exists(params_.batch, item, row); }
+  __device__ bool exists(const WorkItem &item, int row) const { return row < tile_rows(params_.batch, item); }
 
   __device__ void write(const WorkItem &item, const Sums &sums) const {
     if constexpr (Traits::kFloat8) {
@@ -441,15 +441,16 @@ class WarpgroupRows {
   }
 
   // A row of a partial result.
-  __device__ float *partial_row(int place, int i) const {
-    return params_.partials + static_cast<uint32_t>(place * params_.place_floats) + (own_row() + 8 * i) * kRowFloats;
+  __device__ float *partial_row(int place, int row) const {
+    return params_.partials + static_cast<uint32_t>(place * params_.place_floats) + row * kRowFloats;
   }
 
   __device__ void store_partial(const PrefillSegment &segment, const Sums &sums) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (!exists(segment.item, own_row() + 8 * i)) continue;
-      store_partial_row(partial_row(segment.plan.first_place + segment.plan.segment, i), o_, i, sums.m[i], sums.l[i]);
+      const int row = own_row() + 8 * i;
+      if (!exists(segment.item, row)) continue;
+      store_partial_row(partial_row(segment.plan.first_place + segment.plan.segment, row), o_, i, sums.m[i], sums.l[i]);
     }
   }
 
@@ -460,18 +461,23 @@ class WarpgroupRows {
                        [&] { named_barrier<128>(barrier_); });
   }
 
-  // Always in the order of the segments, so that the bits do not depend on who does it.
+  // Always in the order of the segments, so that the bits do not depend on who does it.  Lanes whose row no token has
+  // join the group's last: the compiler makes the loop yield, and then lanes that stay out of it are not waited for where
+  // it ends, but run ahead through whatever warps or warpgroups must do together.
   __device__ void join(const PrefillSegment &segment, Sums &sums) {
+    const int last_row = min(64 * group_ + 64, tile_rows(params_.batch, segment.item)) - 1;
+    if (last_row < 64 * group_) return;
+    const int first_place = segment.plan.first_place, end_place = first_place + segment.plan.num_segments;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sums.m[i] = negative_infinity();
       sums.l[i] = 0.0f;
 #pragma unroll
       for (int tile = 0; tile < kHeadDim / 8; ++tile) o_[tile][2 * i] = o_[tile][2 * i + 1] = 0.0f;
-      if (!exists(segment.item, own_row() + 8 * i)) continue;
+      const int row = min(own_row() + 8 * i, last_row);
 #pragma unroll 1
-      for (int number = 0; number < segment.plan.num_segments; ++number) {
-        add_partial_row(partial_row(segment.plan.first_place + number, i), o_, i, sums.m[i], sums.l[i]);
+      for (int place = first_place; place < end_place; ++place) {
+        add_partial_row(partial_row(place, row), o_, i, sums.m[i], sums.l[i]);
       }
     }
   }

@@ -33,10 +33,10 @@ struct PrefillSegment {
   SegmentPlan plan;
 };
 
-// Does a row of an item's tile have a token?  Others come behind those that have.
-__device__ inline bool row_exists(const Batch &batch, const WorkItem &item, int row) {
-  const int query = batch.group.divide(row), queries = batch.tile_queries;
-  return query < min(queries, item.seq.num_queries - item.query_tile * queries);
+// Rows of an item's tile that are a token's; others come behind them.
+__device__ inline int tile_rows(const Batch &batch, const WorkItem &item) {
+  const int queries = min(batch.tile_queries, item.seq.num_queries - item.query_tile * batch.tile_queries);
+  return queries * static_cast<int>(batch.group.divisor);
 }
 
 // The query token, of those of the sequence, that a row of an item's tile is of.  Rows that no token has are given the
