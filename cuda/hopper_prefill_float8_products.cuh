@@ -31,6 +31,7 @@ struct HopperPrefillFloat8Traits {
   using Math = Float8;
   static constexpr bool kFloat8 = false;  // nothing is widened
   static constexpr bool kFloat8Products = true;
+  static constexpr bool kKeepsRow = true;     // a thread, rather than find it anew
   static constexpr int kStepDims = 32;        // that a product sums over
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128, "registers have room for output and a product of 128 columns");
@@ -47,8 +48,8 @@ struct HopperPrefillFloat8Traits {
   static constexpr int kThreads = 128 * (kFirstMathGroup + kGroups);
   // Of a thread as the kernel starts, and then of the first two warpgroups, and of those that compute.
   static constexpr int kRegisters = 128;
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kMathRegisters = 224;
+  static constexpr int kProducerRegisters = kHeadDim <= 64 ? 48 : 32;
+  static constexpr int kMathRegisters = kHeadDim <= 64 ? 208 : 224;
   static_assert(kFirstMathGroup * kProducerRegisters + kGroups * kMathRegisters <= 4 * kRegisters);
 
   // Of rows of 128 bytes, at whose end zeros may stand.

@@ -44,7 +44,7 @@ class WarpgroupRows {
 
   __device__ WarpgroupRows(const HopperParams &params, typename Traits::Shared &shared, int group, int barrier)
       : params_(params), shared_(shared), group_(group), barrier_(barrier) {
-    if constexpr (!Traits::kFloat8) row_ = find_row();
+    if constexpr (Traits::kKeepsRow) row_ = find_row();
     take_sums();
   }
 
@@ -285,16 +285,14 @@ class WarpgroupRows {
     return params_.plain_scale > 0.0f;
   }
 
-  // Over float8 caches there are fewer registers: whatever comes of the thread's number is found anew where it is
-  // needed.
   __device__ static int block_thread() {
-    if constexpr (Traits::kFloat8) return thread_index();
-    return static_cast<int>(threadIdx.x);
+    if constexpr (Traits::kKeepsRow) return static_cast<int>(threadIdx.x);
+    return thread_index();
   }
   // Of the item's tile, the thread's first; the other is the eighth after it.
   __device__ int own_row() const {
-    if constexpr (Traits::kFloat8) return find_row();
-    return row_;
+    if constexpr (Traits::kKeepsRow) return row_;
+    return find_row();
   }
   __device__ int find_row() const {
     const int thread = block_thread() % 128;
@@ -462,8 +460,8 @@ class WarpgroupRows {
   }
 
   // Always in the order of the segments, so that the bits do not depend on who does it.  Lanes whose row no token has
-  // join the group's last: the compiler makes the loop yield, and then lanes that stay out of it are not waited for where
-  // it ends, but run ahead through whatever warps or warpgroups must do together.
+  // join the group's last: the compiler makes the loop yield, and then lanes that stay out of it are not waited for
+  // where it ends, but run ahead through whatever warps or warpgroups must do together.
   __device__ void join(const PrefillSegment &segment, Sums &sums) {
     const int last_row = min(64 * group_ + 64, tile_rows(params_.batch, segment.item)) - 1;
     if (last_row < 64 * group_) return;
@@ -486,7 +484,7 @@ class WarpgroupRows {
   typename Traits::Shared &shared_;
   int group_;
   int barrier_;
-  int row_;  // but for float8 caches
+  int row_;  // if it is kept
   const WorkItem *item_;
   const char *q_tile_;
   float scale_[2];  // of the rows' products, over float8 caches

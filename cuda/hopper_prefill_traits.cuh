@@ -59,11 +59,15 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr int kFirstMathGroup = Types::kFloat8 ? 2 : 1;
   static constexpr int kWarpgroups = kFirstMathGroup + kGroups;
   static constexpr int kThreads = 128 * kWarpgroups;
-  // Of a thread as the kernel starts, and then of the warpgroups that bring data, and of those that compute.
+  // Of a thread as the kernel starts, and then of the warpgroups that bring data, and of those that compute: as many as
+  // keep both from spilling, up to 128 columns.
   static constexpr int kRegisters = kWarpgroups == 4 ? 128 : 168;
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40;
-  static constexpr int kMathRegisters = kGroups == 3 ? 160 : Types::kFloat8 ? 216 : 232;
-  static_assert(kFirstMathGroup * kProducerRegisters + kGroups * kMathRegisters <= kWarpgroups * kRegisters);
+  static constexpr int kProducerRegisters = !Types::kFloat8 ? 56 : kHeadDim <= 96 ? 48 : kHeadDim <= 128 ? 56 : 40;
+  static constexpr int kMathRegisters =
+      (kWarpgroups * kRegisters - kFirstMathGroup * kProducerRegisters) / kGroups / 8 * 8;
+  // What comes of a thread's number is found anew where it is needed, but where the compiler then spills something
+  // else.
+  static constexpr bool kKeepsRow = kHeadDim == 192 && !Types::kFloat8;
 
   using QTile = ColumnTile<kRows, kHeadDim, false>;
   using KvTile = ColumnTile<kTokens, kHeadDim, Types::kFloat8 || kHeadDim % 64 == 0>;
