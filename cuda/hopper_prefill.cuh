@@ -259,7 +259,7 @@ class PrefillGroup {
     wait(&shared_.k_full[tile % kStages], (tile / kStages & 1) | zero);
   }
   __device__ void release(Barrier &empty) const {
-    if (leads_warp_) arrive(&empty);
+    if (arrives_for_warp(leads_warp_)) arrive(&empty);
   }
 
   __device__ void multiply_p_v() {
@@ -378,9 +378,9 @@ class PrefillGroup {
 
 template <class Traits>
 __device__ void init_barriers(typename Traits::Shared &shared) {
-  constexpr int kMathWarps = 4 * Traits::kGroups;
+  constexpr int kMathWarps = 4 * Traits::kGroups * kWarpArrivals;
   // Warps that widen or transpose, and of these, or of the copiers, those that fill a tile of K and one of V.
-  constexpr int kChangers = 4 * (Traits::kFirstMathGroup - 1);
+  constexpr int kChangers = 4 * (Traits::kFirstMathGroup - 1) * kWarpArrivals;
   constexpr int kFillers = Traits::kFloat8 ? kChangers / 2 : 1,
                 kVFillers = Traits::kFloat8 ? kFillers : larger(kChangers, 1);
   for (int i = 0; i < Traits::kQStages; ++i) {
@@ -405,7 +405,7 @@ __device__ void init_barriers(typename Traits::Shared &shared) {
   init_barrier(&shared.wanted, 1);
   for (int i = 0; i < Traits::kSegments; ++i) {
     init_barrier(&shared.segment_full[i], 1);
-    init_barrier(&shared.segment_empty[i], kMathWarps + kChangers + 2);  // and those that bring K and V
+    init_barrier(&shared.segment_empty[i], kMathWarps + kChangers + 2 * kWarpArrivals);  // and those that bring K and V
   }
   publish_barriers();
 }

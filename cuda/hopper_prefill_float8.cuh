@@ -173,7 +173,7 @@ class Widener {
   __device__ static void publish(Barrier *full) {
     publish_shared_writes();
     __syncwarp();
-    if (thread_index() % 32 == 0) arrive(full);
+    if (arrives_for_warp(thread_index() % 32 == 0)) arrive(full);
   }
 
   // They come to the end of each column's room.  Rows are widened from the first on, so that what a row takes the place

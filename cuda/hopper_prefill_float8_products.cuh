@@ -159,7 +159,7 @@ class Transposer {
       }
       publish_shared_writes();
       __syncwarp();
-      if (lane_ == 0) {
+      if (arrives_for_warp(lane_ == 0)) {
         arrive(&shared_.v_rows_empty[stage]);
         arrive(&shared_.v_full[stage]);
       }

@@ -20,7 +20,7 @@ __device__ const PrefillSegment &wait_segment(typename Traits::Shared &shared, u
 template <class Traits>
 __device__ void release_segment(typename Traits::Shared &shared, uint32_t number) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) arrive(&shared.segment_empty[number % Traits::kSegments]);
+  if (arrives_for_warp(threadIdx.x % 32 == 0)) arrive(&shared.segment_empty[number % Traits::kSegments]);
 }
 
 }  // namespace pagedattn::cuda

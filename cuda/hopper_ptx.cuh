@@ -26,6 +26,15 @@ __device__ inline void arrive(Barrier *barrier, int count = 1) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
 
+// One lane arrives for a warp whose lanes have met.  racecheck of compute-sanitizer does not see that it stands for the
+// others: where PAGEDATTN_EVERY_LANE_ARRIVES is set for its sake, all of them arrive.
+#ifdef PAGEDATTN_EVERY_LANE_ARRIVES
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ inline bool arrives_for_warp(bool leads) { return kWarpArrivals > 1 || leads; }
+
 // Arrives, and lets the phase wait for `bytes` of asynchronous copies too.
 __device__ inline void arrive_and_expect(Barrier *barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
