@@ -399,29 +399,15 @@ class WarpgroupRows {
   __device__ bool exists(const WorkItem &item, int row) const { return row < tile_rows(params_.batch, item); }
 
   __device__ void write(const WorkItem &item, const Sums &sums) const {
-    if constexpr (Traits::kFloat8) {
-      write_through_shared(item, sums);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float factor = 0.0f;
-        const int64_t offset = end_row_of(item, sums, i, factor);
-        if (Traits::kFloat8Products && params_.out_is_bfloat16) {
-          write_row<__nv_bfloat16>(params_, o_, i, offset, factor);
-        } else {
-          write_row<std::conditional_t<Traits::kFloat8Products, __half, Math>>(params_, o_, i, offset, factor);
-        }
-      }
-    }
-  }
-  __device__ void write_through_shared(const WorkItem &item, const Sums &sums) const {
     float factors[2] = {};
     const int64_t offsets[2] = {end_row_of(item, sums, 0, factors[0]), end_row_of(item, sums, 1, factors[1])};
-    const SharedAddress room = shared_address(shared_.raw.results[4 * group_ + block_thread() % 128 / 32].bytes);
+    const SharedAddress room = shared_address(shared_.results[4 * group_ + block_thread() % 128 / 32].bytes);
     // A warp's room is its own.  The group's barrier, since behind __syncwarp ptxas believes that warps part, and keeps
     // operands of products out of the uniform registers.
     const auto meet = [&] { named_barrier<128>(barrier_); };
-    if (params_.out_is_bfloat16) {
+    if constexpr (!kOwnScales) {
+      write_rows<Math>(params_, room, o_, offsets, factors, meet);
+    } else if (params_.out_is_bfloat16) {
       write_rows<__nv_bfloat16>(params_, room, o_, offsets, factors, meet);
     } else {
       write_rows<__half>(params_, room, o_, offsets, factors, meet);

@@ -98,7 +98,6 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
     Barrier v[kKvStages];
     Barrier q[kQStages];
     QueryFacts facts[kQStages];
-    ResultsRoom results[4 * kGroups];  // of a warp's rows each
   };
   struct NoRawData {};
   struct Shared {
@@ -116,6 +115,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
     Barrier segment_empty[kSegments];
     PrefillSegment segments[kSegments];
     std::conditional_t<Types::kFloat8, RawData, NoRawData> raw;
+    ResultsRoom results[4 * kGroups];  // of a warp's rows each
     bool last_to_arrive[kGroups];
     typename Schedule::Shared schedule;
   };
