@@ -158,7 +158,7 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
     if constexpr (Traits::kFloat8) full = &shared.raw.q[stage];
     if (threadIdx.x == 0) {
       const bool float8 = Traits::kFloat8 && params.q_is_float8;
-      arrive_and_expect(full, Tile::kColumns * rows * (float8 ? 64 : 128));
+      expect(full, Tile::kColumns * rows * (float8 ? 64 : 128));
 #pragma unroll
       for (int column = 0; column < Tile::kColumns; ++column) {
         const int corner[5] = {column * 64, 0, segment.item.kv_head, token, 0};
@@ -166,6 +166,9 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
         copy_box(shared_address(shared.q[stage] + to), &params.maps.q, corner, full);
       }
     }
+    tell_of_rows(params.batch, segment.item, shared.facts[stage]);
+    __syncwarp();
+    if (arrives_for_warp(threadIdx.x == 0)) arrive(full);
     wait(&shared.wanted, number & 1);
     __syncwarp();
   }
@@ -179,9 +182,9 @@ __device__ void widen_data(const HopperParams &params, typename Traits::Shared &
   for (uint32_t number = 0;; ++number) {
     const PrefillSegment &segment = wait_segment<Traits>(shared, number);
     if (!segment.valid) return;
-    const int tiles = segment.tiles.end - segment.tiles.begin;
-    if constexpr (!kKeys) widener.widen_queries(number, segment.item);
+    const int tiles = segment.tiles.end - segment.tiles.begin, kv_head = segment.item.kv_head;
     release_segment<Traits>(shared, number);
+    if constexpr (!kKeys) widener.widen_queries(number, kv_head);
     widener.widen_tiles(tiles);
   }
 }
@@ -384,8 +387,8 @@ __device__ void init_barriers(typename Traits::Shared &shared) {
   constexpr int kFillers = Traits::kFloat8 ? kChangers / 2 : 1,
                 kVFillers = Traits::kFloat8 ? kFillers : larger(kChangers, 1);
   for (int i = 0; i < Traits::kQStages; ++i) {
-    init_barrier(&shared.q_full[i], kFillers);
-    if constexpr (Traits::kFloat8) init_barrier(&shared.raw.q[i], 1);
+    init_barrier(&shared.q_full[i], Traits::kFloat8 ? kFillers : kWarpArrivals);
+    if constexpr (Traits::kFloat8) init_barrier(&shared.raw.q[i], kWarpArrivals);
     init_barrier(&shared.q_empty[i], kMathWarps);
   }
   for (int i = 0; i < Traits::kKvStages; ++i) {

@@ -65,22 +65,21 @@ class Widener {
  public:
   __device__ Widener(const HopperParams &params, typename Traits::Shared &shared) : params_(params), shared_(shared) {}
 
-  // A segment's queries, with what is to be known of them.
-  __device__ void widen_queries(uint32_t number, const WorkItem &item) {
+  // A segment's queries.
+  __device__ void widen_queries(uint32_t number, int kv_head) {
     const uint32_t stage = number % Traits::kQStages;
-    auto &facts = shared_.raw.facts[stage];
-    const float scale = params_.q_scale.of_head(item.kv_head) * params_.k_scale.of_head(item.kv_head);
+    float (&factors)[Traits::kRows] = shared_.raw.factors[stage];
+    const float scale = params_.q_scale.of_head(kv_head) * params_.k_scale.of_head(kv_head);
     wait(&shared_.raw.q[stage], number / Traits::kQStages & 1);
-    tell_what_rows_see(facts, item);
     const int thread = own_thread();
     if (params_.q_is_bfloat16) {
 #pragma unroll 1
       for (int row = thread / 8; row < Traits::kRows; row += kQueryRows * kQueryStep) {
-        widen_query_rows(shared_.q[stage], row, &facts.factors[row], scale);
+        widen_query_rows(shared_.q[stage], row, &factors[row], scale);
       }
     } else {
       if (params_.q_is_float8) widen_float8_queries(shared_.q[stage]);
-      for (int row = thread; row < Traits::kRows; row += kThreads) facts.factors[row] = scale;
+      for (int row = thread; row < Traits::kRows; row += kThreads) factors[row] = scale;
     }
     publish(&shared_.q_full[stage]);
   }
@@ -151,19 +150,6 @@ class Widener {
       widen<typename Traits::CacheElement>(chunks[i].x, wide.x, wide.y);
       widen<typename Traits::CacheElement>(chunks[i].y, wide.z, wide.w);
       *reinterpret_cast<uint4 *>(to + places.of[i % kPlaces] + i / kPlaces * kPlacesBytes) = wide;
-    }
-  }
-
-  // Found here, where nobody waits for it, so that the warps that compute need no divisions.
-  __device__ void tell_what_rows_see(typename Traits::QueryFacts &facts, const WorkItem &item) const {
-    const Batch &batch = params_.batch;
-    const int thread = own_thread();
-    if (thread < Traits::kGroups) {
-      facts.visible_to_all[thread] = {keys_of_row(batch, item, 64 * thread + 63).begin,
-                                      keys_of_row(batch, item, 64 * thread).end};
-    }
-    if (thread == 0) {
-      facts.num_rows = tile_rows(batch, item);
     }
   }
 

@@ -89,6 +89,7 @@ struct HopperPrefillFloat8Traits {
     Barrier segment_full[kSegments];
     Barrier segment_empty[kSegments];
     PrefillSegment segments[kSegments];
+    RowFacts<kGroups> facts[kQStages];
     ResultsRoom results[4 * kGroups];  // of a warp's rows each
     bool last_to_arrive[kGroups];
     typename Schedule::Shared schedule;

@@ -53,19 +53,14 @@ class WarpgroupRows {
     item_ = &item;
     q_tile_ = shared_.q[q_stage];
     q_ = operand(shared_address(q_tile_ + Q::offset(64 * group_, 0)), Q::kColumnBytes, Q::kEightRows);
-    // Rows that no token has hold others' queries, or what was there before: they must not decide.
-    if constexpr (Traits::kFloat8) {
-      const auto &facts = shared_.raw.facts[q_stage];
-      visible_to_all_ = facts.visible_to_all[group_];
+    const auto &facts = shared_.facts[q_stage];
+    visible_to_all_ = facts.visible_to_all[group_];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        scale_[i] = facts.factors[own_row() + 8 * i] * transformed_scale();
-        most_[i] = own_row() + 8 * i < facts.num_rows ? __float_as_uint(kLargestWeight) : ~0u;
-      }
-    } else {
-      visible_to_all_ = {keys_of(64 * group_ + 63).begin, keys_of(64 * group_).end};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) most_[i] = exists(item, own_row() + 8 * i) ? __float_as_uint(kLargestWeight) : ~0u;
+    for (int i = 0; i < 2; ++i) {
+      const int row = own_row() + 8 * i;
+      if constexpr (Traits::kFloat8) scale_[i] = shared_.raw.factors[q_stage][row] * transformed_scale();
+      // Rows that no token has hold others' queries, or what was there before: they must not decide.
+      most_[i] = row < facts.num_rows ? __float_as_uint(kLargestWeight) : ~0u;
     }
   }
 

@@ -23,4 +23,23 @@ __device__ void release_segment(typename Traits::Shared &shared, uint32_t number
   if (arrives_for_warp(threadIdx.x % 32 == 0)) arrive(&shared.segment_empty[number % Traits::kSegments]);
 }
 
+// Of the rows of an item's tile.  Whoever brings the queries finds it, while they are on their way, so that the warps
+// that compute need no divisions.
+template <int kGroups>
+struct RowFacts {
+  Range visible_to_all[kGroups];  // keys that all rows of a group see
+  int num_rows;                   // that are a token's; others come behind
+};
+
+// By a warp.
+template <int kGroups>
+__device__ void tell_of_rows(const Batch &batch, const WorkItem &item, RowFacts<kGroups> &facts) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (lane < kGroups) {
+    facts.visible_to_all[lane] = {keys_of_row(batch, item, 64 * lane + 63).begin,
+                                  keys_of_row(batch, item, 64 * lane).end};
+  }
+  if (lane == 0) facts.num_rows = tile_rows(batch, item);
+}
+
 }  // namespace pagedattn::cuda

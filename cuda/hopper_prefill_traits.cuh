@@ -6,6 +6,7 @@
 #include "attention_epilogue.cuh"
 #include "attention_kernel.h"
 #include "hopper_params.cuh"
+#include "hopper_prefill_segments.cuh"
 #include "hopper_ptx.cuh"
 #include "hopper_row_results.cuh"
 #include "mma_traits.cuh"
@@ -88,16 +89,11 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   // Of a segment's last that the next is wanted.
   static constexpr int kTilesAhead = Types::kFloat8 ? 2 : 1;
 
-  struct QueryFacts {
-    float factors[kRows];           // of the rows' scores
-    Range visible_to_all[kGroups];  // keys that all rows of a group see
-    int num_rows;                   // that are a token's; others come behind
-  };
   struct RawData {  // float8, and queries of that call in their own type
     Barrier k[kKvStages];
     Barrier v[kKvStages];
     Barrier q[kQStages];
-    QueryFacts facts[kQStages];
+    float factors[kQStages][kRows];  // of the rows' scores
   };
   struct NoRawData {};
   struct Shared {
@@ -114,6 +110,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
     Barrier segment_full[kSegments];
     Barrier segment_empty[kSegments];
     PrefillSegment segments[kSegments];
+    RowFacts<kGroups> facts[kQStages];
     std::conditional_t<Types::kFloat8, RawData, NoRawData> raw;
     ResultsRoom results[4 * kGroups];  // of a warp's rows each
     bool last_to_arrive[kGroups];

@@ -41,6 +41,12 @@ __device__ inline void arrive_and_expect(Barrier *barrier, int bytes) {
                : "memory");
 }
 
+// Lets the phase, which still waits for an arrival, wait for `bytes` of asynchronous copies too.
+__device__ inline void expect(Barrier *barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
 // Waits for the end of the phase of this parity; returns at once if it is past.
 __device__ inline void wait(Barrier *barrier, uint32_t parity) {
   asm volatile(
