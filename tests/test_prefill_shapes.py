@@ -103,14 +103,17 @@ def test_work_is_divided_well_and_right(
     check_batch(cuda, make_batch(rng, *lens(sequences), **shape), deterministic=deterministic)
 
 
+@pytest.mark.parametrize("kind", [("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3")], ids="-".join)
+@pytest.mark.parametrize("spread", [1.0, 2.0])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_prompts_bits_do_not_depend_on_the_batch_if_results_are_deterministic(
-    cuda: CupyBackend, rng: np.random.Generator, head_dim: int
+    cuda: CupyBackend, rng: np.random.Generator, head_dim: int, spread: float, kind: tuple[str, str]
 ) -> None:
-    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": head_dim, "dtype": DTYPES["bfloat16"]}
-    batch = make_batch(rng, *lens([(5000, 100), *[(1000, 64)] * 40, (1300, 1300)]), **shape)
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": head_dim, **types(rng, kind, 2)}
+    batch = make_batch(rng, *lens([(5000, 100), *[(1000, 64)] * 40, (1300, 1300)]), **shape, spread=spread)
     args, options = batch.on(cuda)
-    whole = cuda.host(pagedattn.paged_attention(*args, **options, deterministic=True))
+    whole = [cuda.host(x) for x in pagedattn.paged_attention(*args, **options, deterministic=True, return_lse=True)]
+    del options["query_start_loc"]
     q, _, _, tables, seq_lens = args
     for index, first, count in ((0, 0, 100), (41, 2660, 1300)):
         alone = pagedattn.paged_attention(
@@ -120,9 +123,25 @@ def test_a_prompts_bits_do_not_depend_on_the_batch_if_results_are_deterministic(
             tables[index : index + 1],
             seq_lens[index : index + 1],
             query_start_loc=cuda.array(np.array([0, count], np.int32)),
+            **options,
             deterministic=True,
+            return_lse=True,
         )
-        assert_same_bytes(cuda.host(alone), whole[first : first + count])
+        for one, all_of_them in zip(alone, whole, strict=True):
+            assert_same_bytes(cuda.host(one), all_of_them[first : first + count])
+
+
+@pytest.mark.parametrize("kind", TENSOR_CORE_KINDS[1:3], ids="-".join)
+@pytest.mark.parametrize("options", [{}, {"window": 200}, {"softcap": 2.0}], ids=case_id)
+@pytest.mark.parametrize("head_dim", [96, 128])
+def test_the_last_keys_of_a_tile_may_be_seen_by_nobody(
+    cuda: CupyBackend, rng: np.random.Generator, head_dim: int, options: dict[str, Any], kind: tuple[str, str]
+) -> None:
+    # Many items of two or three tiles each, on both sides of half a tile, one behind the other in a block.
+    lengths = [130 + over + 32 * i for i in range(6) for over in (0, 1, 30, 31, 32, 33, 62, 63, 64, 65)]
+    sequences = [(length, 70 + length % 7) for length in lengths]
+    shape = {"num_q_heads": 8, "num_kv_heads": 8, "head_dim": head_dim, **types(rng, kind, 8)}
+    check_batch(cuda, make_batch(rng, *lens(sequences), **shape, **options))
 
 
 def test_twenty_runs_of_a_mixed_batch_give_the_same_bits(cuda: CupyBackend, rng: np.random.Generator) -> None:
