@@ -8,8 +8,7 @@
 
 namespace pagedattn::cuda {
 
-// Brings K, or V, of one segment after the other, as produce_tiles does.  Here the time from room to data counts more,
-// since the data is changed before it is multiplied: lanes have a box each, and know its block a tile ahead.
+// Brings K, or V, of one segment after the other, as produce_tiles does, in boxes of whole rows, a lane each.
 template <class Traits>
 __device__ void copy_float8_tiles(const HopperParams &params, typename Traits::Shared &shared, bool keys) {
   constexpr int kTokens = Traits::kTokens;
