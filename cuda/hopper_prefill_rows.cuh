@@ -274,9 +274,9 @@ class WarpgroupRows {
   __device__ float transformed_scale() const {
     return params_.softcap > 0.0f ? params_.scale / params_.softcap : params_.scale * kLog2E;
   }
-  // Are scores just products times a positive number?
+  // Are scores just products times a positive number?  A row's may be too small for one.
   __device__ bool scores_are_plain() const {
-    if constexpr (kOwnScales) return params_.plain_scale > 0.0f && scale_[0] > 0.0f;
+    if constexpr (kOwnScales) return params_.plain_scale > 0.0f && scale_[0] > 0.0f && scale_[1] > 0.0f;
     return params_.plain_scale > 0.0f;
   }
 

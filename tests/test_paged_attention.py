@@ -361,7 +361,25 @@ def test_every_float8_code_is_exact_for_several_rows(backend: NumpyBackend, dtyp
     out, lse = pagedattn.paged_attention(*args, scale=0.125, kv_dtype=kind, return_lse=True)
     expected = np.repeat(codes.astype(np.float64), 8) / 8
     np.testing.assert_allclose(backend.host(lse)[0], expected, rtol=1e-6, atol=1e-12)
-    np.testing.assert_array_equal(backend.host(out)[0].astype(np.float32), np.tile(codes.astype(np.float32), (2048, 1)))
+    result, wanted = backend.host(out)[0].astype(np.float32), np.tile(codes.astype(np.float32), (2048, 1))
+    # GPUs multiply and subtract at once, which leaves the rounding of the largest score, in units of log 2, in its
+    # weight: from 8192 on half of a unit in float16's last place.
+    exact = (np.abs(expected) < 8192 * np.log(2)) | (type(backend) is NumpyBackend)
+    np.testing.assert_array_equal(result[exact], wanted[exact])
+    np.testing.assert_allclose(result[~exact], wanted[~exact], rtol=2.0**-11)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3", "float8_e5m2"])
+@pytest.mark.parametrize("query_len", [1, 200])
+def test_queries_of_zeros_beside_others_over_a_cache_of_a_tiny_scale_are_no_nan(
+    backend: NumpyBackend, rng: np.random.Generator, query_len: int, kv_dtype: str
+) -> None:
+    # Rows are brought to about 1 before they become float16; what that takes away from zeros left nothing of a scale.
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "dtype": BFLOAT16, "kv_dtype": DTYPES[kv_dtype]}
+    batch = make_batch(rng, [300], [query_len], **shape, k_scale=1e-7, v_scale=0.5)
+    batch.q[2::4] = batch.q[3::4] = 0
+    batch.q[:, 1::4] = 0
+    check_batch(backend, batch)
 
 
 @pytest.mark.parametrize("query_len", [1, 2, 5, 40])

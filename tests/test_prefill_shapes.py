@@ -328,7 +328,8 @@ for group in (1, 7, 48, 71, 192):
 for deterministic in (False, True):
     prefill.test_tiles_of_any_number_of_rows_behind_a_cache_match_the_reference(
         cuda, rng, ("bfloat16", "bfloat16"), 128, deterministic)
-prefill.test_a_prompts_bits_do_not_depend_on_the_batch_if_results_are_deterministic(cuda, rng, 128)
+prefill.test_a_prompts_bits_do_not_depend_on_the_batch_if_results_are_deterministic(
+    cuda, rng, 128, 1.0, ("bfloat16", "bfloat16"))
 prefill.test_twenty_runs_of_a_mixed_batch_give_the_same_bits(cuda, rng)
 prefill.test_prefill_may_name_anything_outside_its_window(cuda, rng, 16, 100)
 for place in (0, 127, 1000, 1899):
