@@ -17,6 +17,7 @@ pagedattn_warnings(_core)
 cython_transpile(python/pagedattn/_block_manager.pyx LANGUAGE CXX OUTPUT_VARIABLE PAGEDATTN_BLOCK_MANAGER_CXX)
 python_add_library(_block_manager MODULE ${PAGEDATTN_BLOCK_MANAGER_CXX} WITH_SOABI)
 target_include_directories(_block_manager PRIVATE src)
+target_link_libraries(_block_manager PRIVATE Threads::Threads)
 
 # Hidden visibility does not reach the standard library's templates; the version script does.
 set(PAGEDATTN_MODULE_EXPORTS ${CMAKE_CURRENT_SOURCE_DIR}/cmake/exports_module.map)

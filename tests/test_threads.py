@@ -165,6 +165,52 @@ def test_a_forked_child_computes_and_so_does_its_parent(parent_calls: int) -> No
     assert result.returncode == 0, result.stderr
 
 
+def test_a_child_forked_in_the_middle_of_calls_to_managers_finds_them_whole_and_unlocked() -> None:
+    script = """
+import os, signal, threading, time, warnings
+import numpy as np
+import pagedattn
+
+warnings.simplefilter("ignore")
+managers = [pagedattn.BlockManager(20000, 4) for _ in range(2)]
+stop = threading.Event()
+
+def work(i):
+    first = i * 10**8
+    while not stop.is_set():
+        m = managers[i % 2]
+        seq = m.add(np.arange(first, first + 20000, dtype=np.int32))
+        m.step(seq, m.num_tokens(seq) - m.num_computed_tokens(seq))
+        m.free(seq)
+        pagedattn.BlockManager(2, 4).check()  # those that come and go have a lock too
+        first += 20000
+
+threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+for thread in threads:
+    thread.start()
+codes = []
+for turn in range(40):
+    time.sleep(0.001 * (turn % 7))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        for m in managers:
+            m.check()
+            m.step(m.add([1, 2, 3]), 3)
+        pagedattn.BlockManager(2, 4).check()
+        os._exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+stop.set()
+for thread in threads:
+    thread.join()
+assert codes == [0] * 40, codes
+for m in managers:
+    m.check()
+"""
+    result = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_process_that_has_computed_ends_cleanly_with_threads_asleep_or_busy() -> None:
     script = """
 import threading

@@ -5,7 +5,7 @@
 // and form a chain of parents from the sequence's namespace.
 //
 // A call first validates everything it was given and only then changes anything, so a call that throws has changed
-// nothing. Calls are serialised by a mutex: they run without Python's lock.
+// nothing. Calls are serialised by a mutex: they run without Python's lock, and a fork waits for them.
 //
 // The calls are defined beside this file: manager_life.h, manager_prefix.h, manager_step.h and manager_swap.h; the
 // proof of the invariants and the snapshot are check.h and snapshot.h.
@@ -14,6 +14,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -22,6 +23,7 @@
 #include "blocks/block_arithmetic.h"
 #include "blocks/block_pool.h"
 #include "blocks/errors.h"
+#include "blocks/fork_mutex.h"
 #include "blocks/host_pool.h"
 #include "blocks/sequence.h"
 #include "blocks/step_arrays.h"
@@ -171,9 +173,7 @@ class Manager {
   friend class SnapshotReader;
 
   static uint64_t next_serial() {
-    static std::mutex mutex;
-    static uint64_t serial = 0;
-    const std::lock_guard lock(mutex);
+    static std::atomic<uint64_t> serial = 0;
     return ++serial;
   }
 
@@ -260,7 +260,7 @@ class Manager {
   const int64_t most_tokens_ = most_tokens();
   const int64_t watermark_blocks_;
   const uint64_t serial_;  // tells managers apart: a batch of another manager holds nothing of ours
-  mutable std::mutex mutex_;
+  mutable ForkMutex mutex_;
   BlockPool pool_;
   HostPool host_;
   SequenceMap sequences_;
