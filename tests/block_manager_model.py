@@ -249,8 +249,7 @@ class CheckedManager:
 
     def snapshot_and_restore(self, _: Random) -> None:
         before = self.m.snapshot()
-        self.m = BlockManager.restore(before)
-        self.m._weaken_hash(self.hash_bits)
+        self.m = BlockManager._restore(before, self.hash_bits)
         assert same_state(before, self.m.snapshot())
 
     def reset_prefix_cache(self, _: Random) -> None:

@@ -226,7 +226,7 @@ def test_a_snapshot_whose_window_released_a_block_that_is_still_written_to_is_re
         ("evictable_blocks", lambda a: a[1:], "has leaked"),
         ("sequence_tables", lambda a: np.append(a[1:], a[-1]), "contradicts itself"),
         ("cached_tokens", lambda a: a + 1, "holds other tokens"),
-        ("cached_parents", lambda a: np.full_like(a, -1), "contradicts itself"),
+        ("cached_parents", lambda a: np.full_like(a, -1), "'cached_parents'.* has no parent"),
     ],
 )
 def test_check_names_what_is_broken(field: str, damage: Callable[[np.ndarray], np.ndarray], message: str) -> None:
@@ -239,6 +239,109 @@ def test_check_names_what_is_broken(field: str, damage: Callable[[np.ndarray], n
     snapshot[field] = damage(snapshot[field])
     with pytest.raises(InvalidArgumentError, match=message):
         BlockManager.restore(snapshot)
+
+
+def hidden_prefix() -> BlockManager:
+    """Nobody holds what is cached, so that no sequence's tokens give damage away."""
+    m = BlockManager(16, 4, seed=1)
+    m.free(add_computed(m, range(14), priority=1))
+    m.free(add_computed(m, range(50, 59), extra_key=b"k"))
+    return m
+
+
+@pytest.mark.parametrize(
+    "field", ["cached_tokens", "cached_hashes", "hash_key", "cached_parents", "namespace_keys", "cached_blocks"]
+)
+def test_a_cached_block_whose_hash_is_not_that_of_its_tokens_is_refused(field: str) -> None:
+    good = hidden_prefix().snapshot()
+    for at in range(good[field].size):
+        snapshot = {name: values.copy() for name, values in good.items()}
+        snapshot[field][at] ^= 1
+        with pytest.raises(InvalidArgumentError, match=r"'cached_|'generations'|nobody uses a namespace"):
+            BlockManager.restore(snapshot)
+    BlockManager.restore(good)
+
+
+def test_a_child_that_is_given_to_the_block_in_its_parent_s_place_is_refused() -> None:
+    # The parent has been evicted and its place taken: only the generation says that the child is not the new one's.
+    m = BlockManager(4, 2, window=2, seed=1)
+    a = m.add([1, 1, 5, 5, 6])
+    m.step(a, 4)
+    for start in range(10, 30):
+        m.free(add_computed(m, [start, start, 0]))
+    snapshot = m.snapshot()
+    parents, generations = snapshot["cached_parents"], snapshot["cached_parent_generations"]
+    orphan = int(np.flatnonzero((parents >= 0) & (generations != snapshot["generations"][parents]))[0])
+    BlockManager.restore(snapshot)
+    generations[orphan] = snapshot["generations"][parents[orphan]]
+    with pytest.raises(InvalidArgumentError, match="'cached_"):
+        BlockManager.restore(snapshot)
+
+
+def test_a_sequence_that_would_publish_under_another_prefix_is_refused() -> None:
+    # The window has released all of its published blocks: only their tokens tell where it goes on.
+    m = BlockManager(16, 2, window=1, seed=1)
+    a = add_computed(m, range(4))
+    m.free(add_computed(m, range(50, 54)))
+    assert m.block_table(a).tolist() == [-1, -1]
+    snapshot = m.snapshot()
+    other = int(snapshot["cached_blocks"][-1])
+    snapshot["sequences"][7:9] = other, snapshot["generations"][other]
+    with pytest.raises(InvalidArgumentError, match="'sequence_tokens'"):
+        BlockManager.restore(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("field", "at", "value"),
+    [
+        ("header", 4, 2**63 - 1),
+        ("header", 5, 2**63 - 1),
+        ("header", 6, 2**63 - 1),
+        ("header", 6, -1),
+        ("counters", 0, 2**63 - 1),
+        ("counters", 4, 0),
+        ("counters", 5, -1),
+        ("watermark", 0, float("nan")),
+        ("sequences", 10, 128),
+        ("sequences", 11, 128),
+        ("sequences", 8, 2**40 + 1),
+        ("sequence_tokens", 5, -1),
+        ("cached_parent_generations", 0, 2),
+        ("newest_children", 0, 15),
+    ],
+)
+def test_a_number_that_no_manager_has_is_refused_by_the_name_of_its_field(field: str, at: int, value: float) -> None:
+    m = BlockManager(16, 4)
+    add_computed(m, range(6))
+    snapshot = m.snapshot()
+    snapshot[field][at] = value
+    name = "cached_parents" if field == "cached_parent_generations" else field
+    with pytest.raises(InvalidArgumentError, match=rf"BlockManager\.restore: `snapshot\['{name}'\]` must"):
+        BlockManager.restore(snapshot)
+
+
+@pytest.mark.parametrize("field", ["sequence_tokens", "sequence_tables", "namespace_keys"])
+def test_a_snapshot_with_more_than_its_sequences_have_is_refused(field: str) -> None:
+    m = BlockManager(16, 4)
+    add_computed(m, range(6))
+    snapshot = m.snapshot()
+    snapshot[field] = np.append(snapshot[field], snapshot[field].dtype.type(1))
+    with pytest.raises(InvalidArgumentError, match=r"sequence_tokens|sequence_tables|namespace_keys"):
+        BlockManager.restore(snapshot)
+
+
+def test_cached_blocks_that_would_wait_in_another_order_are_refused() -> None:
+    snapshot = hidden_prefix().snapshot()
+    snapshot["cached_priorities"][:] = -snapshot["cached_priorities"]
+    with pytest.raises(InvalidArgumentError, match=r"'evictable_blocks'.* priority"):
+        BlockManager.restore(snapshot)
+
+
+def test_ids_go_on_after_the_largest_that_a_snapshot_may_hold() -> None:
+    snapshot = BlockManager(8, 4).snapshot()
+    snapshot["header"][6] = 2**62
+    m = BlockManager.restore(snapshot)
+    assert m.fork(m.add([1]), 3) == [2**62 + 1, 2**62 + 2, 2**62 + 3]
 
 
 def test_check_passes_on_a_new_manager() -> None:

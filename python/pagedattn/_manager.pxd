@@ -175,4 +175,4 @@ cdef extern from "blocks/snapshot.h" namespace "pagedattn::blocks" nogil:
 
     cdef cppclass SnapshotReader:
         @staticmethod
-        unique_ptr[Manager] read(const Snapshot &) except +raise_error
+        unique_ptr[Manager] read(const Snapshot &, int hash_bits) except +raise_error

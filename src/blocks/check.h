@@ -14,10 +14,46 @@ class Check {
  public:
   static void run(const Manager &m) {
     const std::lock_guard lock(m.mutex_);
-    run_unlocked(m);
+    run_structure(m);
+    const int32_t block = block_with_wrong_hash(m.pool_);
+    expect(block == kNone, "a cached block has a hash that does not follow from its tokens and its parent", block);
+    const Sequence *s = sequence_with_wrong_prefix(m);
+    expect(s == nullptr, "a sequence's published blocks are not those of its tokens", s == nullptr ? kNone : s->id);
   }
 
-  static void run_unlocked(const Manager &m) {
+  // A cached block whose hash is not that of its parent's hash and its tokens, or kNone. That of a block whose parent
+  // has left the cache follows from nothing, but nobody can find such a block either.
+  static int32_t block_with_wrong_hash(const BlockPool &pool) {
+    for (int32_t block = 0; pool.caching() && block < pool.places_.num_used(); ++block) {
+      if (!pool.published(block)) continue;
+      const BlockPool::Node &node = pool.nodes_[block];
+      if (!pool.alive(node.parent)) continue;
+      if (pool.child_hash(pool.hash_of(node.parent), pool.tokens(block)) != node.hash) return block;
+    }
+    return kNone;
+  }
+
+  // A sequence or pin whose published blocks have not the hashes of its tokens, or nullptr. Where the window has
+  // released blocks, nothing else tells what came before those that are left, or before the next one.
+  static const Sequence *sequence_with_wrong_prefix(const Manager &m) {
+    const Sequence *wrong = nullptr;
+    const auto visit = [&](const Sequence &s) {
+      Hash128 hash = m.pool_.hash_of(Namespaces::root(s.space));
+      const int32_t *tokens = s.tokens.data();
+      for (int64_t i = 0; i < s.num_published; ++i, tokens += m.config_.block_size) {
+        hash = m.pool_.child_hash(hash, tokens);
+        const int32_t block = s.table[static_cast<size_t>(i)];
+        if (block != kNone && m.pool_.nodes_[block].hash != hash) wrong = &s;
+      }
+      if (m.pool_.caching() && !s.chain_broken && m.pool_.alive(s.tip) && m.pool_.hash_of(s.tip) != hash) wrong = &s;
+    };
+    m.sequences_.for_each(visit);
+    m.pins_.for_each(visit);
+    return wrong;
+  }
+
+  // All but the hashes.
+  static void run_structure(const Manager &m) {
     std::vector<int32_t> count(static_cast<size_t>(m.config_.num_blocks));
     std::vector<int32_t> host_count(static_cast<size_t>(m.config_.num_host_blocks));
     std::vector<int64_t> users(static_cast<size_t>(m.pool_.namespaces().num_slots()));
@@ -66,6 +102,8 @@ class Check {
     }
     expect(s.num_published >= 0 && s.num_published <= m.blocks_.full(s.num_computed), "a published block is not full",
            s.id);
+    expect(!m.pool_.caching() || s.chain_broken || s.num_released <= s.num_published,
+           "a window released blocks that are still to be published", s.id);
     if (s.swapped) expect(s.num_published == 0, "a swapped sequence claims device blocks in the cache", s.id);
     check_chain(m, s);
     check_tail(m, s);

@@ -1,7 +1,7 @@
 // The snapshot of a manager: its whole state as plain arrays, written and read back.
 //
 // What a reader is given may be damaged: everything that is used as an index or a size is checked before, and at the
-// end the invariants are proved as for any manager.
+// end the invariants are proved as for any manager, the hashes too, which follow from the key and the tokens.
 //
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "blocks/check.h"
+#include "blocks/tokens.h"
 
 namespace pagedattn::blocks {
 
@@ -194,9 +195,14 @@ class SnapshotWriter {
 };
 
 class SnapshotReader {
+  // So many are never reached by counting, and there is as much to go until a number overflows.
+  static constexpr int64_t kMostIds = int64_t{1} << 62;
+
  public:
-  static std::unique_ptr<Manager> read(const Snapshot &in) {
+  // With fewer than 64 `hash_bits` it is the snapshot of a manager whose hash has been weakened.
+  static std::unique_ptr<Manager> read(const Snapshot &in, int hash_bits = 64) {
     auto m = std::make_unique<Manager>(read_config(in));
+    m->weaken_hash(hash_bits);
     m->next_id_ = in.header[6];
     m->pool_.places_.next_unused_ = static_cast<int32_t>(in.header[7]);
     m->host_.next_unused_ = static_cast<int32_t>(in.header[8]);
@@ -204,37 +210,54 @@ class SnapshotReader {
     read_cache(m->pool_, in);
     read_lists(*m, in);
     read_sequences(*m, in);
-    const auto &c = in.counters;
-    m->pool_.counters_ = {c[0], c[1], c[2], c[3], c[4]};
-    m->counters_ = {c[5], c[6], c[7], c[8], c[9], c[10], c[11], c[12], c[13]};
+    read_counters(*m, in);
     try {
-      Check::run_unlocked(*m);
+      Check::run_structure(*m);
     } catch (const CorruptState &error) {
       bad(std::string("`snapshot` contradicts itself: ") + error.what());
     }
+    require(Check::block_with_wrong_hash(m->pool_) == kNone, "cached_hashes",
+            "follow from `hash_key`, `cached_parents` and `cached_tokens`");
+    require(Check::sequence_with_wrong_prefix(*m) == nullptr, "sequence_tokens",
+            "be those of the cached blocks that the sequences use");
     return m;
   }
 
  private:
   [[noreturn]] static void bad(const std::string &what) { throw InvalidArgument("BlockManager.restore: " + what); }
-  static void require(bool holds, const char *what) {
-    if (!holds) bad(std::string("`snapshot` must be one that BlockManager.snapshot() made; ") + what);
+  static void require(bool holds, const char *field, const char *rule) {
+    if (!holds) bad(std::string("`snapshot['") + field + "']` must " + rule);
+  }
+  static bool lies_in(int64_t low, int64_t x, int64_t high) { return low <= x && x <= high; }
+
+  static void read_counters(Manager &m, const Snapshot &in) {
+    const auto &c = in.counters;
+    require(std::all_of(c.begin(), c.end(), [](int64_t count) { return lies_in(0, count, kMostIds); }), "counters",
+            "lie in 0 ... 2**62");
+    m.pool_.counters_ = {c[0], c[1], c[2], c[3], c[4]};
+    m.counters_ = {c[5], c[6], c[7], c[8], c[9], c[10], c[11], c[12], c[13]};
+    require(lies_in(m.pool_.num_held(), c[4], m.pool_.num_blocks()), "counters",
+            "hold a peak between the blocks that are held and all blocks");
   }
 
   static Config read_config(const Snapshot &in) {
-    require(!in.header.empty(), "its header is empty");
+    const auto &h = in.header;
+    require(!h.empty(), "header", "hold the version");
     if (in.header[0] != kSnapshotVersion) {
       bad("`snapshot` must have version " + std::to_string(kSnapshotVersion) + "; got " + std::to_string(in.header[0]));
     }
-    require(static_cast<int64_t>(in.header.size()) == Snapshot::kHeaderFields && in.watermark.size() == 1 &&
-                in.hash_key.size() == HashKey::kNumWords && in.counters.size() == Snapshot::kCounters,
-            "its header is incomplete");
+    require(h.size() == Snapshot::kHeaderFields, "header", "hold 10 numbers");
+    require(in.watermark.size() == 1, "watermark", "hold one number");
+    require(in.hash_key.size() == HashKey::kNumWords, "hash_key", "hold 22 words");
+    require(in.counters.size() == Snapshot::kCounters, "counters", "hold 14 numbers");
     constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
     for (const size_t i : {1u, 2u, 3u, 7u, 8u, 9u})
-      require(in.header[i] >= 0 && in.header[i] <= kMax, "a size is out of range");
-    require(in.header[1] > 0 && in.header[2] > 0 && in.header[5] >= 0 && in.header[6] >= 0, "a size is out of range");
-    require(in.header[7] <= in.header[1] && in.header[8] <= in.header[3], "it uses more blocks than there are");
-    require(in.watermark[0] >= 0 && in.watermark[0] < 1, "its watermark is out of range");
+      require(lies_in(0, h[i], kMax), "header", "hold sizes that are in range");
+    require(h[1] > 0 && h[2] > 0 && lies_in(0, h[4], 1), "header", "hold sizes that are in range");
+    require(lies_in(0, h[5], kMostIds) && lies_in(0, h[6], kMostIds), "header",
+            "hold a window and a next id in 0 ... 2**62");
+    require(h[7] <= h[1] && h[8] <= h[3], "header", "use no more blocks than there are");
+    require(in.watermark[0] >= 0 && in.watermark[0] < 1, "watermark", "lie in [0, 1)");
     Config config;
     config.num_blocks = static_cast<int32_t>(in.header[1]);
     config.block_size = static_cast<int32_t>(in.header[2]);
@@ -251,38 +274,52 @@ class SnapshotReader {
     Namespaces &namespaces = pool.namespaces();
     require(in.namespace_lengths.size() == in.namespace_newest_children.size() &&
                 in.namespace_lengths.size() <= static_cast<size_t>(std::numeric_limits<int32_t>::max()),
-            "its namespaces are incomplete");
+            "namespace_lengths", "be as many as `namespace_newest_children`");
     size_t at = 0;
     for (size_t i = 0; i < in.namespace_lengths.size(); ++i) {
       const auto length = static_cast<size_t>(in.namespace_lengths[i]);
-      require(in.namespace_lengths[i] >= 0 && length <= in.namespace_keys.size() - at, "its namespaces are incomplete");
+      require(in.namespace_lengths[i] >= 0 && length <= in.namespace_keys.size() - at, "namespace_lengths",
+              "sum up to the length of `namespace_keys`");
       const auto *bytes = reinterpret_cast<const char *>(in.namespace_keys.data()) + at;
       const std::string key(bytes, length);
-      require(namespaces.find(key) == kNone, "a namespace is repeated");
+      require(i == 0 || namespaces.key(static_cast<int32_t>(i) - 1) < key, "namespace_keys", "ascend");
       const auto space = static_cast<int32_t>(i);
       namespaces.insert(space, key, pool.key());
-      require_child(pool, in.namespace_newest_children[i]);
+      require_child(pool, in.namespace_newest_children[i], "namespace_newest_children");
       namespaces.newest_child(space) = in.namespace_newest_children[i];
       at += length;
     }
+    require(at == in.namespace_keys.size(), "namespace_lengths", "sum up to the length of `namespace_keys`");
   }
 
-  static void require_child(const BlockPool &pool, int32_t child_plus_one) {
-    require(child_plus_one >= 0 && child_plus_one <= pool.num_blocks(), "a newest child is out of range");
+  static void require_child(const BlockPool &pool, int32_t child_plus_one, const char *field) {
+    require(lies_in(0, child_plus_one, pool.places_.num_used()), field, "name blocks that are in use");
+  }
+
+  // Whether a block had this generation while it was published, be it once: others are nobody's parent.
+  static bool was_node(const BlockPool &pool, int64_t block, int64_t generation) {
+    return pool.caching() && lies_in(0, block, pool.places_.num_used() - 1) && generation % 2 == 1 &&
+           lies_in(1, generation, pool.nodes_[block].generation);
   }
 
   static void read_cache(BlockPool &pool, const Snapshot &in) {
     const size_t n = in.cached_blocks.size();
     const size_t used = pool.caching() ? static_cast<size_t>(pool.places_.num_used()) : 0;
     const auto size = static_cast<size_t>(pool.block_size());
-    require(in.generations.size() == used && in.newest_children.size() == used && in.cached_parents.size() == n &&
-                in.cached_parent_generations.size() == n && in.cached_hashes.size() == 2 * n &&
-                in.cached_priorities.size() == n && in.cached_tokens.size() / size == n &&
-                in.cached_tokens.size() % size == 0 && (pool.caching() || n == 0),
-            "its cached blocks are incomplete");
+    const auto require_length = [](size_t got, size_t wanted, const char *field) {
+      require(got == wanted, field, "have the length that follows from `header` and `cached_blocks`");
+    };
+    require(pool.caching() || n == 0, "cached_blocks", "be empty where nothing is cached");
+    require_length(in.generations.size(), used, "generations");
+    require_length(in.newest_children.size(), used, "newest_children");
+    require_length(in.cached_parents.size(), n, "cached_parents");
+    require_length(in.cached_parent_generations.size(), n, "cached_parent_generations");
+    require_length(in.cached_hashes.size(), 2 * n, "cached_hashes");
+    require_length(in.cached_priorities.size(), n, "cached_priorities");
+    require_length(in.cached_tokens.size(), n * size, "cached_tokens");
     for (size_t i = 0; i < used; ++i) {
       BlockPool::Node &node = pool.nodes_[static_cast<int64_t>(i)];
-      require_child(pool, in.newest_children[i]);
+      require_child(pool, in.newest_children[i], "newest_children");
       node.generation = in.generations[i];
       node.newest_child = in.newest_children[i];
     }
@@ -291,9 +328,10 @@ class SnapshotReader {
       const Parent parent{in.cached_parents[i], in.cached_parent_generations[i]};
       require(block >= 0 && block < pool.places_.num_used() && (i == 0 || block > in.cached_blocks[i - 1]) &&
                   pool.published(block),
-              "a cached block is out of range or repeated");
-      require(parent.block < 0 ? pool.namespaces().live(~parent.block) : parent.block < pool.num_blocks(),
-              "a cached block has no parent");
+              "cached_blocks", "ascend and be those of an odd number in `generations`");
+      require(parent.block < 0 ? pool.namespaces().live(~parent.block) && parent.generation == 0
+                               : was_node(pool, parent.block, parent.generation),
+              "cached_parents", "name namespaces, and blocks as they were in the cache; a block has no parent");
       BlockPool::Node &node = pool.nodes_[block];
       node.parent = parent;
       node.hash = {in.cached_hashes[2 * i], in.cached_hashes[2 * i + 1]};
@@ -308,41 +346,47 @@ class SnapshotReader {
 
   static void read_lists(Manager &m, const Snapshot &in) {
     BlockPlaces &places = m.pool_.places_;
-    const auto require_used = [&](int32_t block) {
-      require(block >= 0 && block < places.num_used(), "a free block is out of range");
+    const auto require_used = [](int32_t block, int32_t num_used, const char *field) {
+      require(block >= 0 && block < num_used, field, "name blocks that are in use");
     };
     for (size_t i = in.free_blocks.size(); i-- > 0;) {
-      require_used(in.free_blocks[i]);
+      require_used(in.free_blocks[i], places.num_used(), "free_blocks");
       places.put_free(in.free_blocks[i]);
     }
-    require(in.evictable_blocks.size() <= static_cast<size_t>(places.num_used()), "it has too many free blocks");
+    require(in.evictable_blocks.size() <= static_cast<size_t>(places.num_used()), "evictable_blocks",
+            "be no more than there are");
+    int8_t lowest = std::numeric_limits<int8_t>::min();
     for (const int32_t block : in.evictable_blocks) {
-      require_used(block);
+      require_used(block, places.num_used(), "evictable_blocks");
+      require(places.priority(block) >= lowest, "evictable_blocks", "ascend in their priority");
+      lowest = places.priority(block);
       places.put_evictable(block);
     }
     for (size_t i = in.free_host_blocks.size(); i-- > 0;) {
       const int32_t block = in.free_host_blocks[i];
-      require(block >= 0 && block < m.host_.next_unused_, "a free host block is out of range");
+      require_used(block, m.host_.next_unused_, "free_host_blocks");
       m.host_.free_link_[block] = m.host_.free_top_;
       m.host_.free_top_ = block;
     }
   }
 
   static void read_sequences(Manager &m, const Snapshot &in) {
-    require(in.sequences.size() % Snapshot::kSequenceFields == 0, "its sequences are incomplete");
+    require(in.sequences.size() % Snapshot::kSequenceFields == 0, "sequences", "hold 12 numbers each");
+    require(all_tokens(in.sequence_tokens.data(), static_cast<int64_t>(in.sequence_tokens.size())), "sequence_tokens",
+            "lie in 0 ... 2147483647");
     size_t token = 0;
     size_t entry = 0;
     for (size_t at = 0; at < in.sequences.size(); at += Snapshot::kSequenceFields) {
       const int64_t *f = &in.sequences[at];
-      require(f[1] >= 0 && static_cast<size_t>(f[1]) <= in.sequence_tokens.size() - token && f[2] >= 0 &&
-                  static_cast<size_t>(f[2]) <= in.sequence_tables.size() - entry,
-              "its sequences are incomplete");
-      require(f[0] >= 0 && m.sequences_.find(f[0]) == nullptr && m.pins_.find(f[0]) == nullptr,
-              "a sequence is repeated");
-      require(f[3] >= 0 && f[3] <= std::numeric_limits<int32_t>::max(), "a sequence is too long");
-      require(f[9] >= 0 && f[9] < m.pool_.namespaces().num_slots(), "a sequence is in no namespace");
-      require(f[7] == ~f[9] || (m.pool_.caching() && f[7] >= 0 && f[7] < m.config_.num_blocks),
-              "a sequence continues a block that there is not");
+      require_sequence(f[1] >= 0 && static_cast<size_t>(f[1]) <= in.sequence_tokens.size() - token && f[2] >= 0 &&
+                           static_cast<size_t>(f[2]) <= in.sequence_tables.size() - entry,
+                       "has not as many tokens and blocks as it says");
+      require_sequence(f[0] >= 0 && m.sequences_.find(f[0]) == nullptr && m.pins_.find(f[0]) == nullptr, "is repeated");
+      require_sequence(f[1] <= m.most_tokens_ && lies_in(0, f[3], f[1]), "is too long");
+      require_sequence(f[9] >= 0 && f[9] < m.pool_.namespaces().num_slots(), "is in no namespace");
+      require_sequence(f[7] == ~f[9] ? f[8] == 0 : was_node(m.pool_, f[7], f[8]),
+                       "continues a block that there is not");
+      require_sequence(lies_in(-128, f[10], 127) && lies_in(0, f[11], 127), "has a priority or flags out of range");
       auto s = std::make_unique<Sequence>(read_sequence(f));
       const auto *tokens = in.sequence_tokens.data() + token;
       const auto *table = in.sequence_tables.data() + entry;
@@ -353,6 +397,12 @@ class SnapshotReader {
       count_references(m, *s);
       ((f[11] & 32) != 0 ? m.pins_ : m.sequences_).insert(std::move(s));
     }
+    require(token == in.sequence_tokens.size(), "sequence_tokens", "be those of `sequences` and no more");
+    require(entry == in.sequence_tables.size(), "sequence_tables", "be those of `sequences` and no more");
+  }
+
+  static void require_sequence(bool holds, const char *what) {
+    if (!holds) bad(std::string("`snapshot['sequences']` must be in order; one ") + what);
   }
 
   static Sequence read_sequence(const int64_t *f) {
@@ -378,8 +428,8 @@ class SnapshotReader {
   static void count_references(Manager &m, const Sequence &s) {
     for (const int32_t block : s.table) {
       if (block == kNone) continue;
-      require(block >= 0 && block < (s.swapped ? m.config_.num_host_blocks : m.config_.num_blocks),
-              "a block table points outside the pool");
+      require(block >= 0 && block < (s.swapped ? m.config_.num_host_blocks : m.config_.num_blocks), "sequence_tables",
+              "name blocks of the pool");
       BlockPlaces &places = m.pool_.places_;
       if (s.swapped) {
         if (m.host_.count_[block]++ == 0) ++m.host_.num_held_;
