@@ -8,7 +8,7 @@ import pytest
 from block_manager_helpers import add_computed, assert_unchanged
 from pagedattn import BlockManager
 from pagedattn._block_manager import StepBatch
-from pagedattn._errors import InvalidArgumentError
+from pagedattn._errors import InvalidArgumentError, PagedAttnError
 
 # --- reused arrays ----------------------------------------------------------------------------------------------------
 
@@ -80,14 +80,17 @@ def test_a_batch_can_serve_two_managers_in_turn() -> None:
         assert out.block_tables[0, :2].tolist() == m.block_table(seq).tolist()
 
 
-def test_a_batch_that_is_initialised_again_forgets_what_its_arrays_held() -> None:
+def test_a_batch_that_is_initialised_again_says_so_and_keeps_its_arrays() -> None:
+    # A step in another thread would write on into the arrays that it had.
     m = BlockManager(64, 4)
     batch = StepBatch(1, 8, 8)
     m.step([m.add(range(8))], 8, out=batch)
-    batch.__init__(40, 8, 40)  # type: ignore[misc]
-    seqs = [m.add([100 + i]) for i in range(40)]
-    m.step(seqs, 1, out=batch)
-    np.testing.assert_array_equal(batch.block_tables[:, 0], [m.block_table(seq)[0] for seq in seqs])
+    arrays = batch.block_tables, batch.slot_mapping
+    with pytest.raises(PagedAttnError, match="StepBatch: `__init__` has been called already"):
+        batch.__init__(40, 8, 40)  # type: ignore[misc]
+    assert (batch.num_seqs, batch.num_tokens) == (1, 8)
+    assert batch.block_tables is arrays[0]
+    assert batch.slot_mapping is arrays[1]
 
 
 @pytest.mark.parametrize(("capacity", "array"), [((1, 8, 16), "seq_lens"), ((2, 1, 16), "block_tables"),

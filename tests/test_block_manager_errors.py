@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -132,7 +135,15 @@ def test_ids_are_never_reused() -> None:
         ({"watermark": 1.0}, r"`watermark` must lie in \[0, 1\)"),
         ({"watermark": -0.1}, r"`watermark` must lie in \[0, 1\)"),
         ({"watermark": float("nan")}, r"`watermark` must lie in \[0, 1\)"),
-        ({"watermark": "a"}, "`watermark` must be a number"),
+        ({"watermark": "a"}, "`watermark` must be a real number; got 'a'"),
+        ({"watermark": "0.5"}, "`watermark` must be a real number; got '0.5'"),
+        ({"watermark": False}, "`watermark` must be a real number; got False"),
+        ({"watermark": np.array(0.5)}, "`watermark` must be a real number; got array"),
+        ({"watermark": 10**400}, r"`watermark` must lie in \[0, 1\)"),
+        ({"watermark": Fraction(10**30 - 1, 10**30)}, r"`watermark` must lie in \[0, 1\)"),
+        ({"prefix_caching": "no"}, "`prefix_caching` must be a bool; got 'no'"),
+        ({"prefix_caching": 1}, "`prefix_caching` must be a bool; got 1"),
+        ({"prefix_caching": None}, "`prefix_caching` must be a bool; got None"),
         ({"window": 0}, "`window` must lie in 1"),
         ({"seed": -1}, "`seed` must lie in 0"),
         ({"seed": 2**64}, "`seed` must lie in 0"),
@@ -142,6 +153,32 @@ def test_ids_are_never_reused() -> None:
 def test_a_wrong_parameter_makes_no_manager(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"BlockManager: {message}"):
         BlockManager(**{"num_blocks": 8, "block_size": 4, **arguments})
+
+
+def test_flags_and_numbers_of_numpy_are_taken() -> None:
+    m = BlockManager(8, 4, prefix_caching=np.False_, watermark=np.float32(0.25))
+    assert (m.prefix_caching, m.watermark) == (False, 0.25)
+    assert BlockManager(8, 4, watermark=Fraction(1, 4)).watermark == 0.25
+    assert BlockManager(8, 4, watermark=0).watermark == 0
+
+
+@pytest.mark.parametrize("argument", ["max_seqs", "max_blocks", "max_tokens"])
+def test_a_wrong_capacity_of_a_batch_names_the_batch(argument: str) -> None:
+    capacities = {"max_seqs": 1, "max_blocks": 1, "max_tokens": 1}
+    for value, rule in ((-1, r"lie in 0 \.\.\. 2147483647; got -1"), ("a", "be an integer; got 'a'")):
+        with pytest.raises(InvalidArgumentError, match=f"^StepBatch: `{argument}` must {rule}"):
+            StepBatch(**{**capacities, argument: value})
+
+
+@pytest.mark.parametrize(
+    ("capacities", "size"),
+    [((2**31 - 1, 2**31 - 1, 1), 18446744108069289984), ((2**31 - 1, 2**29 - 7, 0), 4611686007689969672)],
+)
+def test_a_batch_that_cannot_be_held_in_memory_says_how_large_it_is(
+    capacities: tuple[int, int, int], size: int
+) -> None:
+    with pytest.raises(MemoryError, match=f"StepBatch: arrays of {size} bytes do not fit into memory"):
+        StepBatch(*capacities)
 
 
 def test_a_pool_that_cannot_be_held_in_memory_is_a_memory_error() -> None:
@@ -167,6 +204,61 @@ def test_a_manager_that_was_never_initialised_says_so_instead_of_crashing() -> N
             arguments = ()
         with pytest.raises(PagedAttnError, match="`__init__` has not been called"):
             getattr(bare, name)(*arguments)
+
+
+def test_a_manager_that_is_initialised_again_says_so_and_keeps_its_state() -> None:
+    m = busy_manager()
+    before = m.snapshot()
+    for again in (m, BlockManager.restore(before)):
+        with pytest.raises(PagedAttnError, match="BlockManager: `__init__` has been called already"):
+            again.__init__(100, 4)
+        assert_unchanged(again, before)
+
+
+def test_a_restore_into_a_manager_that_exists_is_refused_and_leaves_it() -> None:
+    class OnlyOne(BlockManager):
+        def __new__(cls, *_: object, **__: object) -> OnlyOne:
+            return one
+
+    one = BlockManager.__new__(OnlyOne)
+    one.__init__(8, 4)
+    add_computed(one, range(6))
+    before = one.snapshot()
+    with pytest.raises(PagedAttnError, match="has been called already"):
+        OnlyOne.restore(busy_manager().snapshot())
+    assert_unchanged(one, before)
+
+
+def test_a_manager_may_be_initialised_again_while_others_are_inside_it() -> None:
+    # In a process of its own: it crashed.
+    script = """
+import threading
+import pagedattn
+
+m, refused = pagedattn.BlockManager(5000, 4), 0
+stop = threading.Event()
+
+def work(i):
+    while not stop.is_set():
+        seq = m.add(range(i * 100000, i * 100000 + 4000))
+        m.step(seq, m.num_tokens(seq) - m.num_computed_tokens(seq))
+        m.free(seq)
+
+threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(100):
+    try:
+        m.__init__(5000, 4)
+    except pagedattn.PagedAttnError:
+        refused += 1
+stop.set()
+for thread in threads:
+    thread.join()
+m.check()
+assert refused == 100 and m.seqs() == [], (refused, m.seqs())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_a_batch_that_was_never_initialised_is_refused() -> None:

@@ -11,7 +11,9 @@ cdef int64_t _INT64_MIN = -_INT64_MAX - 1
 
 
 cdef _invalid(str call, str argument, str rule, got):
-    return InvalidArgumentError(f"BlockManager{call}: `{argument}` must {rule}; got {got}")
+    """Of a call whose name begins with a dot, a method of BlockManager, or of another one."""
+    operation = f"BlockManager{call}" if call.startswith(".") else call
+    return InvalidArgumentError(f"{operation}: `{argument}` must {rule}; got {got}")
 
 
 cdef int64_t _integer(value, str call, str argument, int64_t low, int64_t high) except? -1:
@@ -182,13 +184,18 @@ cdef object _pairs(const vector[int64_t] &values):
     return _numpy_copy(values.data(), values.size() * sizeof(int64_t), np.int64).reshape(-1, 2)
 
 
-cdef double _fraction(value, str argument) except? -1:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise _invalid("", argument, "be a number", repr(value)) from None
-    if not 0 <= number < 1:
-        raise _invalid("", argument, "lie in [0, 1)", value)
+cdef cbool _flag(value, str call, str argument) except *:
+    if not isinstance(value, (bool, np.bool_)):
+        raise _invalid(call, argument, "be a bool", repr(value))
+    return value
+
+
+cdef double _fraction(value, str call, str argument) except? -1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _invalid(call, argument, "be a real number", repr(value))
+    number = float(value) if 0 <= value < 1 else 1.0
+    if number >= 1:
+        raise _invalid(call, argument, "lie in [0, 1)", value)
     return number
 
 
@@ -196,7 +203,7 @@ cdef uint64_t _seed(value) except? 0:
     try:
         number = operator.index(value)
     except TypeError:
-        raise _invalid("", "seed", "be an integer or None", repr(value)) from None
+        raise _invalid("BlockManager", "seed", "be an integer or None", repr(value)) from None
     if not 0 <= number < 2**64:
-        raise _invalid("", "seed", "lie in 0 ... 2**64 - 1", number)
+        raise _invalid("BlockManager", "seed", "lie in 0 ... 2**64 - 1", number)
     return number

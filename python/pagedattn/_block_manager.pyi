@@ -45,7 +45,7 @@ class BlockManager:
         block_size: SupportsIndex,
         *,
         num_host_blocks: SupportsIndex = 0,
-        prefix_caching: bool = True,
+        prefix_caching: bool | np.bool_ = True,
         watermark: float = 0.0,
         window: SupportsIndex | None = None,
         num_events: SupportsIndex = 0,

@@ -11,6 +11,7 @@ token.
 
 cimport cython
 
+import numbers
 import operator
 import os
 
@@ -116,20 +117,29 @@ cdef class BlockManager:
     def __init__(self, num_blocks, block_size, *, num_host_blocks=0, prefix_caching=True, watermark=0.0, window=None,
                  num_events=0, seed=None):
         cdef Config config
-        config.num_blocks = _integer(num_blocks, "", "num_blocks", 1, _INT32_MAX)
-        config.block_size = _integer(block_size, "", "block_size", 1, _INT32_MAX)
-        config.num_host_blocks = _integer(num_host_blocks, "", "num_host_blocks", 0, _INT32_MAX)
-        config.prefix_caching = bool(prefix_caching)
-        config.watermark = _fraction(watermark, "watermark")
-        config.window = 0 if window is None else _integer(window, "", "window", 1, 4611686018427387904)
-        config.num_events = _integer(num_events, "", "num_events", 0, _INT32_MAX)
+        config.num_blocks = _integer(num_blocks, "BlockManager", "num_blocks", 1, _INT32_MAX)
+        config.block_size = _integer(block_size, "BlockManager", "block_size", 1, _INT32_MAX)
+        config.num_host_blocks = _integer(num_host_blocks, "BlockManager", "num_host_blocks", 0, _INT32_MAX)
+        config.prefix_caching = _flag(prefix_caching, "BlockManager", "prefix_caching")
+        config.watermark = _fraction(watermark, "BlockManager", "watermark")
+        config.window = 0 if window is None else _integer(window, "BlockManager", "window", 1, 4611686018427387904)
+        config.num_events = _integer(num_events, "BlockManager", "num_events", 0, _INT32_MAX)
         cdef const uint8_t[::1] entropy
         if seed is None:
             entropy = os.urandom(sizeof(HashKey))
             memcpy(&config.key, &entropy[0], sizeof(HashKey))
         else:
             config.key = key_from_seed(_seed(seed))
-        self._manager.reset(new Manager(config))
+        cdef unique_ptr[Manager] manager
+        manager.reset(new Manager(config))
+        self._start(manager)
+
+    cdef int _start(self, unique_ptr[Manager] &manager) except -1:
+        # Never a second time: other threads may be inside the first one, and they have let go of Python's lock.
+        if self._manager.get() != NULL:
+            raise PagedAttnError("BlockManager: `__init__` has been called already; make another BlockManager instead")
+        self._manager.swap(manager)
+        return 0
 
     cdef Manager *_core(self) except NULL nogil:
         if self._manager.get() == NULL:
@@ -828,6 +838,7 @@ cdef class BlockManager:
         cdef Snapshot state
         cdef const uint8_t[::1] view
         cdef int bits = hash_bits
+        cdef unique_ptr[Manager] restored
         cdef BlockManager manager = cls.__new__(cls)
         for field in view_fields(state):
             name, dtype = field.name.decode(), np.dtype(field.dtype.decode())
@@ -842,7 +853,8 @@ cdef class BlockManager:
                 view = array.view(np.uint8)
                 assign_field(state, field.name, &view[0], view.shape[0])
         with nogil:
-            manager._manager = move(SnapshotReader.read(state, bits))
+            restored = move(SnapshotReader.read(state, bits))
+        manager._start(restored)
         return manager
 
     def __repr__(self):

@@ -51,11 +51,19 @@ cdef class StepBatch:
     cdef readonly object copies
 
     def __init__(self, max_seqs, max_blocks, max_tokens):
-        seqs = _integer(max_seqs, "", "max_seqs", 0, _INT32_MAX)
-        blocks = _integer(max_blocks, "", "max_blocks", 0, _INT32_MAX)
-        tokens = _integer(max_tokens, "", "max_tokens", 0, _INT32_MAX)
-        self._bind(np.zeros((seqs, blocks), np.int32), np.zeros(seqs, np.int32), np.zeros(seqs + 1, np.int32),
-                   np.zeros(tokens, np.int64), np.zeros(tokens, np.int64), np.zeros((seqs, 2), np.int64))
+        cdef object seqs, blocks, tokens  # Python's integers, whose product does not overflow
+        seqs = _integer(max_seqs, "StepBatch", "max_seqs", 0, _INT32_MAX)
+        blocks = _integer(max_blocks, "StepBatch", "max_blocks", 0, _INT32_MAX)
+        tokens = _integer(max_tokens, "StepBatch", "max_tokens", 0, _INT32_MAX)
+        try:
+            tables = np.zeros((seqs, blocks), np.int32)
+            lens, starts = np.zeros(seqs, np.int32), np.zeros(seqs + 1, np.int32)
+            slots, positions = np.zeros(tokens, np.int64), np.zeros(tokens, np.int64)
+            copies = np.zeros((seqs, 2), np.int64)
+        except (MemoryError, ValueError):  # NumPy's ValueError: more bytes than can be counted
+            size = 4 * (seqs * (blocks + 6) + 1) + 16 * tokens
+            raise MemoryError(f"StepBatch: arrays of {size} bytes do not fit into memory") from None
+        self._bind(tables, lens, starts, slots, positions, copies)
 
     @classmethod
     def from_arrays(cls, block_tables, seq_lens, query_start_loc, slot_mapping, positions=None, copies=None):
@@ -109,6 +117,9 @@ cdef class StepBatch:
         return batch
 
     cdef _bind(self, block_tables, seq_lens, query_start_loc, slot_mapping, positions, copies):
+        # Never a second time: a step in another thread, without Python's lock, may be writing to the first arrays.
+        if self._block_tables is not None:
+            raise PagedAttnError("StepBatch: `__init__` has been called already; make another StepBatch instead")
         self._block_tables, self._seq_lens, self._query_start_loc = block_tables, seq_lens, query_start_loc
         self._slot_mapping, self._positions, self._copies = slot_mapping, positions, copies
         self._arrays.block_tables = <int32_t *><size_t>block_tables.ctypes.data
