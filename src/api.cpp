@@ -301,12 +301,11 @@ pa_status pa_gather_kv(const pa_gather_kv_args *given, pa_error *error) {
   });
 }
 
-int32_t pa_get_num_threads(void) {
-  try {
-    return cpu::num_threads();
-  } catch (...) {
-    return 1;
-  }
+pa_status pa_get_num_threads(int32_t *num_threads, pa_error *error) {
+  return guarded("get_num_threads", error, [&] {
+    if (num_threads == nullptr) throw_invalid("get_num_threads: `num_threads` is NULL");
+    *num_threads = cpu::num_threads();
+  });
 }
 
 pa_status pa_set_num_threads(int32_t num_threads, pa_error *error) {

@@ -3,6 +3,28 @@
 
 namespace pagedattn {
 
+namespace {
+
+// Each is what a number given instead must be.  Those in the GPU's memory are not read back.
+void check_scale_values(const Checker &check, const char *argument, const pa_tensor &scales) {
+  if (check.on_cuda()) return;
+  const int64_t rows = scales.ndim == 2 ? scales.shape[0] : 1;
+  const int64_t columns = scales.ndim == 0 ? 1 : scales.shape[scales.ndim - 1];
+  for (int64_t row = 0; row < rows; ++row) {
+    const float *values = static_cast<const float *>(scales.data) + (scales.ndim == 2 ? row * scales.strides[0] : 0);
+    for (int64_t column = 0; column < columns; ++column) {
+      if (is_positive_finite(values[column])) continue;
+      const std::string place = scales.ndim == 0   ? ""
+                                : scales.ndim == 1 ? "[" + std::to_string(column) + "]"
+                                                   : "[" + std::to_string(row) + ", " + std::to_string(column) + "]";
+      check.fail("`" + std::string(argument) + "`" + place + " must be a positive finite number; got " +
+                 number_text(values[column]));
+    }
+  }
+}
+
+}  // namespace
+
 DType cache_dtype(const Checker &check, const char *argument, const pa_tensor &cache, int32_t kv_dtype) {
   if (kv_dtype == PA_DTYPE_NONE) {
     if (cache.dtype >= PA_FLOAT32 && cache.dtype <= PA_FLOAT8_E5M2) return static_cast<DType>(cache.dtype);
@@ -36,7 +58,7 @@ DType wide_dtype(const Checker &check, const char *argument, const pa_tensor &te
 }
 
 Scale head_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value,
-                 int32_t num_kv_heads) {
+                 int32_t num_kv_heads, const pa_tensor *layers) {
   Scale scale;
   if (tensor == nullptr) {
     scale.value = static_cast<float>(check.positive_finite(argument, value));
@@ -50,18 +72,19 @@ Scale head_scale(const Checker &check, const char *argument, const pa_tensor *te
                tensor_text(*tensor));
   }
   if (tensor->ndim == 1) check.vector(argument, tensor, PA_FLOAT32, {"num_kv_heads", count});
+  check_scale_values(check, argument, layers == nullptr ? *tensor : *layers);
   scale.ptr = static_cast<const float *>(tensor->data);
   scale.per_head = count == num_kv_heads && count > 1;
   return scale;
 }
 
 Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value, DType kv_dtype,
-                  int32_t num_kv_heads) {
+                  int32_t num_kv_heads, const pa_tensor *layers) {
   if (!is_float8(kv_dtype) && (tensor != nullptr || value != 1.0)) {
     check.fail(argument, std::string("absent: only float8 caches are scaled"),
                std::string("a scale for a ") + dtype_name(static_cast<int32_t>(kv_dtype)) + " cache");
   }
-  return head_scale(check, argument, tensor, value, num_kv_heads);
+  return head_scale(check, argument, tensor, value, num_kv_heads, layers);
 }
 
 CacheView cache_view(const pa_tensor &tensor) {

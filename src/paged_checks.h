@@ -18,12 +18,13 @@ DType cache_dtype(const Checker &check, const char *argument, const pa_tensor &c
 // The type of q, key or an output: float32, float16, bfloat16, or uint16 storage of the 16-bit type that kv_dtype
 // names.
 DType wide_dtype(const Checker &check, const char *argument, const pa_tensor &tensor, int32_t kv_dtype);
-// A scale, from a tensor of one or Hkv elements or a number.
+// A scale, from a tensor of one or Hkv elements or a number.  Where the tensor is a row of one with a row a layer, the
+// latter is `layers`.
 Scale head_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value,
-                 int32_t num_kv_heads);
+                 int32_t num_kv_heads, const pa_tensor *layers = nullptr);
 // The scale of a cache.
 Scale cache_scale(const Checker &check, const char *argument, const pa_tensor *tensor, double value, DType kv_dtype,
-                  int32_t num_kv_heads);
+                  int32_t num_kv_heads, const pa_tensor *layers = nullptr);
 
 CacheView cache_view(const pa_tensor &tensor);
 TokensView tokens_view(const pa_tensor &tensor);

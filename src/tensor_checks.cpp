@@ -2,7 +2,6 @@
 #include "tensor_checks.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <string>
 #include <vector>
@@ -306,8 +305,7 @@ void Checker::check_mode(int32_t value) const {
 }
 
 double Checker::positive_finite(Name argument, double value) const {
-  const auto narrow = static_cast<float>(value);
-  if (!(narrow > 0.0f) || !std::isfinite(narrow)) fail(argument, "a positive finite number", number_text(value));
+  if (!is_positive_finite(static_cast<float>(value))) fail(argument, "a positive finite number", number_text(value));
   return value;
 }
 

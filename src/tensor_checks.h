@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <string>
 
 #include "describe.h"
@@ -79,6 +80,9 @@ class Checker {
   int32_t device_type_ = PA_CPU;
   int32_t device_id_ = 0;
 };
+
+// Whether it may be a scale.
+inline bool is_positive_finite(float value) { return value > 0.0f && value <= std::numeric_limits<float>::max(); }
 
 // Bytes of an element, 0 for a type that is not a pa_dtype.
 int64_t element_size(int32_t dtype);

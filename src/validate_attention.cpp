@@ -74,14 +74,22 @@ void validate_queries(const Checker &check, const pa_attention_args &args, Atten
   p->max_query_len = args.max_query_len == 0 ? most : std::min(args.max_query_len, most);
 }
 
+// Whether float32 has a number for it that is 0 only where it is, and as precise as others.
+bool fits_float32(double value) {
+  const float size = std::abs(static_cast<float>(value));
+  return value == 0.0 || (size >= std::numeric_limits<float>::min() && size <= std::numeric_limits<float>::max());
+}
+
 void validate_options(const Checker &check, const pa_attention_args &args, AttentionParams *p) {
-  if (std::isinf(static_cast<float>(args.scale))) check.fail("scale", "finite", number_text(args.scale));
+  // A smaller one would become 0, and attention the mean of all values.
+  if (!std::isnan(args.scale) && !fits_float32(args.scale)) {
+    check.fail("scale", "0 or a finite number in the range of normal float32", number_text(args.scale));
+  }
   p->scale =
       std::isnan(args.scale) ? 1.0f / std::sqrt(static_cast<float>(p->head_dim)) : static_cast<float>(args.scale);
   p->softcap = static_cast<float>(args.softcap);
   // A smaller one would be off in float32, or scores divided by it infinite.
-  const bool too_small = args.softcap > 0.0 && p->softcap < std::numeric_limits<float>::min();
-  if (!(args.softcap >= 0.0) || std::isinf(p->softcap) || too_small) {
+  if (!(args.softcap >= 0.0) || !fits_float32(args.softcap)) {
     check.fail("softcap", "0 (off) or a finite positive number in the range of normal float32",
                number_text(args.softcap));
   }

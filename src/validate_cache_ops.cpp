@@ -197,8 +197,8 @@ Placement validate_gather_kv(const pa_gather_kv_args &args, GatherKvParams *p) {
   check.shaped("k_out", args.k_out, {{"R"}, {"num_kv_heads", p->num_kv_heads}, {"head_dim", p->head_dim}});
   p->num_rows = args.k_out->shape[0];
   check.shaped("v_out", args.v_out, {{"R", p->num_rows}, {"num_kv_heads", p->num_kv_heads}, {"head_dim", p->head_dim}});
-  // An output of the cache's own (storage) type is a plain copy; any other must be a wider float.
-  const bool raw = args.k_out->dtype == args.k_cache->dtype;
+  // An output of the cache's own type, or of its storage's, is a plain copy; any other must be a wider float.
+  const bool raw = args.k_out->dtype == args.k_cache->dtype || args.k_out->dtype == static_cast<int32_t>(p->kv_dtype);
   p->out_dtype = raw ? p->kv_dtype : wide_dtype(check, "k_out", *args.k_out, PA_DTYPE_NONE);
   if (p->out_dtype != p->kv_dtype && !is_float8(p->kv_dtype)) {
     check.fail("k_out", std::string("of the type of `k_cache`, ") + dtype_name(static_cast<int32_t>(p->kv_dtype)),

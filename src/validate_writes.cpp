@@ -57,7 +57,7 @@ Scale layer_scale(const Checker &check, const char *argument, const pa_tensor *t
   row.shape[0] = tensor->shape[1];
   row.strides[0] = tensor->strides[1];
   *layer_stride = tensor->strides[0];
-  return cache_scale(check, argument, &row, value, p.kv_dtype, p.num_kv_heads);
+  return cache_scale(check, argument, &row, value, p.kv_dtype, p.num_kv_heads, tensor);
 }
 
 // The arrays of all layers, none of which writes where another lies.

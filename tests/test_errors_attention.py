@@ -36,6 +36,7 @@ from spoiling import (
     swapped_bytes,
 )
 
+POSITIVE = "must be a positive finite number; got "
 FP8 = {"start": float8_attention_call}
 FP8_Q = {"start": float8_queries_call}
 
@@ -125,11 +126,23 @@ ATTENTION_OPTIONS = [
     attention("scale of NaN", put("scale", np.nan), "scale", "finite.*got nan"),
     attention("infinite scale", put("scale", np.inf), "scale", "finite.*got inf"),
     attention("scale beyond float32", put("scale", 1e300), "scale", r"got 1e\+300"),
+    attention("scale that float32 has no place for", put("scale", 1e-50), "scale", "float32.*got 1e-50"),
+    attention("scale of few bits", put("scale", -1e-40), "scale", "float32.*got -1e-40"),
     attention("scale in words", put("scale", "big"), "scale", "got 'big'"),
     attention("scale as text", put("scale", "0.5"), "scale", "got '0.5'"),
     attention("scale beyond float64", put("scale", 10**400), "scale", "finite"),
     attention("causal of None", put("causal", None), "causal", "True or False; got None"),
     attention("deterministic of 1", put("deterministic", 1), "deterministic", "True or False; got 1"),
+    attention("return_lse in words", put("return_lse", "x"), "return_lse", "True or False; got 'x'"),
+    attention("return_lse of 1.5", put("return_lse", 1.5), "return_lse", "True or False; got 1.5"),
+    attention("return_lse of an array", put("return_lse", np.zeros(2)), "return_lse", "True or False; got"),
+    attention("the type of an array for q", put("q", np.float32), "q", "must be.*got type"),
+    attention(
+        "the type of an array for q without out",
+        lambda call: (call.pop("out"), call.update(q=np.float32)),
+        "q",
+        "must be an array; got type",
+    ),
     attention(
         "q of a list beside out and return_lse",
         lambda call: call.update(q=[1.0], out=call["out"], return_lse=True, lse=None),
@@ -162,6 +175,28 @@ ATTENTION_OPTIONS = [
     attention("k_scale of NaN", put("k_scale", np.nan), "k_scale", "positive.*got -?nan", **FP8),
     attention("infinite k_scale", put("k_scale", np.inf), "k_scale", "finite.*got inf", **FP8),
     attention("k_scale beyond float64", put("k_scale", 10**400), "k_scale", "finite", **FP8),
+    attention(
+        "k_scale of zeros", put("k_scale", np.zeros(2, np.float32)), "k_scale`[0]", POSITIVE + "0", **FP8, **HOST
+    ),
+    attention(
+        "k_scale of one NaN", put("k_scale", np.array([np.nan], np.float32)), "k_scale`[0]", POSITIVE, **FP8, **HOST
+    ),
+    attention(
+        "v_scale with a negative number",
+        put("v_scale", np.array([1, -1], np.float32)),
+        "v_scale`[1]",
+        POSITIVE + "-1",
+        **FP8,
+        **HOST,
+    ),
+    attention(
+        "v_scale of infinity without dimensions",
+        put("v_scale", np.array(np.inf, np.float32)),
+        "v_scale`",
+        POSITIVE + "inf",
+        **FP8,
+        **HOST,
+    ),
     attention("complex v_scale", put("v_scale", 1j), "v_scale", "number.*got 1j", **FP8),
     attention("float8 cache with float32 q", cast("q", np.float32), "k_cache", "16-bit.*got float8_e4m3", **FP8),
     attention(
@@ -286,6 +321,14 @@ FLOAT8_QUERIES = [
     attention("q_scale of float64", put("q_scale", np.ones(2)), "q_scale", "float32.*got float64", **FP8_Q),
     attention("q_scale of 0", put("q_scale", 0.0), "q_scale", "positive.*got 0", **FP8_Q),
     attention(
+        "q_scale with NaN",
+        put("q_scale", np.array([1, np.nan], np.float32)),
+        "q_scale`[1]",
+        POSITIVE,
+        **FP8_Q,
+        **HOST,
+    ),
+    attention(
         "lse inside q_scale",
         lambda call: (
             call.update(both=np.ones(18, np.float32)),
@@ -394,8 +437,19 @@ def test_the_unspoilt_call_passes(backend: NumpyBackend, start: Callable[[], Arg
     assert np.isfinite(backend.host(call["lse"])).all()
 
 
+def test_a_scale_of_0_or_below_is_as_good_as_any(backend: NumpyBackend) -> None:
+    call = on(backend, attention_call())
+    for scale in (0.0, -0.5, np.finfo(np.float32).tiny):
+        pagedattn.paged_attention(**call, scale=scale)
+
+
+@pytest.mark.parametrize("wanted", [True, np.True_])
+def test_a_flag_may_be_numpys(backend: NumpyBackend, wanted: Any) -> None:
+    assert len(pagedattn.paged_attention(**on(backend, attention_call()), return_lse=wanted)) == 2
+
+
 @pytest.mark.parametrize(
-    ("number", "got"), [(0, "0"), (-3, "-3"), ("two", "'two'"), (1.5, "1.5"), (4097, "4097"), (2**70, "")]
+    ("number", "got"), [(0, "0"), (-3, "-3"), ("two", "'two'"), (1.5, "1.5"), (4097, "4097"), (2**70, str(2**70))]
 )
 def test_the_number_of_threads_must_be_from_1_to_4096(number: Any, got: str) -> None:
     before = pagedattn.get_num_threads()

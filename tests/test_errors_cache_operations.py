@@ -82,6 +82,22 @@ RESHAPE = [
         start=float8_reshape_call,
     ),
     reshape("v_scale of 0", put("v_scale", 0.0), "v_scale", "positive.*got 0", start=float8_reshape_call),
+    reshape(
+        "k_scale of zeros",
+        put("k_scale", np.zeros(2, np.float32)),
+        "k_scale`[0]",
+        "must be a positive finite number; got 0",
+        start=float8_reshape_call,
+        **HOST,
+    ),
+    reshape(
+        "v_scale of zeros for one layer of one",
+        put("v_scale", np.array([[1, 0]], np.float32)),
+        "v_scale`[0, 1]",
+        "must be a positive finite number; got 0",
+        start=float8_reshape_call,
+        **HOST,
+    ),
     reshape("unknown kv_dtype", put("kv_dtype", "int8"), "kv_dtype", "got 'int8'"),
     reshape(
         "kv_dtype that contradicts the cache", put("kv_dtype", "float8_e5m2"), "k_cache", "float8_e5m2; got float32"
@@ -99,6 +115,10 @@ def layers(name: str, spoil: Any, argument: str, says: str, **more: Any) -> Bad:
     return Bad(name, spoil, argument, says, layers_call, "reshape_and_cache", **more)
 
 
+def float8_layers(call: Arguments) -> None:
+    call.update({name: [cache.astype(FLOAT8_E4M3) for cache in call[name]] for name in ("k_cache", "v_cache")})
+
+
 LAYERS = [
     layers("no layers", lambda call: call.update({name: [] for name in call}), "key", "at least one"),
     layers("fewer values than keys", change("value", lambda v: v[:2]), "value", "as many layers as `key`, 3; got 2"),
@@ -107,6 +127,23 @@ LAYERS = [
     layers("a key of another shape", item("key", 1, lambda k: k[:4]), "key[1]", r"`key\[0\]`.*got float32 \(4, 2, 8\)"),
     layers("a value of other strides", item("value", 2, lambda v: v.copy(order="F")), "value[2]", "strides"),
     layers("a cache of another type", item("k_cache", 2, lambda k: k.astype(np.float16)), "k_cache[2]", "float16"),
+    layers(
+        "v_scale of zero in the last layer",
+        lambda call: (
+            float8_layers(call),
+            call.update(v_scale=np.array([[1, 2], [3, 4], [5, 0]], np.float32)),
+        ),
+        "v_scale`[2, 1]",
+        "must be a positive finite number; got 0",
+        **HOST,
+    ),
+    layers(
+        "k_scale of NaN, one a layer",
+        lambda call: (float8_layers(call), call.update(k_scale=np.array([[1], [np.nan], [1]], np.float32))),
+        "k_scale`[1, 0]",
+        "must be a positive finite number; got -?nan",
+        **HOST,
+    ),
     layers("a read-only cache", item("v_cache", 1, read_only), "v_cache[1]", "writable", **HOST),
     layers("None among the keys", item("key", 1, lambda _: None), "key[1]", "None"),
     layers(
@@ -330,28 +367,28 @@ GATHER = [
         r"\(4,\); got int32 \(3,\)",
     ),
     gather("out of one array", change("out", lambda out: out[0]), "out", "pair"),
-    gather("out of other heads", item("out", 0, lambda k: k[:, :1]), "k_out", r"\(16, 1, 8\)"),
-    gather("out of unequal rows", item("out", 1, lambda v: v[:15]), "v_out", r"\(15, 2, 8\)"),
+    gather("out of other heads", item("out", 0, lambda k: k[:, :1]), "out[0]", r"\(16, 1, 8\)"),
+    gather("out of unequal rows", item("out", 1, lambda v: v[:15]), "out[1]", r"\(15, 2, 8\)"),
     gather(
         "out of a type that is not the cache's",
         change("out", lambda out: tuple(o.astype(np.float16) for o in out)),
-        "k_out",
+        "out[0]",
         "float32.*got float16",
     ),
     gather(
         "out of unequal types",
         lambda call: (float8_caches(call), item("out", 1, lambda v: v.astype(np.float16))(call)),
-        "v_out",
-        "float32.*got float16",
+        "out[1]",
+        r"`out\[0\]`.*float32.*got float16",
     ),
-    gather("read-only out", item("out", 1, read_only), "v_out", "writable", **HOST),
-    gather("out with a stride of 0", item("out", 0, one_row_for_all), "k_out", "share memory"),
-    gather("out with a last stride of 2", item("out", 0, no_unit_stride), "k_out", "last stride of 2"),
-    gather("one array for both outputs", change("out", lambda out: (out[0], out[0])), "v_out", "`k_out`.*overlap"),
+    gather("read-only out", item("out", 1, read_only), "out[1]", "writable", **HOST),
+    gather("out with a stride of 0", item("out", 0, one_row_for_all), "out[0]", "share memory"),
+    gather("out with a last stride of 2", item("out", 0, no_unit_stride), "out[0]", "last stride of 2"),
+    gather("one array for both outputs", change("out", lambda out: (out[0], out[0])), "out[1]", r"`out\[0\]`.*overlap"),
     gather(
         "out inside k_cache",
         lambda call: item("out", 0, lambda _: call["k_cache"].reshape(-1)[:256].reshape(16, 2, 8))(call),
-        "k_out",
+        "out[0]",
         "`k_cache`.*overlap",
     ),
     gather("total_tokens beside out", put("total_tokens", 16), "total_tokens", "absent"),
@@ -368,6 +405,34 @@ GATHER = [
         "dtype",
         "float32.*got float16",
     ),
+    gather(
+        "dtype of another float8",
+        lambda call: (float8_caches(call), call.pop("out"), call.update(total_tokens=16, dtype="float8_e5m2")),
+        "dtype",
+        "float8_e4m3fn, or a wider one; got float8_e5m2",
+        **HOST,
+    ),
+    gather(
+        "float8 dtype of storage that nobody named",
+        lambda call: (
+            float8_caches(call),
+            call.update({name: call[name].view(np.uint8) for name in ("k_cache", "v_cache")}),
+            call.pop("out"),
+            call.update(total_tokens=16, dtype="float8_e4m3"),
+        ),
+        "k_cache",
+        "uint8 storage; name what it holds with `kv_dtype`",
+        **HOST,
+    ),
+    gather(
+        "k_scale with infinity",
+        lambda call: (float8_caches(call), call.update(k_scale=np.array([1, np.inf], np.float32))),
+        "k_scale`[1]",
+        "must be a positive finite number; got inf",
+        **HOST,
+    ),
+    gather("a list in out", item("out", 0, lambda k: k.tolist()), "out[0]", "got list"),
+    gather("the type of an array for k_cache", put("k_cache", np.float32), "k_cache", "got type"),
     gather("scales for a plain copy", put("k_scale", 0.5), "k_scale", "float8"),
     gather(
         "k_scale of wrong length",
@@ -398,7 +463,13 @@ GATHER_INDICES = [
         "out_start_loc`[3",
         "16 rows.*got 17",
     ),
-    gather("too few output rows", change("out", lambda out: tuple(o[:15] for o in out)), "k_out", "16 rows; got 15"),
+    gather("too few output rows", change("out", lambda out: tuple(o[:15] for o in out)), "out[0]", "16 rows; got 15"),
+    gather(
+        "too small a total_tokens",
+        lambda call: (call.pop("out"), call.update(total_tokens=15)),
+        "total_tokens",
+        "16 rows; got 15",
+    ),
 ]
 
 
@@ -410,6 +481,9 @@ MERGE = [
     merge("no parts", lambda call: call.update(outs=[], lses=[]), "outs", "at least one"),
     merge("fewer lses than outs", change("lses", lambda lses: lses[:2]), "lses", "3; got 2"),
     merge("one array of too few dimensions", change("outs", lambda outs: outs[0]), "outs", r"\(4, 2, 8\)"),
+    merge("the type of an array for outs", put("outs", np.float32), "outs", "got type"),
+    merge("the type of an array for lses", put("lses", np.float32), "lses", "got type"),
+    merge("the type of an array for a part", item("outs", 0, lambda _: np.float32), "outs[0]", "got type"),
     merge("a number for outs", put("outs", 3), "outs", "int"),
     merge("a part of another shape", item("outs", 1, lambda o: o[:3]), "outs[1]", r"\(3, 2, 8\)"),
     merge("a part of another type", item("outs", 2, lambda o: o.astype(np.float16)), "outs[2]", "float16"),

@@ -119,8 +119,9 @@ def test_queries_may_begin_at_any_byte(backend: NumpyBackend, rng: np.random.Gen
 
 
 def test_scores_may_be_products_times_a_negative_number(backend: NumpyBackend, rng: np.random.Generator) -> None:
-    # Scores are compared before they are scaled only where that keeps their order.
-    for q_scale in ([-0.5, 0.7], [0.0, 1.0]):
+    # Scores are compared before they are scaled only where that keeps their order.  Such scales are refused where they
+    # are read in advance, which those in CUDA memory are not.
+    for q_scale in ([-0.5, 0.7], [0.0, 1.0]) if backend.is_cuda else ():
         check_batch(backend, mixed_batch(rng, "float8_e4m3", q_scale=np.array(q_scale, np.float32)))
     check_batch(backend, mixed_batch(rng, "float8_e4m3", scale=-0.1))
 

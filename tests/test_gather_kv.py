@@ -64,6 +64,17 @@ def test_on_the_host_the_lengths_say_how_many_rows_there_are(rng: np.random.Gene
         assert_same_bytes(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3", "float8_e5m2"])
+def test_storage_comes_back_as_the_type_that_it_holds(rng: np.random.Generator, dtype: str) -> None:
+    batch = caches(rng, DTYPES[dtype], "NHD")
+    args, _ = on(NumpyBackend(), batch)
+    stored = [cache.view(f"u{cache.itemsize}") for cache in args[:2]]
+    typed = pagedattn.gather_kv(*stored, *args[2:], kv_dtype=dtype, dtype=dtype)
+    for actual, expected in zip(typed, expected_rows(batch, sum(SEQ_LENS), DTYPES[dtype]), strict=True):
+        assert actual.dtype == DTYPES[dtype]
+        assert_same_bytes(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kv_dtype", [FLOAT8_E4M3, FLOAT8_E5M2])
 @pytest.mark.parametrize("layout", ["NHD", "interleaved HND"])

@@ -69,6 +69,8 @@ def test_a_cache_without_elements_has_no_memory(backend: NumpyBackend) -> None:
         ((3, 1), "`caches` must be an array or a list of arrays; got int"),
         (([3], 1), r"`caches\[0\]` must be an array.*got int"),
         (([np.zeros(2, np.float32), np.float32(3)], 1), r"`caches\[1\]`.*no dimension"),
+        (([np.zeros(2), np.zeros(2, object)], 1), r"`caches\[1\]` must be of a type of plain bytes; got object"),
+        (([np.float32], 1), r"`caches\[0\]` must be an array.*got type"),
         ((np.zeros(2), 0), "`num_blocks` must be a whole number on the host of at least 1; got 0"),
         ((np.zeros(2), 1.5), "`num_blocks`.*got 1.5"),
     ],

@@ -125,6 +125,27 @@ def test_the_number_of_threads_may_change_while_others_compute(rng: np.random.Ge
     assert pagedattn.get_num_threads() == threads
 
 
+def test_a_malformed_number_of_threads_is_an_error_until_another_is_set() -> None:
+    script = """
+import numpy as np, pagedattn
+
+cache = np.zeros((4, 16, 2, 8), np.float32)
+copy = lambda: pagedattn.copy_blocks(cache, np.array([[0, 1]]))
+for call in (pagedattn.get_num_threads, pagedattn.config, copy, pagedattn.get_num_threads):
+    try:
+        call()
+    except pagedattn.InvalidArgumentError as error:
+        assert "`PAGEDATTN_NUM_THREADS` must be a number of threads, 1 to 4096; got `abc`" in str(error), error
+    else:
+        raise AssertionError(call)
+pagedattn.set_num_threads(2)
+assert pagedattn.get_num_threads() == 2
+copy()
+"""
+    environment = {**os.environ, "PAGEDATTN_NUM_THREADS": "abc"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=60)
+
+
 FORK = """
 import os, sys, threading, warnings
 import numpy as np

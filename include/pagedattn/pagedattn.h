@@ -327,8 +327,8 @@ PA_API pa_status pa_cuda_device_info(int32_t device, pa_device_info *info, pa_er
 PA_API const char *pa_last_kernel(void);
 
 /** \brief Threads of the CPU backend.  Initially PAGEDATTN_NUM_THREADS, else OMP_NUM_THREADS, else the CPUs this
- * process may run on. */
-PA_API int32_t pa_get_num_threads(void);
+ * process may run on; an error where the first is no number of threads. */
+PA_API pa_status pa_get_num_threads(int32_t *num_threads, pa_error *error);
 PA_API pa_status pa_set_num_threads(int32_t num_threads, pa_error *error);
 
 #ifdef __cplusplus

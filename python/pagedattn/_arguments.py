@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from pagedattn import _core
-from pagedattn._arrays import dtype_name, host_dtype, is_8bit, is_on_cuda, numpy_dtype
+from pagedattn._arrays import dtype_name, has_shape, host_dtype, is_8bit, is_on_cuda, numpy_dtype
 from pagedattn._errors import InvalidArgumentError, OutOfMemoryError
 
 
 def array_list(operation: str, argument: str, arrays: Any) -> list[Any]:
     """Return an array, or a list or tuple of arrays, as a list of at least one."""
-    if hasattr(arrays, "shape"):
+    if has_shape(arrays):
         return [arrays]
     if not isinstance(arrays, (list, tuple)):
         raise InvalidArgumentError(
@@ -31,7 +31,7 @@ def array_list(operation: str, argument: str, arrays: Any) -> list[Any]:
 
 def parts(operation: str, argument: str, given: Any, stacked_ndim: int) -> list[Any]:
     """Return a sequence of arrays, or one stacked array, as a list of at least one part."""
-    if hasattr(given, "shape"):
+    if has_shape(given):
         if len(given.shape) != stacked_ndim:
             raise InvalidArgumentError(
                 f"{operation}: `{argument}` must be a sequence of arrays or one array of {stacked_ndim} dimensions; "
@@ -51,9 +51,9 @@ def parts(operation: str, argument: str, given: Any, stacked_ndim: int) -> list[
 
 def shape_of(operation: str, argument: str, array: Any, dims: str) -> tuple[int, ...]:
     """Return an array's shape, which must have as many dimensions as `dims` names: "T, Hq, D"."""
-    shape = tuple(getattr(array, "shape", ()))
-    if not hasattr(array, "shape") or len(shape) != dims.count(",") + 1:
-        got = shape if hasattr(array, "shape") else type(array).__name__
+    shape = tuple(array.shape) if has_shape(array) else None
+    if shape is None or len(shape) != dims.count(",") + 1:
+        got = type(array).__name__ if shape is None else shape
         raise InvalidArgumentError(f"{operation}: `{argument}` must have shape ({dims}); got {got}")
     return tuple(int(size) for size in shape)
 
@@ -103,13 +103,17 @@ def _host_integers(operation: str, argument: str, array: Any) -> np.ndarray:
 
 
 def gathered_dtype(dtype: Any, k_cache: Any, kv_dtype: Any) -> str:
-    """Name of the type that `gather_kv` is asked for: the cache's, unless that is float8."""
+    """Name of the type that `gather_kv` is asked for: the cache's, or a wider one if that is float8."""
     operation = "gather_kv"
     name = dtype_name(operation, "dtype", dtype)
-    if not is_8bit(k_cache):
-        stored = numpy_dtype(k_cache) if kv_dtype is None else host_dtype(operation, "kv_dtype", kv_dtype)
-        if host_dtype(operation, "dtype", name) != stored:
-            raise InvalidArgumentError(f"{operation}: `dtype` must be that of a cache of {stored}; got {name}")
+    wanted = host_dtype(operation, "dtype", name)
+    if is_8bit(k_cache) and wanted.itemsize > 1:
+        return name
+    stored = numpy_dtype(k_cache) if kv_dtype is None else host_dtype(operation, "kv_dtype", kv_dtype)
+    # Storage that nobody named is refused behind the C ABI, in better words.
+    if wanted != stored and stored != np.uint8:
+        or_wider = ", or a wider one" if is_8bit(k_cache) else ""
+        raise InvalidArgumentError(f"{operation}: `dtype` must be that of a cache of {stored}{or_wider}; got {name}")
     return name
 
 

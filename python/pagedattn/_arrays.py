@@ -35,6 +35,11 @@ def library_of(array: Any) -> str:
     return type(array).__module__.partition(".")[0]
 
 
+def has_shape(array: Any) -> bool:
+    """Whether something may be an array; False for the type of one, whose ``shape`` is not a shape."""
+    return hasattr(array, "shape") and not isinstance(array, type)
+
+
 def is_on_cuda(array: Any) -> bool:
     """Whether an array lies in CUDA memory; False for what is no array."""
     return _core.cuda_device(array) is not None
@@ -101,7 +106,7 @@ def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
 
 def empty_like(operation: str, argument: str, array: Any, shape: tuple[int, ...] | None = None) -> Any:
     """Uninitialised dense array of the type of ``array`` and, unless another is given, its shape."""
-    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+    if not hasattr(array, "dtype") or not has_shape(array):
         raise InvalidArgumentError(f"{operation}: `{argument}` must be an array; got {type(array).__name__}")
     wanted = tuple(array.shape) if shape is None else shape
     if library_of(array) == "torch":
@@ -111,7 +116,7 @@ def empty_like(operation: str, argument: str, array: Any, shape: tuple[int, ...]
 
 def is_8bit(array: Any) -> bool:
     """Whether an array has elements of one byte; False for what is no array."""
-    return getattr(getattr(array, "dtype", None), "itemsize", None) == 1 and hasattr(array, "shape")
+    return getattr(getattr(array, "dtype", None), "itemsize", None) == 1 and has_shape(array)
 
 
 def is_foreign(array: Any) -> bool:

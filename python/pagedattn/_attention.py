@@ -135,6 +135,8 @@ def paged_attention(
     (2, 4, 64)
     """
     operation = "paged_attention"
+    if return_lse is not False:
+        return_lse = _core.flag(operation, "return_lse", return_lse)
     if out is None:
         out = empty(tuple(q.shape), "bfloat16", q) if is_8bit(q) else empty_like(operation, "q", q)
     if return_lse and lse is None:

@@ -327,19 +327,25 @@ def gather_kv(
     elif dtype is not None or total_tokens is not None:
         raise InvalidArgumentError(f"{operation}: `dtype` and `total_tokens` must be absent where `out` is given")
     k_out, v_out = out
-    _core.gather_kv(
-        k_cache,
-        v_cache,
-        block_tables,
-        seq_lens,
-        seq_starts,
-        out_start_loc,
-        k_scale,
-        v_scale,
-        k_out,
-        v_out,
-        0 if kv_dtype is None else dtype_code(operation, "kv_dtype", kv_dtype),
-        check,
-        stream,
-    )
+    try:
+        _core.gather_kv(
+            k_cache,
+            v_cache,
+            block_tables,
+            seq_lens,
+            seq_starts,
+            out_start_loc,
+            k_scale,
+            v_scale,
+            k_out,
+            v_out,
+            0 if kv_dtype is None else dtype_code(operation, "kv_dtype", kv_dtype),
+            check,
+            stream,
+        )
+    except InvalidArgumentError as error:
+        # The C ABI's names for what has others here: an output that was allocated is as long as was asked for.
+        keys, values = ("out[0]", "out[1]") if total_tokens is None else ("total_tokens",) * 2
+        message = str(error).replace("`k_out`", f"`{keys}`").replace("`v_out`", f"`{values}`")
+        raise InvalidArgumentError(message) from None
     return k_out, v_out

@@ -74,6 +74,7 @@ def show_config(file: TextIO | None = None, *, as_json: bool = False) -> None:
     as_json : bool
         Print it as JSON.
     """
+    as_json = _core.flag("show_config", "as_json", as_json)
     out = sys.stdout if file is None else file
     facts = config()
     if as_json:
@@ -119,6 +120,11 @@ def get_num_threads() -> int:
 
     Until :func:`set_num_threads` is called: the environment variable ``PAGEDATTN_NUM_THREADS``, else
     ``OMP_NUM_THREADS``, else the CPUs that the process may run on.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``PAGEDATTN_NUM_THREADS`` is no number of threads.
     """
     return _core.get_num_threads()
 

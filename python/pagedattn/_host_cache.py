@@ -11,7 +11,7 @@ import numpy as np
 
 from pagedattn import _core
 from pagedattn._arguments import array_list, too_large
-from pagedattn._arrays import numpy_dtype
+from pagedattn._arrays import has_shape, numpy_dtype
 from pagedattn._errors import InvalidArgumentError
 from pagedattn._units import show_bytes
 
@@ -96,7 +96,7 @@ class HostCache:
 def _layout(cache: Any, num_blocks: int, index: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and type of the host array of a cache."""
     name = f"caches[{index}]"
-    shape = getattr(cache, "shape", None)
+    shape = cache.shape if has_shape(cache) else None
     if not shape:
         got = type(cache).__name__ if shape is None else "no dimension"
         raise InvalidArgumentError(f"HostCache: `{name}` must be an array of shape (num_blocks, ...); got {got}")
@@ -106,6 +106,8 @@ def _layout(cache: Any, num_blocks: int, index: int) -> tuple[tuple[int, ...], n
         raise InvalidArgumentError(
             f"HostCache: `{name}` must be of a type that NumPy knows; got {cache.dtype}"
         ) from error
+    if dtype.hasobject or dtype.itemsize == 0:  # references cannot be moved as bytes
+        raise InvalidArgumentError(f"HostCache: `{name}` must be of a type of plain bytes; got {dtype}")
     return (num_blocks, *(int(extent) for extent in shape[1:])), dtype
 
 

@@ -57,10 +57,14 @@ double number(const char *operation, const char *argument, py::handle value, con
   return result;
 }
 
-int64_t whole_number(const char *operation, const char *argument, py::handle value, int64_t least) {
+int64_t whole_number(const char *operation, const char *argument, py::handle value, int64_t least, int64_t most) {
   const std::optional<int64_t> result = as_integer(value);
-  if (!result || *result < least) {
-    refuse(operation, argument, "a whole number on the host of at least " + std::to_string(least), value);
+  if (!result || *result < least || *result > most) {
+    const bool bounded = most < std::numeric_limits<int64_t>::max();
+    refuse(operation, argument,
+           "a whole number on the host " + (bounded ? "from " + std::to_string(least) + " to " + std::to_string(most)
+                                                    : "of at least " + std::to_string(least)),
+           value);
   }
   return *result;
 }

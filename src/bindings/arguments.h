@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <limits>
 
 namespace pagedattn::bindings {
 
@@ -13,8 +14,9 @@ namespace pagedattn::bindings {
 double number(const char *operation, const char *argument, pybind11::handle value,
               const char *expected = "a finite number on the host");
 
-// A host integer of at least `least`, cut to what 64 bits hold.
-int64_t whole_number(const char *operation, const char *argument, pybind11::handle value, int64_t least);
+// A host integer of at least `least`, cut to what 64 bits hold unless it may be `most` at most.
+int64_t whole_number(const char *operation, const char *argument, pybind11::handle value, int64_t least,
+                     int64_t most = std::numeric_limits<int64_t>::max());
 
 // A truth value that was meant as one.
 bool flag(const char *operation, const char *argument, pybind11::handle value);

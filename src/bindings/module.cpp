@@ -7,7 +7,6 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -348,9 +347,20 @@ py::dict device_info(int device) {
 }
 
 void set_num_threads(const py::object &num_threads) {
-  const int64_t wanted = whole_number("set_num_threads", "num_threads", num_threads, 1);
+  const int64_t wanted = whole_number("set_num_threads", "num_threads", num_threads, 1, 4096);
   pa_error error;
-  raise_on_error(pa_set_num_threads(static_cast<int32_t>(std::min<int64_t>(wanted, INT32_MAX)), &error), error);
+  raise_on_error(pa_set_num_threads(static_cast<int32_t>(wanted), &error), error);
+}
+
+int get_num_threads() {
+  int32_t num_threads = 0;
+  pa_error error;
+  raise_on_error(pa_get_num_threads(&num_threads, &error), error);
+  return num_threads;
+}
+
+int64_t whole_number_of_at_least(const char *operation, const char *argument, Object value, int64_t least) {
+  return whole_number(operation, argument, value, least);
 }
 
 // With the signatures that the stub generator reads.
@@ -404,7 +414,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("device_count", &device_count);
   m.def("device_info", &device_info, py::arg("device"));
   m.def("last_kernel", &pa_last_kernel);
-  m.def("get_num_threads", &pa_get_num_threads);
+  m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
-  m.def("whole_number", &whole_number, py::arg("operation"), py::arg("argument"), py::arg("value"), py::arg("least"));
+  m.def("whole_number", &whole_number_of_at_least, py::arg("operation"), py::arg("argument"), py::arg("value"),
+        py::arg("least"));
+  m.def("flag", &flag, py::arg("operation"), py::arg("argument"), py::arg("value"));
 }

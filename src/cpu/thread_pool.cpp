@@ -345,18 +345,18 @@ int count_from_environment(const char *name, bool list_allowed) {
   return end != text && ends_well && value >= 1 && value <= kMaxThreads ? static_cast<int>(value) : 0;
 }
 
-int default_threads() {
-  if (const int count = count_from_environment("PAGEDATTN_NUM_THREADS", false)) return count;
-  if (const int count = count_from_environment("OMP_NUM_THREADS", true)) return count;
-  return affinity_count();
-}
-
-// num_threads() has no way to report a malformed variable; the operations do.
 void check_environment() {
   const char *text = std::getenv("PAGEDATTN_NUM_THREADS");
   if (text == nullptr || *text == '\0' || count_from_environment("PAGEDATTN_NUM_THREADS", false) != 0) return;
   throw_invalid("`PAGEDATTN_NUM_THREADS` must be a number of threads, 1 to " + std::to_string(kMaxThreads) + "; got `" +
                 std::string(text) + "`");
+}
+
+int default_threads() {
+  check_environment();
+  if (const int count = count_from_environment("PAGEDATTN_NUM_THREADS", false)) return count;
+  if (const int count = count_from_environment("OMP_NUM_THREADS", true)) return count;
+  return affinity_count();
 }
 
 }  // namespace
@@ -377,8 +377,6 @@ void set_num_threads(int n) {
 
 void parallel_for(int64_t num_tasks, TaskFunction fn) {
   if (num_tasks <= 0) return;
-  static const bool checked = (check_environment(), true);
-  (void)checked;
   const int wanted = num_threads();
   if (inside_task || wanted == 1 || num_tasks == 1) {
     for (int64_t task = 0; task < num_tasks; ++task) fn(task, 0);
