@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pagedattn.bench.cases import CPU_DECODE, DECODE, GROUPS, PREFILL, SHAPES, Case, CaseError, find_cases
-from pagedattn.bench.lengths import MAX_SEQUENCES, LengthsError, parse_lengths
+from pagedattn.bench.lengths import MAX_SEQUENCES, MAX_TOKENS, LengthsError, parse_lengths
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,22 @@ def test_a_lognormal_has_the_median_it_is_given() -> None:
 )  # fmt: skip
 def test_other_lengths_are_refused_by_name(spec: str) -> None:
     with pytest.raises(LengthsError, match="lengths"):
+        parse_lengths(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "limit"),
+    [
+        ("99999999999999", f"at most {MAX_TOKENS} tokens; got 99999999999999"),
+        ("9" * 5000, f"at most {MAX_TOKENS} tokens; got 999"),
+        ("uniform:3:1:1099511627777", f"at most {MAX_TOKENS} tokens; got 1099511627777"),
+        ("2x1099511627776", f"at most {MAX_TOKENS} tokens; got 2199023255552"),
+        ("99999999999999x1", f"at most {MAX_SEQUENCES} sequences; got 99999999999999"),
+        ("1048576x1+1", f"at most {MAX_SEQUENCES} sequences; got 1048577"),
+    ],
+)
+def test_lengths_that_are_too_large_are_told_the_limit(spec: str, limit: str) -> None:
+    with pytest.raises(LengthsError, match=f": {limit}"):
         parse_lengths(spec)
 
 

@@ -131,13 +131,26 @@ def test_svg_draws_the_cache_at_its_fullest(tmp_path: Path):
     assert "blocks in use" in "".join(root.itertext())
 
 
+def test_svg_may_go_to_standard_output():
+    done = pagedattn_command("replay", *QUICK, "--svg", "/dev/stdout")
+    assert done.returncode == 0, done.stderr
+    assert "</svg>" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--dtype", "int8"], "replay: --dtype must be one of float32, float16, bfloat16; got int8"),
         (["--heads", "6", "--kv-heads", "4"], "replay: --heads must be a multiple of --kv-heads; got 6 and 4"),
         (["--memory", "lots"], "replay: --memory must be a size such as 512MiB or 2GB; got lots"),
-        (["--requests", "0"], "replay: --requests must be at least 1; got 0"),
+        (["--requests", "0"], "replay: --requests must be from 1 to 100000000; got 0"),
+        (
+            ["--requests", "9223372036854775807"],
+            "replay: --requests must be from 1 to 100000000; got 92233720368547758",
+        ),
+        (["nowhere.jsonl", "--requests", "9" * 20], "replay: --requests must be from 1 to 100000000; got 999999999999"),
+        (["--verify", "9" * 20], "replay: --verify must be at most 1000000; got 99999999999999999999"),
+        (["--svg", "cache.png"], "replay: --svg must name a file that ends in .svg; got cache.png"),
         (["--length-scale", "nan"], "replay: --length-scale must be a positive number; got nan"),
         (["--backend", "abacus"], "replay: --backend must be auto, cpu or cuda; got abacus"),
         (["--num-blocks", "1000000000000"], "replay: --num-blocks must be at most 2147483647"),
@@ -245,6 +258,51 @@ def test_ctrl_c_is_obeyed_from_outside():
     assert "of 20000 completed" in out or "stopped" in err
 
 
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, {handler})
+sys.meta_path.insert(0, Interrupting())
+from pagedattn.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["pagedattn._cli", "typer", "rich"])
+def test_ctrl_c_while_modules_are_imported_ends_the_command_without_a_word(module: str):
+    done = python(INTERRUPTED_IMPORT.format(module=module, handler="signal.default_int_handler"), "info")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_while_the_options_are_put_together_ends_the_command_without_a_word():
+    code = """
+import os, signal
+import typer.main
+typer.main.get_command = lambda app: os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from pagedattn.__main__ import main
+main()
+"""
+    done = python(code, "info")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_where_ctrl_c_is_ignored_it_is_while_modules_are_imported():
+    done = python(INTERRUPTED_IMPORT.format(module="typer", handler="signal.SIG_IGN"), "--version")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["info", "replay", "--version"])
+def test_without_standard_output_a_line_says_so(command: str):
+    closed = ["sh", "-c", '"$0" -m pagedattn "$1" >&-', sys.executable, command]
+    done = subprocess.run(closed, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "pagedattn: standard output is closed; >/dev/null discards it\n"
+
+
 def test_a_terminal_gets_live_progress_and_a_table():
     parent, child = pty.openpty()
     # A dumb or unknown terminal would be treated as none.
@@ -314,6 +372,20 @@ def test_a_variable_that_cannot_be_is_told_in_a_line():
     assert done.stderr.startswith("info: ")
     assert "`PAGEDATTN_CPU_ISA` must be one of generic," in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["info", "replay"])
+def test_a_number_of_threads_that_is_none_is_told_in_a_line(command: str):
+    done = pagedattn_command(command, env={**os.environ, "PAGEDATTN_NUM_THREADS": "abc"})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(f"{command}: ")
+    assert "`PAGEDATTN_NUM_THREADS` must be a number of threads, 1 to 4096; got `abc`" in done.stderr
+
+
+def test_whether_to_print_json_is_a_truth_value():
+    with pytest.raises(pagedattn.InvalidArgumentError, match="show_config: `as_json` must be True or False; got 'yes'"):
+        pagedattn.show_config(as_json="yes")
 
 
 def test_a_report_survives_a_locale_without_its_letters():

@@ -492,7 +492,8 @@ def test_fewer_and_shorter_requests_can_be_asked_for(azure: Path) -> None:
         (["--lengths", "40", "--plot", "trade.txt"], "--plot must name a file that ends in .svg, .png, .pdf"),
         (["--lengths", "1000x1000000", "--batch", "1000"], "decode: 1000 sequences of up to 1000000 tokens take"),
         (["nowhere.jsonl"], "nowhere.jsonl: No such file or directory"),
-        (["nowhere.jsonl", "--requests", "0"], "--requests must be at least 1; got 0"),
+        (["nowhere.jsonl", "--requests", "0"], "--requests must be from 1 to 100000000; got 0"),
+        (["nowhere.jsonl", "--requests", "9" * 20], "--requests must be from 1 to 100000000; got 99999999999999999999"),
         (["nowhere.jsonl", "--length-scale", "nan"], "--length-scale must be a positive number; got nan"),
     ],
 )

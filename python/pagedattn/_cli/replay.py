@@ -13,13 +13,14 @@ from rich.console import Console
 
 from pagedattn._device import choose_backend
 from pagedattn._units import counted
+from pagedattn.bench.plot_page import PlotError, check_ending
 from pagedattn.replay import Report, Request, Settings, SettingsError, TraceError, read_trace, replay, synthetic_trace
 from pagedattn.replay.progress import show_progress
 from pagedattn.replay.settings import parse_bytes
 from pagedattn.replay.synthetic import DEFAULT_REQUESTS
 
 from .options import BackendName, BlockSize, HeadDim, Heads, KvDType, KvHeads, Layers
-from .shared import WRONG_RESULT, check_writable, endings, fail, signals
+from .shared import WRONG_RESULT, check_requests, check_writable, endings, fail, signals
 
 
 def replay_command(
@@ -63,7 +64,7 @@ def replay_command(
 
     Exit code 1 means that a result was wrong, 2 that an option or the trace was; 130 after Ctrl-C.
     """
-    with endings("replay", SettingsError, TraceError):
+    with endings("replay", SettingsError, TraceError, PlotError):
         chosen, reason = choose_backend(backend)
         settings = Settings(
             backend=chosen,
@@ -81,8 +82,10 @@ def replay_command(
             seed=seed,
             verify=verify,
         )
-        work = _load(trace, requests, length_scale, seed)
         check_writable("--svg", svg)
+        if svg is not None and svg.suffix:  # none promises nothing: /dev/stdout
+            check_ending("--svg", svg, (".svg",))
+        work = _load(trace, requests, length_scale, seed)
         print(f"replay: {counted(len(work), 'request')} on the {chosen} backend ({reason})", file=sys.stderr)
         with signals() as received, show_progress(len(work)) as on_step:
             report = replay(work, settings, on_step=on_step, stop=lambda: bool(received), keep_layout=svg is not None)
@@ -99,8 +102,7 @@ def replay_command(
 
 
 def _load(trace: Path | None, requests: int | None, length_scale: float, seed: int) -> list[Request]:
-    if requests is not None and requests < 1:
-        raise SettingsError(f"--requests must be at least 1; got {requests}")
+    check_requests(requests)
     if not 0 < length_scale < float("inf"):
         raise SettingsError(f"--length-scale must be a positive number; got {length_scale}")
     if trace is None:

@@ -19,6 +19,8 @@ from pagedattn.bench.accuracy import WrongResultError
 
 WRONG_RESULT, USAGE = 1, 2
 
+_MAX_REQUESTS = 10**8  # more than published traces have
+
 
 class UsageError(ValueError):
     """An option cannot be served; the message names it."""
@@ -70,6 +72,12 @@ def signals() -> Iterator[list[int]]:
         yield received
     finally:
         restore()
+
+
+def check_requests(requests: int | None) -> None:
+    """Refuse a --requests that is no number of requests."""
+    if requests is not None and not 1 <= requests <= _MAX_REQUESTS:
+        raise UsageError(f"--requests must be from 1 to {_MAX_REQUESTS}; got {requests}")
 
 
 def check_writable(option: str, path: Path | None) -> None:

@@ -24,7 +24,7 @@ from pagedattn.tune.measure import DEFAULT_BATCH, DEFAULT_BLOCK_SIZES, DEFAULT_C
 from pagedattn.tune.plot import plot_trade
 
 from .options import AsJson, BackendName, DType, HeadDim, Heads, KvDType, KvHeads, Layers, Quick
-from .shared import UsageError, check_writable, endings
+from .shared import UsageError, check_requests, check_writable, endings
 
 _BLOCK_SIZES = ",".join(str(size) for size in DEFAULT_BLOCK_SIZES)
 
@@ -131,8 +131,7 @@ def _load(
                 raise UsageError(f"{option} is for a trace; --lengths has no requests")
         return lengths_workload(lengths, parse_lengths(lengths, seed=seed, name="--lengths"))
     assert trace is not None
-    if requests is not None and requests < 1:
-        raise UsageError(f"--requests must be at least 1; got {requests}")
+    check_requests(requests)
     scale = 1.0 if length_scale is None else length_scale
     if not 0 < scale < float("inf"):
         raise UsageError(f"--length-scale must be a positive number; got {scale}")

@@ -45,8 +45,8 @@ def parse_lengths(spec: str, *, seed: int = 0, name: str = "lengths") -> tuple[i
     try:
         parts = [_part(part.strip(), rng) for part in spec.split("+")]
         lengths = tuple(int(length) for part in parts for length in part)
-        if len(lengths) > MAX_SEQUENCES or sum(lengths) > MAX_TOKENS:
-            raise LengthsError(f"at most {MAX_SEQUENCES} sequences and {MAX_TOKENS} tokens")
+        _check_most(len(lengths), MAX_SEQUENCES, "sequences")
+        _check_most(sum(lengths), MAX_TOKENS, "tokens")
     except LengthsError as error:
         raise LengthsError(f"{name} {spec!r}: {error}") from None
     return lengths
@@ -57,8 +57,8 @@ def _part(part: str, rng: np.random.Generator) -> np.ndarray:
     if kind in ("uniform", "logn", "skew"):
         if len(fields) != 3:
             raise LengthsError(f"{kind} takes three numbers; expected {FORMS}")
-        count, first, second = (_number(field) for field in fields)
-        _check_count(count)
+        count = _count(fields[0])
+        first, second = (_number(field) for field in fields[1:])
         if kind == "uniform":
             if first > second:
                 raise LengthsError(f"the low end {first} is above the high end {second}")
@@ -67,18 +67,25 @@ def _part(part: str, rng: np.random.Generator) -> np.ndarray:
             return np.clip(np.rint(rng.lognormal(np.log(first), 1.0, count)), 1, second).astype(np.int64)
         return np.array([first] + [second] * (count - 1))
     count_text, times, length = part.rpartition("x")
-    count = _number(count_text) if times else 1
-    _check_count(count)
+    count = _count(count_text) if times else 1
     return np.full(count, _number(length))
 
 
-def _check_count(count: int) -> None:
+def _check_most(number: int, most: int, noun: str) -> None:
+    if number > most:
+        raise LengthsError(f"at most {most} {noun}; got {number}")
+
+
+def _count(text: str) -> int:
     # Before anything of this size is allocated.
-    if count > MAX_SEQUENCES:
-        raise LengthsError(f"at most {MAX_SEQUENCES} sequences; got {count}")
+    return _number(text, MAX_SEQUENCES, "sequences")
 
 
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > 13 or int(text) < 1:
+def _number(text: str, most: int = MAX_TOKENS, noun: str = "tokens") -> int:
+    digits = text.lstrip("0")
+    if not (text.isascii() and text.isdigit() and digits):
         raise LengthsError(f"expected {FORMS}, with numbers of at least 1; got {text!r}")
-    return int(text)
+    if len(digits) > len(str(most)):  # perhaps of more digits than Python reads
+        raise LengthsError(f"at most {most} {noun}; got {digits}")
+    _check_most(int(digits), most, noun)
+    return int(digits)

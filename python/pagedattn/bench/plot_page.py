@@ -40,6 +40,12 @@ class PlotError(ValueError):
     """The picture cannot be drawn; the message names the option."""
 
 
+def check_ending(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
+    """Refuse a file whose name promises what will not be in it."""
+    if path.suffix.lower() not in suffixes:
+        raise PlotError(f"{option} must name a file that ends in {', '.join(suffixes)}; got {path.name}")
+
+
 def check_plot(path: Path) -> None:
     """Refuse a picture that could not be drawn, before anything is measured for it.
 
@@ -48,8 +54,7 @@ def check_plot(path: Path) -> None:
     PlotError
         The name does not end in .svg, .png or .pdf, or matplotlib is not installed.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise PlotError(f"--plot must name a file that ends in {', '.join(SUFFIXES)}; got {path.name}")
+    check_ending("--plot", path, SUFFIXES)
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -15,6 +15,7 @@ LARGEST = {"float8_e4m3": 448.0, "float8_e5m2": 57344.0}  # finite values of the
 
 DEFAULT_NUM_BLOCKS = 512
 MAX_BLOCKS = 2**31 - 1  # block tables are int32
+MAX_VERIFY = 10**6  # rows of a step
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -71,6 +72,8 @@ class Settings:
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
         _at_least("verify", self.verify, 0)
+        if self.verify > MAX_VERIFY:
+            raise SettingsError(f"--verify must be at most {MAX_VERIFY}; got {self.verify}")
         if self.backend not in ("cpu", "cuda"):
             raise SettingsError(f"--backend must be auto, cpu or cuda; got {self.backend}")
         if self.dtype not in DTYPES:

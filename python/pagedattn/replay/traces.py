@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -238,7 +239,9 @@ def _hash_ids(path: Path, number: int, ids: Any, inputs: int) -> list[int]:
     if ids is None:
         raise TraceError(f"{path}, line {number}: hash_ids is missing")
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**63 for i in ids):
-        raise TraceError(f"{path}, line {number}: hash_ids must be a list of whole numbers from 0; got {_shown(ids)}")
+        raise TraceError(
+            f"{path}, line {number}: hash_ids must be a list of whole numbers from 0 to 2**63 - 1; got {_shown(ids)}"
+        )
     expected = math.ceil(inputs / MOONCAKE_BLOCK)
     if len(ids) != expected:
         raise TraceError(
@@ -262,9 +265,12 @@ def _length(path: Path, number: int, name: str, value: Any, *, least: int) -> in
 def _whole(text: str) -> int | str | None:
     if not text:
         return None
+    # Python's own reading also takes 1_0 for 10, and the digits of other scripts.
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        return text
     try:
         return int(text)
-    except ValueError:
+    except ValueError:  # of thousands of digits
         return text
 
 
