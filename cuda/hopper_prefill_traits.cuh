@@ -84,8 +84,6 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   // Named barriers, one a group.
   static constexpr int kFirstTurn = 1, kFirstOwn = kFirstTurn + kGroups, kWidenerBarrier = kFirstOwn + kGroups;
   static constexpr int kSegments = 4;  // in work, and ahead
-  static constexpr int kCopiers = 2;   // warps that bring K and V
-  static constexpr int kTransposers = 0;
   // Of a segment's last that the next is wanted.
   static constexpr int kTilesAhead = Types::kFloat8 ? 2 : 1;
 
