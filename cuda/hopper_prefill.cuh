@@ -16,6 +16,7 @@
 // large matrix product makes 767.  docs/performance/prefill.md tells where the rest goes and what was tried.
 #pragma once
 
+#include "hopper_prefill_copies.cuh"
 #include "hopper_prefill_float8.cuh"
 #include "hopper_prefill_float8_products.cuh"
 #include "hopper_prefill_float8_rows.cuh"
@@ -26,109 +27,6 @@
 namespace pagedattn::cuda {
 
 // ---- the warps that bring data -----------------------------------------------------------------------------------
-
-// Asks for the tiles of K, or of V, into a ring.  What is asked for is found a tile ahead, so that nothing but the
-// requests themselves comes between room and data.
-template <class Traits>
-class TileCopier {
-  using Tile = typename Traits::KvTile;
-  using Ring = char[Traits::kKvStages][Tile::kBytes];
-  static constexpr int kBoxes = (Tile::kColumns * Traits::kTokens / 8 + 31) / 32;  // of a lane, of eight tokens or more
-
- public:
-  __device__ TileCopier(const HopperParams &params, const CUtensorMap *map, Ring &ring, Barrier *full, Barrier *empty)
-      : params_(params),
-        map_(map),
-        ring_(ring),
-        full_(full),
-        empty_(empty),
-        lane_(static_cast<int>(threadIdx.x) % 32),
-        whole_rows_(params.maps.box_columns == Tile::kColumns) {}
-
-  // The tiles of a segment, from the last on.  Calls before(n) ahead of a tile with n behind it.
-  template <class Before>
-  __device__ void copy(const WorkItem &item, Range tiles, Before &&before) {
-    const int32_t *const table = params_.block_tables + item.seq.index * params_.block_table_stride;
-    const Range keys = item.keys;
-    const int kv_head = item.kv_head;
-    Box boxes[kBoxes];
-    const auto find_boxes = [&](int tile) {
-#pragma unroll
-      for (int i = 0; i < kBoxes; ++i) boxes[i] = find_box(i, tile * Traits::kTokens, table, keys, kv_head);
-    };
-    find_boxes(tiles.end - 1);
-#pragma unroll 1
-    for (int tile = tiles.end - 1; tile >= tiles.begin; --tile, ++count_) {
-      before(tile - tiles.begin);
-      const uint32_t slot = count_ % Traits::kKvStages;
-      wait(&empty_[slot], (count_ / Traits::kKvStages & 1) ^ 1);
-      if (lane_ == 0) arrive_and_expect(&full_[slot], Tile::kBytes);
-      __syncwarp();
-#pragma unroll
-      for (const Box &box : boxes) {
-        const int corner[5] = {box.element, box.place, 0, box.head, box.block};
-        if (box.to >= 0) {
-          copy_box(shared_address(ring_[slot]) + static_cast<SharedAddress>(box.to), map_, corner, &full_[slot]);
-        }
-      }
-      find_boxes(larger(tile - 1, tiles.begin));
-    }
-  }
-
- private:
-  struct Box {
-    int to;  // in the tile's room; negative: none
-    int element;
-    int place;  // in its block
-    int head;
-    int block;
-  };
-
-  // The lane's i-th of the tile from `token` on.
-  __device__ Box find_box(int i, int token, const int32_t *table, Range keys, int kv_head) const {
-    const int index = lane_ + 32 * i, box_tokens = params_.maps.box_tokens, heads = params_.maps.heads_to_block;
-    const int column = whole_rows_ ? 0 : index % Tile::kColumns;
-    const int row = (whole_rows_ ? index : index / Tile::kColumns) * box_tokens;
-    token += row;
-    const int number = params_.block_size.divide(token);
-    const int place = token - number * static_cast<int>(params_.block_size.divisor);
-    // What no row sees comes from behind the last block, as zeros.
-    const int block = row < Traits::kTokens && token < keys.end && token + box_tokens > keys.begin
-                          ? clamp_to(table[number], 0, params_.last_block)
-                          : params_.last_block + 1;
-    const int to = Tile::offset(row, column * 8);
-    return {row < Traits::kTokens ? to : -1, column * 64, heads > 0 ? 0 : place, heads > 0 ? place / 8 : kv_head,
-            heads > 0 ? block * heads + kv_head : block};
-  }
-
-  const HopperParams &params_;
-  const CUtensorMap *map_;
-  Ring &ring_;
-  Barrier *full_;
-  Barrier *empty_;
-  int lane_;
-  bool whole_rows_;  // a box has all columns
-  uint32_t count_ = 0;
-};
-
-// Brings K, or V, of one segment after the other.  The warp that brings K says when work is to be taken: late, shortly
-// before the last tile of a segment, since whoever is first done should have the next; but not so late that its queries
-// would be waited for.
-template <class Traits>
-__device__ void produce_tiles(const HopperParams &params, typename Traits::Shared &shared, bool keys) {
-  TileCopier<Traits> copier(params, keys ? &params.maps.k : &params.maps.v, keys ? shared.k : shared.v,
-                            keys ? shared.k_full : shared.v_full, keys ? shared.k_empty : shared.v_empty);
-#pragma unroll 1
-  for (uint32_t number = 0;; ++number) {
-    const PrefillSegment &segment = wait_segment<Traits>(shared, number);
-    if (!segment.valid) return;
-    const int ahead = smaller(segment.tiles.end - segment.tiles.begin - 1, Traits::kTilesAhead);
-    copier.copy(segment.item, segment.tiles, [&](int left) {
-      if (keys && left == ahead && threadIdx.x % 32 == 0) arrive(&shared.wanted);
-    });
-    release_segment<Traits>(shared, number);
-  }
-}
 
 // Finds the segments, tells all others, and brings the queries of each as soon as there is room.  Behind every wait its
 // lanes meet: a barrier's phases count as even and odd, and one that the first lane set going might be over twice
@@ -435,12 +333,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (warp == 0) {
       produce_queries<Traits>(params, shared, schedule);
-    } else if (warp < 3) {
-      if constexpr (Traits::kFloat8 || Traits::kFloat8Products) {
-        copy_float8_tiles<Traits>(params, shared, warp == 1);
-      } else {
-        produce_tiles<Traits>(params, shared, warp == 1);
-      }
+    } else if (warp == 1) {
+      produce_tiles<Traits, true>(params, shared);
+    } else if (warp == 2) {
+      produce_tiles<Traits, false>(params, shared);
     }
   } else if (warpgroup < Traits::kFirstMathGroup) {
     give_registers<Traits::kProducerRegisters>();

@@ -17,7 +17,6 @@
 #include <numeric>
 #include <type_traits>
 
-#include "hopper_prefill_float8_copies.cuh"
 #include "hopper_prefill_segments.cuh"
 #include "hopper_prefill_traits.cuh"
 #include "hopper_wgmma.cuh"
@@ -62,6 +61,7 @@ struct HopperPrefillFloat8Traits {
   static_assert(VTile::kColumns == 1);
   static constexpr int kRawBytes = KvTile::kBytes;
   static constexpr int kRawQueryPlace = 0;
+  static constexpr int kBoxColumns = 1;
   static constexpr int kQStages = 2;
   static constexpr int kKvStages = kTokens <= 96 ? 4 : 3;  // of K, of V as it comes, and of V transposed
 
@@ -96,11 +96,11 @@ struct HopperPrefillFloat8Traits {
   };
   static_assert(sizeof(Shared) <= 227 * 1024, "what a block may have on sm_90");
 
-  __device__ static Float8Ring ring(Shared &shared, bool keys) {
-    return keys ? Float8Ring{shared.k[0], shared.k_full, shared.k_empty}
-                : Float8Ring{shared.v_rows[0], shared.v_rows_full, shared.v_rows_empty};
+  __device__ static TileRing ring(Shared &shared, bool keys) {
+    return keys ? TileRing{shared.k[0], shared.k_full, shared.k_empty}
+                : TileRing{shared.v_rows[0], shared.v_rows_full, shared.v_rows_empty};
   }
-  __device__ static int raw_row(int row) { return KvTile::offset(row, 0); }
+  __device__ static constexpr int raw_row(int row, int) { return KvTile::offset(row, 0); }
 };
 
 // One of the warps that transpose V.

@@ -34,8 +34,8 @@ struct ColumnTile {
   __host__ __device__ static constexpr int step_offset(int step) { return step / 4 * kColumnBytes + step % 4 * 32; }
 };
 
-// Rooms that tiles of float8 keys, or of values, come to, one behind the other.
-struct Float8Ring {
+// Rooms that tiles of keys, or of values, come to, one behind the other.
+struct TileRing {
   char *rooms;
   Barrier *full;
   Barrier *empty;
@@ -75,7 +75,8 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   // Where the copy engine brings a tile to, in its room: float8 ones to the end, from where they become float16.
   static constexpr int kRawBytes = Types::kFloat8 ? kTokens * kHeadDim : KvTile::kBytes;
   static constexpr int kRawPlace = KvTile::kBytes - kRawBytes;
-  static constexpr int kRawQueryPlace = QTile::kColumnBytes / 2;  // in each column of float8 queries
+  static constexpr int kBoxColumns = Types::kFloat8 ? 1 : KvTile::kColumns;  // that a box may have one of, or all
+  static constexpr int kRawQueryPlace = QTile::kColumnBytes / 2;             // in each column of float8 queries
   static constexpr int kQStages = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kKvStages = kHeadDim <= 64 ? 4 : 2;  // of K, and of V
 
@@ -116,11 +117,19 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   };
   static_assert(sizeof(Shared) <= 227 * 1024, "what a block may have on sm_90");
 
-  __device__ static Float8Ring ring(Shared &shared, bool keys) {
-    return keys ? Float8Ring{shared.k[0], shared.raw.k, shared.k_empty}
-                : Float8Ring{shared.v[0], shared.raw.v, shared.v_empty};
+  __device__ static TileRing ring(Shared &shared, bool keys) {
+    if constexpr (Types::kFloat8) {
+      return keys ? TileRing{shared.k[0], shared.raw.k, shared.k_empty}
+                  : TileRing{shared.v[0], shared.raw.v, shared.v_empty};
+    } else {
+      return keys ? TileRing{shared.k[0], shared.k_full, shared.k_empty}
+                  : TileRing{shared.v[0], shared.v_full, shared.v_empty};
+    }
   }
-  __device__ static int raw_row(int row) { return kRawPlace + row * kHeadDim; }
+  // Where a row's bytes come to in a room, or those of a column of 128 bytes.
+  __device__ static constexpr int raw_row(int row, int column) {
+    return Types::kFloat8 ? kRawPlace + row * kHeadDim : KvTile::offset(row, column * 8);
+  }
 };
 
 }  // namespace pagedattn::cuda

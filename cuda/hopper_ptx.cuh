@@ -62,6 +62,19 @@ __device__ inline void wait(Barrier *barrier, uint32_t parity) {
       : "memory");
 }
 
+// One lane of the warp, of which all call this: for what one thread does with operands that all share.
+__device__ inline bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // ---- the bulk tensor copy engine ---------------------------------------------------------------------------------
 
 __device__ inline void prefetch_tensor_map(const CUtensorMap *map) {
