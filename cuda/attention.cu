@@ -236,8 +236,7 @@ TensorMaps encode_maps(const HopperKernel &hopper, const AttentionParams &params
   maps.box_bytes = box.tokens * box.columns * hopper.rows.row_bytes;
   maps.heads_to_block = static_cast<int32_t>(box.heads_to_block);
   encode_caches(params, box, &maps.k, &maps.v);
-  if (hopper.kernel.whole_queries)
-    maps.q = encode_queries(params, tile_queries(hopper.kernel, params), !hopper.rows.is_cut);
+  if (hopper.kernel.whole_queries) maps.q = encode_queries(params, hopper.rows, tile_queries(hopper.kernel, params));
   return maps;
 }
 

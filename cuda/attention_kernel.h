@@ -48,12 +48,12 @@ const AttentionKernelPair &attention_mma_float8_e4m3(int head_dim_tile);
 const AttentionKernelPair &attention_mma_float8_e5m2(int head_dim_tile);
 const AttentionKernel &attention_fma_float32(int head_dim_tile);
 
-// How rows of the cache lie in a Hopper kernel's shared memory (see BoxTile).
+// How rows of the cache lie in a Hopper kernel's shared memory (see BoxTile and ColumnTile).
 struct CacheRowLayout {
   int columns;
-  int row_bytes;
-  bool is_cut;  // into columns of 128 bytes
-  int heads;    // side by side
+  int row_bytes;  // in a column: 128, 64 or 32 if rows are cut
+  bool is_cut;    // into columns, whose chunks are permuted
+  int heads;      // side by side
 };
 
 struct HopperKernel {

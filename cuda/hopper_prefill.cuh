@@ -56,10 +56,10 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
     if constexpr (Traits::kFloat8) full = &shared.raw.q[stage];
     if (threadIdx.x == 0) {
       const bool float8 = Traits::kFloat8 && params.q_is_float8;
-      expect(full, Tile::kColumns * rows * (float8 ? 64 : 128));
+      expect(full, Tile::kColumns * rows * (float8 ? Tile::kWidth / 2 : Tile::kWidth));
 #pragma unroll
       for (int column = 0; column < Tile::kColumns; ++column) {
-        const int corner[5] = {column * 64, 0, segment.item.kv_head, token, 0};
+        const int corner[5] = {column * Tile::kColumnElements, 0, segment.item.kv_head, token, 0};
         const int to = column * Tile::kColumnBytes + (float8 ? Traits::kRawQueryPlace : 0);
         copy_box(shared_address(shared.q[stage] + to), &params.maps.q, corner, full);
       }
@@ -363,7 +363,8 @@ HopperKernel hopper_prefill_of(const char *name) {
            sizeof(typename Traits::Shared), Traits::kRows, Traits::kTokens, Traits::kHeadDim,
            &Traits::Cut::places_per_block, 0, true},
           Traits::kFloat8 ? CacheRowLayout{1, Traits::kHeadDim, false, 1}
-                          : CacheRowLayout{Traits::KvTile::kSideBySide ? Traits::KvTile::kColumns : 1, 128, true, 1}};
+                          : CacheRowLayout{Traits::KvTile::kSideBySide ? Traits::KvTile::kColumns : 1,
+                                           Traits::KvTile::kWidth, true, 1}};
 }
 
 template <class CacheElement, int kHeadDim>

@@ -82,7 +82,7 @@ class TileCopier {
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
       if (column > 0 && whole_rows_) break;
-      const int corner[5] = {column * 64, box.place, 0, box.head, box.block};
+      const int corner[5] = {column * Traits::KvTile::kColumnElements, box.place, 0, box.head, box.block};
       copy_box(room + Traits::raw_row(row, column), map(), corner, full);
     }
   }

@@ -93,7 +93,7 @@ class Float8Rows : public WarpgroupRows<Traits> {
 
   // Starts the tile's P V.
   __device__ void multiply_p_v(const char *v_tile, bool) {
-    const Operand v = operand(shared_address(v_tile), V::kColumnBytes, V::kEightRows);
+    const Operand v = operand<V>(shared_address(v_tile));
     fence_products();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {

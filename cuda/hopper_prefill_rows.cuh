@@ -52,7 +52,7 @@ class WarpgroupRows {
   __device__ void begin(const WorkItem &item, uint32_t q_stage) {
     item_ = &item;
     q_tile_ = shared_.q[q_stage];
-    q_ = operand(shared_address(q_tile_ + Q::offset(64 * group_, 0)), Q::kColumnBytes, Q::kEightRows);
+    q_ = operand<Q>(shared_address(q_tile_ + Q::offset(64 * group_, 0)));
     const auto &facts = shared_.facts[q_stage];
     visible_to_all_ = facts.visible_to_all[group_];
 #pragma unroll
@@ -66,7 +66,7 @@ class WarpgroupRows {
 
   // Starts s = Q K^T.
   __device__ void multiply_q_k(Scores &s, const char *k_tile) const {
-    const Operand k = operand(shared_address(k_tile), Kv::kColumnBytes, Kv::kEightRows);
+    const Operand k = operand<Kv>(shared_address(k_tile));
     fence_products();
 #pragma unroll
     for (int step = 0; step < kHeadDim / Traits::kStepDims; ++step) {
@@ -188,7 +188,7 @@ class WarpgroupRows {
 
   // Starts O += P V, or O = P V of an item's first keys.
   __device__ void multiply_p_v(const char *v_tile, bool first) {
-    const Operand v = operand(shared_address(v_tile), Kv::kColumnBytes, Kv::kEightRows);
+    const Operand v = operand<Kv>(shared_address(v_tile));
     fence_products();
 #pragma unroll
     for (int step = 0; step < kTokens / 16; ++step) {
@@ -196,7 +196,8 @@ class WarpgroupRows {
       for (int part = 0; part < kParts; ++part) {
         Products<Math, kPartColumns>::p_v(
             reinterpret_cast<float (&)[kPartColumns / 8][4]>(o_[part * (kPartColumns / 8)]), p_[step],
-            further(v, step * 2 * Kv::kEightRows + part * (kPartColumns / 64) * Kv::kColumnBytes), step > 0 || !first);
+            further(v, step * 2 * Kv::kEightRows + part * (kPartColumns / Kv::kColumnElements) * Kv::kColumnBytes),
+            step > 0 || !first);
       }
     }
     commit_products();
@@ -237,7 +238,7 @@ class WarpgroupRows {
     if (keys.begin <= token && token + kTokens <= keys.end) return;
     const int thread = block_thread() % 128;
     const auto clear = [&](int first, int end) {
-      constexpr int kChunks = Kv::kColumns * 8;
+      constexpr int kChunks = Kv::kColumns * Kv::kColumnChunks;
       for (int i = thread; i < (end - first) * kChunks; i += 128) {
         *reinterpret_cast<uint4 *>(v_tile + Kv::offset(first + i / kChunks, i % kChunks)) = {};
       }

@@ -15,23 +15,32 @@
 
 namespace pagedattn::cuda {
 
-// Rows in shared memory as wgmma wants them and the copy engine writes them: cut into columns of 128 bytes, in which
-// the 16-byte chunks of eight rows are permuted.  Columns lie one after the other, or side by side: eight rows of one
-// behind those of the one before, so that the copy engine brings all columns of many rows at once.
-template <int kRows, int kHeadDim, bool kSideBySide_, int kElementBytes = 2>
+// Rows in shared memory as wgmma wants them and the copy engine writes them: cut into columns of 128, 64 or 32 bytes,
+// in which the 16-byte chunks of eight rows are permuted, so that a chunk of each touches every bank once.  Columns lie
+// one after the other, or side by side: eight rows of one behind those of the one before, so that the copy engine
+// brings all columns of many rows at once.
+template <int kRows, int kHeadDim, bool kSideBySide_, int kElementBytes = 2, int kWidth_ = 128>
 struct ColumnTile {
   static constexpr bool kSideBySide = kSideBySide_;
-  static constexpr int kColumns = (kHeadDim * kElementBytes + 127) / 128;
-  static constexpr int kEightRows = kSideBySide ? kColumns * 1024 : 1024;  // from these to the next
-  static constexpr int kColumnBytes = kSideBySide ? 1024 : kRows * 128;    // from a column to the next
-  static constexpr int kBytes = kColumns * kRows * 128;
-  static_assert(kRows % 8 == 0);
+  static constexpr int kWidth = kWidth_;  // of a column, in bytes
+  static constexpr int kColumns = (kHeadDim * kElementBytes + kWidth - 1) / kWidth;
+  static constexpr int kColumnElements = kWidth / kElementBytes;
+  static constexpr int kColumnChunks = kWidth / 16;
+  static constexpr int kColumnSteps = kWidth / 32;
+  static constexpr int kEightRows = 8 * kWidth * (kSideBySide ? kColumns : 1);    // from these to the next
+  static constexpr int kColumnBytes = kSideBySide ? 8 * kWidth : kRows * kWidth;  // from a column to the next
+  static constexpr int kBytes = kColumns * kRows * kWidth;
+  static_assert(kRows % 8 == 0 && (kWidth == 128 || kWidth == 64 || kWidth == 32));
 
+  // Rows that share 128 bytes permute their chunks alike.
   __host__ __device__ static constexpr int offset(int row, int chunk) {
-    return chunk / 8 * kColumnBytes + row / 8 * kEightRows + row % 8 * 128 + ((chunk ^ row) & 7) * 16;
+    return chunk / kColumnChunks * kColumnBytes + row / 8 * kEightRows + row % 8 * kWidth +
+           ((chunk ^ row / (128 / kWidth)) & (kColumnChunks - 1)) * 16;
   }
   // Of the 32 bytes from 32 * step on, which a product takes.
-  __host__ __device__ static constexpr int step_offset(int step) { return step / 4 * kColumnBytes + step % 4 * 32; }
+  __host__ __device__ static constexpr int step_offset(int step) {
+    return step / kColumnSteps * kColumnBytes + step % kColumnSteps * 32;
+  }
 };
 
 // Rooms that tiles of keys, or of values, come to, one behind the other.
@@ -70,8 +79,10 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   // else.
   static constexpr bool kKeepsRow = kHeadDim == 192 && !Types::kFloat8;
 
-  using QTile = ColumnTile<kRows, kHeadDim, false>;
-  using KvTile = ColumnTile<kTokens, kHeadDim, Types::kFloat8 || kHeadDim % 64 == 0>;
+  // Narrow columns, which rows of K and V fill, so that the copy engine brings them side by side.
+  static constexpr int kColumnWidth = kHeadDim == 96 && !Types::kFloat8 ? 64 : 128;
+  using QTile = ColumnTile<kRows, kHeadDim, false, 2, kColumnWidth>;
+  using KvTile = ColumnTile<kTokens, kHeadDim, Types::kFloat8 || kHeadDim * 2 % kColumnWidth == 0, 2, kColumnWidth>;
   // Where the copy engine brings a tile to, in its room: float8 ones to the end, from where they become float16.
   static constexpr int kRawBytes = Types::kFloat8 ? kTokens * kHeadDim : KvTile::kBytes;
   static constexpr int kRawPlace = KvTile::kBytes - kRawBytes;
@@ -126,9 +137,9 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
                   : TileRing{shared.v[0], shared.v_full, shared.v_empty};
     }
   }
-  // Where a row's bytes come to in a room, or those of a column of 128 bytes.
+  // Where a row's bytes come to in a room, or those of a column.
   __device__ static constexpr int raw_row(int row, int column) {
-    return Types::kFloat8 ? kRawPlace + row * kHeadDim : KvTile::offset(row, column * 8);
+    return Types::kFloat8 ? kRawPlace + row * kHeadDim : KvTile::offset(row, column * KvTile::kColumnChunks);
   }
 };
 

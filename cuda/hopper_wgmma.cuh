@@ -4,7 +4,7 @@
 //
 // A warpgroup multiplies 64 rows: warp w has rows 16 w ... 16 w + 15, and of their products a thread holds what it
 // would of a row of 16 x 8 tiles (see multiply_add in ptx.cuh): d[j] belongs to columns 8 j ... 8 j + 7.  Operands in
-// shared memory lie in columns of 128 bytes, whose 16-byte chunks are permuted as the copy engine does it.
+// shared memory lie in columns of 128, 64 or 32 bytes, whose 16-byte chunks are permuted as the copy engine does it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -52,16 +52,17 @@ __device__ inline void publish_shared_writes() { asm volatile("fence.proxy.async
 
 // ---- where an operand lies ---------------------------------------------------------------------------------------
 
-// Of a tile that begins at a multiple of 1024 bytes: columns of 128 bytes, so far apart, of eight rows after eight, so
-// far apart.  Rows are of Q or K, whose products run along rows, or of V, whose products run across them.
+// Of a tile (see ColumnTile) that begins at a multiple of 1024 bytes, or of what eight of its rows take in a column.
+// Rows are of Q or K, whose products run along rows, or of V, whose products run across them.
 struct Operand {
   uint32_t place;
   uint32_t layout;
 };
-__device__ inline Operand operand(SharedAddress address, int column_bytes, int eight_rows_bytes) {
-  constexpr uint32_t kPermuted = 1u << 30;
-  return {static_cast<uint32_t>(column_bytes >> 4) << 16 | (address & 0x3ffff) >> 4,
-          kPermuted | static_cast<uint32_t>(eight_rows_bytes >> 4)};
+template <class Tile>
+__device__ inline Operand operand(SharedAddress address) {
+  constexpr uint32_t kPermuted = (Tile::kWidth == 128 ? 1u : Tile::kWidth == 64 ? 2u : 3u) << 30;
+  return {static_cast<uint32_t>(Tile::kColumnBytes >> 4) << 16 | (address & 0x3ffff) >> 4,
+          kPermuted | static_cast<uint32_t>(Tile::kEightRows >> 4)};
 }
 // The operand that begins so many bytes further on.
 __device__ inline Operand further(Operand operand, int bytes) {

@@ -16,9 +16,9 @@
 namespace pagedattn::cuda {
 namespace {
 
-constexpr int kColumnBytes = 128;
-constexpr cuuint32_t kQueryColumn = 64;  // elements of queries that are to be widened
+constexpr int64_t kWidenedColumn = 64;  // elements of queries that are to be widened
 constexpr int64_t kAlignment = 16;
+constexpr int64_t kUnusedStride = 128;
 
 // Strides of extents of one are never used and need not fit.
 bool stride_fits(int64_t elements, int64_t element_size, int64_t extent) {
@@ -50,9 +50,18 @@ struct Tensor {
   std::array<int64_t, 5> extents;
   std::array<int64_t, 4> strides;  // of the outer four, in elements
   std::array<cuuint32_t, 5> box;
-  bool is_cut;  // see BoxTile
+  bool is_cut;  // into columns as wide as a box, whose chunks are permuted
   int64_t row;  // elements that are read together
 };
+
+// As ColumnTile permutes chunks.
+CUtensorMapSwizzle swizzle(const Tensor &tensor) {
+  if (!tensor.is_cut) return CU_TENSOR_MAP_SWIZZLE_NONE;
+  const int64_t column_bytes = tensor.box[0] * tensor.element_size;
+  return column_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+         : column_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                              : CU_TENSOR_MAP_SWIZZLE_32B;
+}
 
 void check_driver(CUresult result, const char *function) {
   if (result == CUDA_SUCCESS) return;
@@ -66,7 +75,7 @@ CUtensorMap encode(const Tensor &tensor) {
     extents[i] = static_cast<cuuint64_t>(tensor.extents[i]);
     if (i == 0) continue;
     strides[i - 1] =
-        static_cast<cuuint64_t>(tensor.extents[i] <= 1 ? kColumnBytes : tensor.strides[i - 1] * tensor.element_size);
+        static_cast<cuuint64_t>(tensor.extents[i] <= 1 ? kUnusedStride : tensor.strides[i - 1] * tensor.element_size);
   }
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   static const auto encode_tiled = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
@@ -74,8 +83,7 @@ CUtensorMap encode(const Tensor &tensor) {
   const CUresult result = encode_tiled(
       &map, tensor.element_size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 5,
       const_cast<void *>(tensor.data), extents, strides, tensor.box.data(), steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      tensor.is_cut ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-      promotion(tensor.row * tensor.element_size), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      swizzle(tensor), promotion(tensor.row * tensor.element_size), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check_driver(result, "cuTensorMapEncodeTiled");
   return map;
 }
@@ -106,22 +114,21 @@ int64_t heads_to_next_block(const AttentionParams &params) {
 
 CUtensorMap encode_cache(const AttentionParams &params, const CacheView &cache, const CacheBox &box) {
   const auto columns = static_cast<cuuint32_t>(box.columns), elements = static_cast<cuuint32_t>(box.elements);
-  const int64_t size = dtype_size(params.kv_dtype), column_stride = kColumnBytes / size;
   Tensor tensor{};
   tensor.data = cache.data;
-  tensor.element_size = size;
+  tensor.element_size = dtype_size(params.kv_dtype);
   tensor.is_cut = box.is_cut;
   tensor.row = params.head_dim * box.heads;
   if (box.heads_to_block > 0) {
     const bool one_head = params.num_kv_heads == 1;
     tensor.extents = {box.elements, 8, box.columns, params.block_size / 8, params.num_blocks * box.heads_to_block};
-    tensor.strides = {cache.token_stride, column_stride, cache.token_stride * 8,
+    tensor.strides = {cache.token_stride, box.elements, cache.token_stride * 8,
                       one_head ? cache.block_stride : cache.head_stride};
     tensor.box = {elements, 8, columns, static_cast<cuuint32_t>(box.tokens / 8), 1};
   } else {
     tensor.extents = {box.columns > 1 ? box.elements : params.head_dim, params.block_size, box.columns,
                       params.num_kv_heads / box.heads, params.num_blocks};
-    tensor.strides = {cache.token_stride, column_stride, cache.head_stride * box.heads, cache.block_stride};
+    tensor.strides = {cache.token_stride, box.elements, cache.head_stride * box.heads, cache.block_stride};
     tensor.box = {elements, static_cast<cuuint32_t>(box.tokens), columns, 1, 1};
   }
   return encode(tensor);
@@ -172,17 +179,17 @@ void encode_caches(const AttentionParams &params, const CacheBox &box, CUtensorM
   }
 }
 
-CUtensorMap encode_queries(const AttentionParams &params, int tokens, bool widened) {
+CUtensorMap encode_queries(const AttentionParams &params, const CacheRowLayout &rows, int tokens) {
   const int group = params.num_q_heads / params.num_kv_heads;
   const int64_t size = dtype_size(params.q_dtype);
   Tensor tensor{};
   tensor.data = params.q.data;
   tensor.element_size = size;
-  tensor.is_cut = size == 2 || !widened;  // what widens float8 puts it in its place
+  tensor.is_cut = size == 2 || rows.is_cut;  // what widens float8 puts it in its place
   tensor.row = params.head_dim;
   tensor.extents = {params.head_dim, group, params.num_kv_heads, params.num_tokens, 1};
   tensor.strides = {params.q.head_stride, params.q.head_stride * group, params.q.token_stride, 0};
-  const cuuint32_t column = tensor.is_cut ? static_cast<cuuint32_t>(kColumnBytes / size) : kQueryColumn;
+  const auto column = static_cast<cuuint32_t>(rows.is_cut ? rows.row_bytes / size : kWidenedColumn);
   tensor.box = {column, static_cast<cuuint32_t>(group), 1, static_cast<cuuint32_t>(tokens), 1};
   return encode(tensor);
 }

@@ -24,7 +24,7 @@ struct CacheBox {
   int tokens;    // of one block, and a divisor of the tile's
   int columns;   // that a row is cut into: all of them, or one at a time where D does not fill the last
   int elements;  // of a column
-  bool is_cut;   // see BoxTile
+  bool is_cut;   // see CacheRowLayout
   int heads;     // side by side in a row
   // More than eight tokens in several columns are eight tokens after eight.  That takes a dimension, and heads and
   // blocks are one: a block is so many heads further on.  0: they are not.
@@ -37,8 +37,8 @@ CacheBox cache_box(const AttentionParams &params, const CacheRowLayout &rows, in
 // [N Hkv, S / 8, columns, 8, elements].  Throws PA_ERROR_CUDA.
 void encode_caches(const AttentionParams &params, const CacheBox &box, CUtensorMap *k, CUtensorMap *v);
 
-// The map of queries, [1, T, Hkv, Hq / Hkv, D], of which it takes 128 bytes of so many tokens of one KV head at once,
-// or 64 elements of float8 that is to be widened.  Throws PA_ERROR_CUDA.
-CUtensorMap encode_queries(const AttentionParams &params, int tokens, bool widened);
+// The map of queries, [1, T, Hkv, Hq / Hkv, D], of which it takes a column of so many tokens of one KV head at once: as
+// wide as the cache's if its rows are cut, or else of 64 elements, which are to become float16.  Throws PA_ERROR_CUDA.
+CUtensorMap encode_queries(const AttentionParams &params, const CacheRowLayout &rows, int tokens);
 
 }  // namespace pagedattn::cuda

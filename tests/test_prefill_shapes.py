@@ -50,7 +50,7 @@ def test_every_pair_of_options_of_prefill_matches_the_reference(
 
 
 @pytest.mark.parametrize("kind", TENSOR_CORE_KINDS, ids="-".join)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 88, 96, 112, 128, 192, 256])
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128, 256])
 def test_prompts_behind_a_cache_match_the_reference(
     cuda: CupyBackend, rng: np.random.Generator, block_size: int, head_dim: int, kind: tuple[str, str]
