@@ -27,7 +27,6 @@
 namespace pagedattn::cuda {
 
 // ---- the warps that bring data -----------------------------------------------------------------------------------
-
 // Finds the segments, tells all others, and brings the queries of each as soon as there is room.  Behind every wait its
 // lanes meet: a barrier's phases count as even and odd, and one that the first lane set going might be over twice
 // before another lane looks.
@@ -333,10 +332,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (warp == 0) {
       produce_queries<Traits>(params, shared, schedule);
-    } else if (warp == 1) {
-      produce_tiles<Traits, true>(params, shared);
-    } else if (warp == 2) {
-      produce_tiles<Traits, false>(params, shared);
+    } else if (warp < 3) {
+      produce_tiles<Traits>(params, shared, warp == 1);
     }
   } else if (warpgroup < Traits::kFirstMathGroup) {
     give_registers<Traits::kProducerRegisters>();

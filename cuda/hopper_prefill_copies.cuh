@@ -14,16 +14,17 @@
 namespace pagedattn::cuda {
 
 // Asks for the tiles of K, or of V, into their ring.
-template <class Traits, bool kKeys>
+template <class Traits>
 class TileCopier {
   static constexpr int kTokens = Traits::kTokens;
   static constexpr int kColumns = Traits::kBoxColumns;
   static constexpr int kMostAtOnce = Traits::kProducerRegisters < 48 ? 4 : 16;  // blocks that registers have room for
 
  public:
-  __device__ TileCopier(const HopperParams &params, typename Traits::Shared &shared)
+  __device__ TileCopier(const HopperParams &params, typename Traits::Shared &shared, bool keys)
       : params_(params),
-        ring_(Traits::ring(shared, kKeys)),
+        map_(keys ? &params.maps.k : &params.maps.v),
+        ring_(Traits::ring(shared, keys)),
         lane_(static_cast<int>(threadIdx.x) % 32),
         whole_rows_(params.maps.box_columns == kColumns),
         block_tokens_(box_is_block() ? params.maps.box_tokens : 0) {}
@@ -112,9 +113,10 @@ class TileCopier {
     return true;
   }
 
-  __device__ const CUtensorMap *map() const { return kKeys ? &params_.maps.k : &params_.maps.v; }
+  __device__ const CUtensorMap *map() const { return map_; }
 
   const HopperParams &params_;
+  const CUtensorMap *map_;
   TileRing ring_;
   int lane_;
   bool whole_rows_;   // a box has all columns
@@ -125,16 +127,16 @@ class TileCopier {
 // Brings K, or V, of one segment after the other.  The warp that brings K says when work is to be taken: late, shortly
 // before the last tile of a segment, since whoever is first done should have the next; but not so late that its queries
 // would be waited for.
-template <class Traits, bool kKeys>
-__device__ void produce_tiles(const HopperParams &params, typename Traits::Shared &shared) {
-  TileCopier<Traits, kKeys> copier(params, shared);
+template <class Traits>
+__device__ void produce_tiles(const HopperParams &params, typename Traits::Shared &shared, bool keys) {
+  TileCopier<Traits> copier(params, shared, keys);
 #pragma unroll 1
   for (uint32_t number = 0;; ++number) {
     const PrefillSegment &segment = wait_segment<Traits>(shared, number);
     if (!segment.valid) return;
     const int ahead = smaller(segment.tiles.end - segment.tiles.begin - 1, Traits::kTilesAhead);
     copier.copy(segment.item, segment.tiles, [&](int left) {
-      if (kKeys && left == ahead && threadIdx.x % 32 == 0) arrive(&shared.wanted);
+      if (keys && left == ahead && threadIdx.x % 32 == 0) arrive(&shared.wanted);
     });
     release_segment<Traits>(shared, number);
   }

@@ -59,7 +59,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
 
   // Warpgroups that compute, 64 query rows each.  The third hides latencies, where registers are enough.
-  static constexpr int kGroups = kHeadDim <= 80 && !Types::kFloat8 ? 3 : 2;
+  static constexpr int kGroups = kHeadDim <= 96 && !Types::kFloat8 ? 3 : 2;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kTokens = kGroups == 3 ? 96 : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 96 : 64;
   struct Shape : TileShape<kRows, kTokens, false> {};
@@ -72,7 +72,10 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   // Of a thread as the kernel starts, and then of the warpgroups that bring data, and of those that compute: as many as
   // keep both from spilling, up to 128 columns.
   static constexpr int kRegisters = kWarpgroups == 4 ? 128 : 168;
-  static constexpr int kProducerRegisters = !Types::kFloat8 ? 56 : kHeadDim <= 96 ? 48 : kHeadDim <= 128 ? 56 : 40;
+  static constexpr int kProducerRegisters = !Types::kFloat8   ? (kHeadDim == 96 ? 32 : 56)
+                                            : kHeadDim <= 96  ? 48
+                                            : kHeadDim <= 128 ? 56
+                                                              : 40;
   static constexpr int kMathRegisters =
       (kWarpgroups * kRegisters - kFirstMathGroup * kProducerRegisters) / kGroups / 8 * 8;
   // What comes of a thread's number is found anew where it is needed, but where the compiler then spills something
@@ -80,16 +83,21 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr bool kKeepsRow = kHeadDim == 192 && !Types::kFloat8;
 
   // Narrow columns, which rows of K and V fill, so that the copy engine brings them side by side.
-  static constexpr int kColumnWidth = kHeadDim == 96 && !Types::kFloat8 ? 64 : 128;
+  static constexpr int kColumnWidth = Types::kFloat8 ? 128 : kHeadDim == 80 ? 32 : kHeadDim == 96 ? 64 : 128;
   using QTile = ColumnTile<kRows, kHeadDim, false, 2, kColumnWidth>;
   using KvTile = ColumnTile<kTokens, kHeadDim, Types::kFloat8 || kHeadDim * 2 % kColumnWidth == 0, 2, kColumnWidth>;
   // Where the copy engine brings a tile to, in its room: float8 ones to the end, from where they become float16.
   static constexpr int kRawBytes = Types::kFloat8 ? kTokens * kHeadDim : KvTile::kBytes;
   static constexpr int kRawPlace = KvTile::kBytes - kRawBytes;
+  static constexpr int kRawEightRows = Types::kFloat8 ? 8 * kHeadDim : KvTile::kEightRows;  // from these to the next
   static constexpr int kBoxColumns = Types::kFloat8 ? 1 : KvTile::kColumns;  // that a box may have one of, or all
   static constexpr int kRawQueryPlace = QTile::kColumnBytes / 2;             // in each column of float8 queries
   static constexpr int kQStages = kHeadDim <= 128 ? 2 : 1;
-  static constexpr int kKvStages = kHeadDim <= 64 ? 4 : 2;  // of K, and of V
+  static constexpr int kKvStages = kHeadDim <= 64   ? 4
+                                   : Types::kFloat8 ? 2
+                                   : kHeadDim <= 80 ? 4
+                                   : kHeadDim <= 96 ? 3
+                                                    : 2;  // of K, and of V
 
   using Schedule = PrefillSchedule<Shape, kThreads, 2 * sizeof(typename Types::Storage) * kHeadDim>;
   using Source = PrefillSource<Shape, Schedule>;
@@ -137,7 +145,6 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
                   : TileRing{shared.v[0], shared.v_full, shared.v_empty};
     }
   }
-  // Where a row's bytes come to in a room, or those of a column.
   __device__ static constexpr int raw_row(int row, int column) {
     return Types::kFloat8 ? kRawPlace + row * kHeadDim : KvTile::offset(row, column * KvTile::kColumnChunks);
   }
