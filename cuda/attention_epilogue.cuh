@@ -52,23 +52,57 @@ struct RowState {
   }
 };
 
+// Of a query row's scores in units of log 2, with the sink that its head may have: the largest, and the sum of
+// exp2(score - largest).  Sums over keys alone are to be multiplied by `factor`.
+struct RowSum {
+  float largest;
+  float sum;
+  float factor;
+
+  __device__ float lse() const {
+    const float log_sum = (largest + log2f(sum)) * kLn2;
+    return sum == 0.0f ? negative_infinity() : log_sum;
+  }
+};
+
+__device__ inline RowSum with_sink(const AttentionKernelParams &params, int head, float m, float l) {
+  if (params.sinks == nullptr) return {m, l, 1.0f};
+  // Over the larger of the two, so that a sink far above every score does not overflow.
+  const float sink = params.sinks[head] * kLog2E, largest = fmaxf(m, sink), factor = rescale_factor(m, largest);
+  return {largest, l * factor + rescale_factor(sink, largest), factor};
+}
+
+__device__ inline void store_lse_of_row(const AttentionKernelParams &params, int64_t token, int head, float lse) {
+  params.lse[token * params.lse_token_stride + head * params.lse_head_stride] = lse;
+}
+
 // What the sum of exp2(score - m) V of a query row is to be multiplied by; with `store_lse`, stores the row's
 // log-sum-exp where the call wants it.
 __device__ inline float end_row(const AttentionKernelParams &params, int64_t token, int head, int kv_head, float m,
                                 float l, bool store_lse) {
-  float largest = m, sum = l, factor = 1.0f;
-  if (params.sinks != nullptr) {
-    // Over the larger of the two, so that a sink far above every score does not overflow.
-    const float sink = params.sinks[head] * kLog2E;
-    largest = fmaxf(m, sink);
-    factor = rescale_factor(m, largest);
-    sum = l * factor + rescale_factor(sink, largest);
-  }
+  const RowSum row = with_sink(params, head, m, l);
+  if (params.lse != nullptr && store_lse) store_lse_of_row(params, token, head, row.lse());
+  return row.sum == 0.0f ? 0.0f : row.factor * params.v_scale.of_head(kv_head) / row.sum;
+}
+
+// The same of two rows of a KV head that may not exist: together, and with a division that has no branches, since one
+// after the other each would wait for itself.
+__device__ inline void end_rows(const AttentionKernelParams &params, const int64_t (&tokens)[2], const int (&heads)[2],
+                                int kv_head, const float (&m)[2], const float (&l)[2], const bool (&exist)[2],
+                                bool store_lse, float (&factors)[2]) {
+  const RowSum rows[2] = {with_sink(params, heads[0], m[0], l[0]), with_sink(params, heads[1], m[1], l[1])};
   if (params.lse != nullptr && store_lse) {
-    params.lse[token * params.lse_token_stride + head * params.lse_head_stride] =
-        sum == 0.0f ? negative_infinity() : (largest + log2f(sum)) * kLn2;
+    const float lse[2] = {rows[0].lse(), rows[1].lse()};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (exist[i]) store_lse_of_row(params, tokens[i], heads[i], lse[i]);
+    }
   }
-  return sum == 0.0f ? 0.0f : factor * params.v_scale.of_head(kv_head) / sum;
+  const float v_scale = params.v_scale.of_head(kv_head);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    factors[i] = rows[i].sum == 0.0f ? 0.0f : __fdividef(rows[i].factor * v_scale, rows[i].sum);
+  }
 }
 
 // Publishes a partial result of threads that meet by `meet`; true in those that do so last of the item's.  The barriers

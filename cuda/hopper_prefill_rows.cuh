@@ -22,6 +22,7 @@ class WarpgroupRows {
   static constexpr int kTokens = Traits::kTokens;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kRowFloats = place_row_floats(kHeadDim);
+  static constexpr bool kFourAtOnce = kHeadDim <= 128;  // columns of a partial result that a thread loads
   static constexpr bool kOwnScales = Traits::kFloat8 || Traits::kFloat8Products;
   // Log 2 of the weight that a key may have before sums are brought to a larger m: far from what a float16 holds.
   static constexpr float kLargestStep = 8.0f;
@@ -99,7 +100,7 @@ class WarpgroupRows {
     }
     if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
       const Range keys[2] = {keys_of(own_row()), keys_of(own_row() + 8)};
-      mask_scores(s, keys, token);
+      mask_scores_by_bits(s, keys, token);
     }
   }
 
@@ -232,10 +233,15 @@ class WarpgroupRows {
     return sums;
   }
 
-  // Rows of V that no query sees may hold anything: zeros take their place.  All groups write them, since none waits
-  // for another: also while another's product already reads the same zeros, but before the group lets the tile go.
+  // Rows of V that no query sees may hold anything, where their box has others that are seen: zeros take their place.
+  // All groups write them, since none waits for another: also while another's product already reads the same zeros, but
+  // before the group lets the tile go.
   __device__ void clear_unseen(char *v_tile, Range keys, int token) const {
-    if (keys.begin <= token && token + kTokens <= keys.end) return;
+    const Range seen = {clamp_to(keys.begin - token, 0, kTokens), clamp_to(keys.end - token, 0, kTokens)};
+    const int box = params_.maps.box_tokens;
+    Range brought = {0, kTokens};  // not as zeros
+    if ((box & (box - 1)) == 0) brought = {seen.begin & -box, (seen.end + box - 1) & -box};
+    if (seen.begin == brought.begin && seen.end == brought.end) return;
     const int thread = block_thread() % 128;
     const auto clear = [&](int first, int end) {
       constexpr int kChunks = Kv::kColumns * Kv::kColumnChunks;
@@ -243,8 +249,8 @@ class WarpgroupRows {
         *reinterpret_cast<uint4 *>(v_tile + Kv::offset(first + i / kChunks, i % kChunks)) = {};
       }
     };
-    clear(0, clamp_to(keys.begin - token, 0, kTokens));
-    clear(clamp_to(keys.end - token, 0, kTokens), kTokens);
+    clear(brought.begin, seen.begin);
+    clear(seen.end, brought.end);
     publish_shared_writes();
     named_barrier<128>(barrier_);
   }
@@ -395,8 +401,9 @@ class WarpgroupRows {
   __device__ bool exists(const WorkItem &item, int row) const { return row < tile_rows(params_.batch, item); }
 
   __device__ void write(const WorkItem &item, const Sums &sums) const {
-    float factors[2] = {};
-    const int64_t offsets[2] = {end_row_of(item, sums, 0, factors[0]), end_row_of(item, sums, 1, factors[1])};
+    float factors[2];
+    int64_t offsets[2];
+    end_rows(item, sums, offsets, factors);
     const SharedAddress room = shared_address(shared_.results[4 * group_ + block_thread() % 128 / 32].bytes);
     // A warp's room is its own.  The group's barrier, since behind __syncwarp ptxas believes that warps part, and keeps
     // operands of products out of the uniform registers.
@@ -409,15 +416,24 @@ class WarpgroupRows {
       write_rows<__half>(params_, room, o_, offsets, factors, meet);
     }
   }
-  // Where a row's results go, or -1 where no token has it; `factor` is what its output is to be multiplied with.
-  __device__ int64_t end_row_of(const WorkItem &item, const Sums &sums, int i, float &factor) const {
-    const int row = own_row() + 8 * i;
-    if (!exists(item, row)) return -1;
-    const int query = item.query_tile * params_.batch.tile_queries + params_.batch.group.divide(row);
-    const int64_t token = item.seq.first_token + query;
-    const int head = head_of(item, row);
-    factor = end_row(params_, token, head, item.kv_head, sums.m[i], sums.l[i], block_thread() % 4 == 0);
-    return token * params_.out.token_stride + head * params_.out.head_stride;
+  // Where rows' results go, or -1 where no token has one; `factors` are what output is to be multiplied with.
+  __device__ void end_rows(const WorkItem &item, const Sums &sums, int64_t (&offsets)[2], float (&factors)[2]) const {
+    const int group = static_cast<int>(params_.batch.group.divisor), num_rows = tile_rows(params_.batch, item);
+    int64_t tokens[2];
+    int heads[2];
+    bool exist[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = own_row() + 8 * i, query = params_.batch.group.divide(row);
+      exist[i] = row < num_rows;
+      tokens[i] = item.seq.first_token + item.query_tile * params_.batch.tile_queries + query;
+      heads[i] = item.kv_head * group + row - query * group;
+    }
+    cuda::end_rows(params_, tokens, heads, item.kv_head, sums.m, sums.l, exist, block_thread() % 4 == 0, factors);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      offsets[i] = exist[i] ? tokens[i] * params_.out.token_stride + heads[i] * params_.out.head_stride : -1;
+    }
   }
 
   // A row of a partial result.
@@ -430,7 +446,8 @@ class WarpgroupRows {
     for (int i = 0; i < 2; ++i) {
       const int row = own_row() + 8 * i;
       if (!exists(segment.item, row)) continue;
-      store_partial_row(partial_row(segment.plan.first_place + segment.plan.segment, row), o_, i, sums.m[i], sums.l[i]);
+      store_partial_row<kFourAtOnce>(partial_row(segment.plan.first_place + segment.plan.segment, row), o_, i,
+                                     sums.m[i], sums.l[i]);
     }
   }
 
@@ -457,7 +474,7 @@ class WarpgroupRows {
       const int row = min(own_row() + 8 * i, last_row);
 #pragma unroll 1
       for (int place = first_place; place < end_place; ++place) {
-        add_partial_row(partial_row(place, row), o_, i, sums.m[i], sums.l[i]);
+        add_partial_row<kFourAtOnce>(partial_row(place, row), o_, i, sums.m[i], sums.l[i]);
       }
     }
   }

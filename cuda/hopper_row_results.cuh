@@ -17,7 +17,7 @@ namespace pagedattn::cuda {
 struct ResultsRoom {
   alignas(128) char bytes[16 * 128];
 
-  __device__ static SharedAddress place(int row, int chunk) {
+  __device__ static constexpr SharedAddress place(int row, int chunk) {
     return static_cast<SharedAddress>(row * 128 + ((chunk ^ row) & 7) * 16);
   }
 };
@@ -30,6 +30,9 @@ __device__ void write_rows(const AttentionKernelParams &params, SharedAddress ro
   static_assert(kTiles % 2 == 0);
   const int lane = thread_index() % 32, row = lane / 4;
   const SharedAddress to = room + ResultsRoom::place(lane % 16, lane / 16);
+  // Of 64 columns a lane has two chunks, in the order in which eight rows' do not share banks.
+  const int chunks[2] = {lane % 4 + row % 2 * 4, lane % 4 + (1 - row % 2) * 4};
+  const SharedAddress from[2] = {room + ResultsRoom::place(row, chunks[0]), room + ResultsRoom::place(row, chunks[1])};
 #pragma unroll
   for (int first = 0; first < kTiles; first += 8) {
     if (first > 0) meet();
@@ -46,11 +49,15 @@ __device__ void write_rows(const AttentionKernelParams &params, SharedAddress ro
     meet();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int chunk = lane % 4 + (half + row) % 2 * 4, column = (first + chunk) * 8;
+      const int column = (first + chunks[half]) * 8;
+      uint4 eights[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) eights[i] = load_shared(from[half] + i * ResultsRoom::place(8, 0));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint4 eight = load_shared(room + ResultsRoom::place(row + 8 * i, chunk));
-        if (offsets[i] >= 0 && column < params.head_dim) store_eight(params, offsets[i] + column, eight);
+        if (offsets[i] < 0 || column >= params.head_dim) continue;
+        uint16_t *const out = static_cast<uint16_t *>(params.out.data) + offsets[i] + chunks[half] * 8;
+        store_eight(params, out + first * 8, eights[i]);
       }
     }
   }

@@ -121,7 +121,8 @@ class PrefillSchedule {
 
   // An item by its place in the order.  Lanes may ask for different ones.
   __device__ WorkItem locate(int index) const {
-    int low = 0, high = kThreads;  // the last thread whose sequences have no more items before them
+    // The last thread whose sequences have no more items before them.
+    int low = 0, high = smaller(kThreads, batch_.num_seqs);
 #pragma unroll 1
     while (high - low > 1) {
       const int middle = (low + high) / 2;

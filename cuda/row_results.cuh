@@ -30,8 +30,7 @@ __device__ inline uint4 transpose_quad(const uint32_t (&words)[4]) {
   return high ? uint4{first, second, pairs[1][0], pairs[1][1]} : uint4{pairs[0][0], pairs[0][1], first, second};
 }
 
-__device__ inline void store_eight(const AttentionKernelParams &params, int64_t offset, const uint4 &eight) {
-  uint16_t *const out = static_cast<uint16_t *>(params.out.data) + offset;
+__device__ inline void store_eight(const AttentionKernelParams &params, uint16_t *out, const uint4 &eight) {
   if (params.out_bytes >= 16) {
     *reinterpret_cast<uint4 *>(out) = eight;
     return;
@@ -59,35 +58,58 @@ __device__ void write_row(const AttentionKernelParams &params, const float (&o)[
     }
     const uint4 eight = transpose_quad(words);
     const int column = (first + lane) * 8;
-    if (offset >= 0 && column < params.head_dim) store_eight(params, offset + column, eight);
+    if (offset >= 0 && column < params.head_dim) {
+      store_eight(params, static_cast<uint16_t *>(params.out.data) + offset + column, eight);
+    }
   }
 }
 
-// A row of a partial result to its place.
-template <int kTiles>
+// A row of a partial result to its place.  Of each two tiles a lane's columns lie side by side if it is to load all
+// four at once, for which not every kernel has registers.
+template <bool kFourAtOnce, int kTiles>
 __device__ void store_partial_row(float *row, const float (&o)[kTiles][4], int i, float m, float l) {
-  const int column = static_cast<int>(threadIdx.x) % 4 * 2;
+  const int lane = static_cast<int>(threadIdx.x) % 4;
+  if constexpr (kFourAtOnce) {
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    *reinterpret_cast<float2 *>(row + tile * 8 + column) = {o[tile][2 * i], o[tile][2 * i + 1]};
+    for (int tile = 0; tile < kTiles; tile += 2) {
+      *reinterpret_cast<float4 *>(row + tile * 8 + lane * 4) = {o[tile][2 * i], o[tile][2 * i + 1], o[tile + 1][2 * i],
+                                                                o[tile + 1][2 * i + 1]};
+    }
+  } else {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      *reinterpret_cast<float2 *>(row + tile * 8 + lane * 2) = {o[tile][2 * i], o[tile][2 * i + 1]};
+    }
   }
-  if (column == 0) *reinterpret_cast<float2 *>(row + kTiles * 8) = {m, l};
+  if (lane == 0) *reinterpret_cast<float2 *>(row + kTiles * 8) = {m, l};
 }
 
 // Adds it to a sum of such.  Products are rounded before they are added, so that of two parts either may come first.
-template <int kTiles>
+template <bool kFourAtOnce, int kTiles>
 __device__ void add_partial_row(const float *row, float (&o)[kTiles][4], int i, float &m, float &l) {
-  const int column = static_cast<int>(threadIdx.x) % 4 * 2;
+  const int lane = static_cast<int>(threadIdx.x) % 4;
   const float2 other = load_from_l2(reinterpret_cast<const float2 *>(row + kTiles * 8));
   const float largest = fmaxf(m, other.x);
   const float factor = rescale_factor(m, largest), weight = rescale_factor(other.x, largest);
   m = largest;
   l = __fadd_rn(__fmul_rn(l, factor), __fmul_rn(other.y, weight));
+  const auto add = [&](float &sum, float x) { sum = __fadd_rn(__fmul_rn(sum, factor), __fmul_rn(x, weight)); };
+  if constexpr (kFourAtOnce) {
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const float2 x = load_from_l2(reinterpret_cast<const float2 *>(row + tile * 8 + column));
-    o[tile][2 * i] = __fadd_rn(__fmul_rn(o[tile][2 * i], factor), __fmul_rn(x.x, weight));
-    o[tile][2 * i + 1] = __fadd_rn(__fmul_rn(o[tile][2 * i + 1], factor), __fmul_rn(x.y, weight));
+    for (int tile = 0; tile < kTiles; tile += 2) {
+      const float4 x = load_from_l2(reinterpret_cast<const float4 *>(row + tile * 8 + lane * 4));
+      add(o[tile][2 * i], x.x);
+      add(o[tile][2 * i + 1], x.y);
+      add(o[tile + 1][2 * i], x.z);
+      add(o[tile + 1][2 * i + 1], x.w);
+    }
+  } else {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const float2 x = load_from_l2(reinterpret_cast<const float2 *>(row + tile * 8 + lane * 2));
+      add(o[tile][2 * i], x.x);
+      add(o[tile][2 * i + 1], x.y);
+    }
   }
 }
 

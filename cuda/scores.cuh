@@ -61,4 +61,27 @@ __device__ void mask_scores(float (&s)[kTiles][4], const Range (&keys)[2], int t
   }
 }
 
+// The same with a bit a key that says whether it is seen, which takes a third of the instructions that comparisons
+// take; for kernels that mask a good part of their tiles.
+template <int kTiles>
+__device__ void mask_scores_by_bits(float (&s)[kTiles][4], const Range (&keys)[2], int token) {
+  static_assert(kTiles <= 16);
+  const int first_key = token + static_cast<int>(threadIdx.x) % 4 * 2;
+  const auto bits_before = [&](int key) {  // of the thread's
+    const int distance = clamp_to(key - first_key, 0, kTiles * 8), bits = distance / 8 * 2 + smaller(distance % 8, 2);
+    return bits >= 32 ? ~0u : (1u << bits) - 1;
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t seen = bits_before(keys[i].end) & ~bits_before(keys[i].begin);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if ((seen >> (tile * 2 + j) & 1) == 0) s[tile][2 * i + j] = negative_infinity();
+      }
+    }
+  }
+}
+
 }  // namespace pagedattn::cuda
