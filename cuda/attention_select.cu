@@ -159,13 +159,17 @@ const HopperKernel *decode_kernel_for(const AttentionParams &params, ArrayAlignm
   return of_one_head;
 }
 
+// Rows that do not fill narrow columns would come column by column, in more requests than the next kernel's take.
+bool wants_full_rows(const HopperKernel &kernel) { return kernel.rows.is_cut && kernel.rows.row_bytes < 128; }
+
 const HopperKernel *prefill_kernel_for(const AttentionParams &params, ArrayAlignment alignment) {
   if (!hopper_kernels_serve(params, alignment)) return nullptr;
   if (alignment == ArrayAlignment::kAsGiven && !queries_fit_tensor_map(params)) return nullptr;
   for (const HopperKernels kernels : {prefill_products_kernels(params.q_dtype), prefill_kernels(params.kv_dtype)}) {
     for (const HopperKernel &kernel : kernels) {
-      if (kernel.kernel.head_dim >= params.head_dim && kernel.kernel.rows >= params.num_q_heads / params.num_kv_heads)
-        return &kernel;
+      const int most = kernel.kernel.head_dim, least = wants_full_rows(kernel) ? most : 1;
+      const bool fits = params.head_dim >= least && params.head_dim <= most;
+      if (fits && kernel.kernel.rows >= params.num_q_heads / params.num_kv_heads) return &kernel;
     }
   }
   return nullptr;
@@ -183,8 +187,9 @@ const char *joint_name(const AttentionKernel &few, const AttentionKernel &many) 
 
 std::string make_kernel_table() {
   std::string table;
-  const auto add = [&](const std::string &types, int tile, const char *rows, const AttentionKernel &kernel) {
-    table += "paged_attention\t" + types + ", D <= " + std::to_string(tile) + rows + "\t" + kernel.name + "\n";
+  const auto add = [&](const std::string &types, int tile, const char *rows, const AttentionKernel &kernel,
+                       const char *relation = ", D <= ") {
+    table += "paged_attention\t" + types + relation + std::to_string(tile) + rows + "\t" + kernel.name + "\n";
   };
   const std::pair<const char *, DType> types[] = {{"float16", DType::kFloat16},
                                                   {"bfloat16", DType::kBFloat16},
@@ -203,7 +208,8 @@ std::string make_kernel_table() {
             ", at most 32 sequences and 8 rows a KV head, 8 KV heads and some more, sm_90", kernel.kernel);
       }
       for (const HopperKernel &kernel : prefill_kernels(dtype)) {
-        add(name, kernel.kernel.head_dim, ", more rows, sm_90", kernel.kernel);
+        add(name, kernel.kernel.head_dim, ", more rows, sm_90", kernel.kernel,
+            wants_full_rows(kernel) ? ", D = " : ", D <= ");
       }
       for (const HopperKernel &kernel : prefill_products_kernels(dtype)) {
         add(name, kernel.kernel.head_dim, ", more rows, float8 queries, sm_90", kernel.kernel);

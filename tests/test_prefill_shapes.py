@@ -275,7 +275,11 @@ def require_hopper(cuda: CupyBackend) -> None:
     ("case", "expected"),
     [
         ({}, "hopper_prefill_float16_d128"),
-        ({"head_dim": 72}, "hopper_prefill_float16_d80"),
+        ({"head_dim": 56}, "hopper_prefill_float16_d64"),
+        ({"head_dim": 72}, "hopper_prefill_float16_d112"),
+        ({"head_dim": 80}, "hopper_prefill_float16_d80"),
+        ({"head_dim": 88}, "hopper_prefill_float16_d112"),
+        ({"head_dim": 96}, "hopper_prefill_float16_d96"),
         ({"num_q_heads": 10}, "hopper_prefill_float16_d128"),
         ({"block_size": 8, "layout": "HND"}, "hopper_prefill_float16_d128"),
         ({"packed_q": True}, "hopper_prefill_float16_d128"),
