@@ -84,7 +84,7 @@ class TileCopier {
     for (int column = 0; column < kColumns; ++column) {
       if (column > 0 && whole_rows_) break;
       const int corner[5] = {column * Traits::KvTile::kColumnElements, box.place, 0, box.head, box.block};
-      copy_box(room + Traits::raw_row(row, column), map(), corner, full);
+      copy_box(room + Traits::raw_row(row, column), map_, corner, full);
     }
   }
 
@@ -105,15 +105,13 @@ class TileCopier {
 #pragma unroll
         for (int i = 0; i < smaller(kRound, kBlocks - first); ++i) {
           const int corner[5] = {0, 0, 0, head, blocks[i]};
-          copy_box(room + Traits::raw_row((first + i) * (kTokens / kBlocks), 0), map(), corner, full);
+          copy_box(room + Traits::raw_row((first + i) * (kTokens / kBlocks), 0), map_, corner, full);
         }
       }
       __syncwarp();
     }
     return true;
   }
-
-  __device__ const CUtensorMap *map() const { return map_; }
 
   const HopperParams &params_;
   const CUtensorMap *map_;

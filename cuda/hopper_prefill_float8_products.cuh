@@ -60,8 +60,7 @@ struct HopperPrefillFloat8Traits {
   using VTile = ColumnTile<kHeadDim + kSumRows, kTokens, false, 1>;
   static_assert(VTile::kColumns == 1);
   static constexpr int kRawBytes = KvTile::kBytes;
-  static constexpr int kRawPlace = 0, kRawQueryPlace = 0;
-  static constexpr int kRawEightRows = KvTile::kEightRows;
+  static constexpr int kRawQueryPlace = 0;
   static constexpr int kBoxColumns = 1;
   static constexpr int kQStages = 2;
   static constexpr int kKvStages = kTokens <= 96 ? 4 : 3;  // of K, of V as it comes, and of V transposed

@@ -70,7 +70,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr int kWarpgroups = kFirstMathGroup + kGroups;
   static constexpr int kThreads = 128 * kWarpgroups;
   // Of a thread as the kernel starts, and then of the warpgroups that bring data, and of those that compute: as many as
-  // keep both from spilling, up to 128 columns.
+  // keep both from spilling, up to 128 columns of 16 bits but 96, where three warpgroups compute.
   static constexpr int kRegisters = kWarpgroups == 4 ? 128 : 168;
   static constexpr int kProducerRegisters = !Types::kFloat8   ? (kHeadDim == 96 ? 32 : 56)
                                             : kHeadDim <= 96  ? 48
@@ -82,14 +82,13 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   // else.
   static constexpr bool kKeepsRow = kHeadDim == 192 && !Types::kFloat8;
 
-  // Narrow columns, which rows of K and V fill, so that the copy engine brings them side by side.
+  // Of 80 and 96 columns narrow ones, which rows of K and V fill, so that the copy engine brings them side by side.
   static constexpr int kColumnWidth = Types::kFloat8 ? 128 : kHeadDim == 80 ? 32 : kHeadDim == 96 ? 64 : 128;
   using QTile = ColumnTile<kRows, kHeadDim, false, 2, kColumnWidth>;
   using KvTile = ColumnTile<kTokens, kHeadDim, Types::kFloat8 || kHeadDim * 2 % kColumnWidth == 0, 2, kColumnWidth>;
   // Where the copy engine brings a tile to, in its room: float8 ones to the end, from where they become float16.
   static constexpr int kRawBytes = Types::kFloat8 ? kTokens * kHeadDim : KvTile::kBytes;
   static constexpr int kRawPlace = KvTile::kBytes - kRawBytes;
-  static constexpr int kRawEightRows = Types::kFloat8 ? 8 * kHeadDim : KvTile::kEightRows;  // from these to the next
   static constexpr int kBoxColumns = Types::kFloat8 ? 1 : KvTile::kColumns;  // that a box may have one of, or all
   static constexpr int kRawQueryPlace = QTile::kColumnBytes / 2;             // in each column of float8 queries
   static constexpr int kQStages = kHeadDim <= 128 ? 2 : 1;

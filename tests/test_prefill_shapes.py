@@ -59,14 +59,17 @@ def test_prompts_behind_a_cache_match_the_reference(
     check_batch(cuda, make_batch(rng, *lens([(2000, 200), (511, 511), (129, 128)]), **shape, **types(rng, kind, 2)))
 
 
+@pytest.mark.parametrize("head_dim", [96, 128])
 @pytest.mark.parametrize("group", [1, 3, 5, 7, 16, 33, 48, 64, 65, 71, 128, 192])
-def test_prefill_of_any_group_matches_the_reference(cuda: CupyBackend, rng: np.random.Generator, group: int) -> None:
-    heads = {"num_q_heads": group, "num_kv_heads": 1, "head_dim": 128, "dtype": DTYPES["bfloat16"]}
+def test_prefill_of_any_group_matches_the_reference(
+    cuda: CupyBackend, rng: np.random.Generator, group: int, head_dim: int
+) -> None:
+    heads = {"num_q_heads": group, "num_kv_heads": 1, "head_dim": head_dim, "dtype": DTYPES["bfloat16"]}
     check_batch(cuda, make_batch(rng, *lens([(300, 77), (90, 90), (9, 2), (64, 64)]), **heads))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind", [("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3"), ("float16", "float8_e5m2")])
 def test_tiles_of_any_number_of_rows_behind_a_cache_match_the_reference(
     cuda: CupyBackend, rng: np.random.Generator, kind: tuple[str, str], head_dim: int, deterministic: bool
@@ -236,7 +239,7 @@ def test_the_largest_score_of_a_prompt_may_be_that_of_any_key(
 
 
 @pytest.mark.parametrize("kind", [("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3"), ("float16", "float8_e5m2")])
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("factor", [0.3, 0.6, 4.0, 9.0])
 def test_scores_may_rise_towards_the_first_keys(
     cuda: CupyBackend, rng: np.random.Generator, factor: float, head_dim: int, kind: tuple[str, str]
