@@ -96,8 +96,9 @@ export LD_PRELOAD ASAN_OPTIONS PYTHONPATH
 [[ $part != cpu ]] || nm -D "$("$python" -c 'import pagedattn; print(pagedattn.get_library_dir())')/libpagedattn.so" |
   grep -c __asan_report >/dev/null # all of it: a pipe that closes early would be an error of nm's
 # What a sanitizer says goes past pytest, which would die with it. How much memory the process has means nothing here, and
-# a fork beside a thread that computes copies whatever locks AddressSanitizer's allocator holds just then.
-readonly left_out="takes_48_bytes or (forked_child and another)"
+# a fork beside threads that compute or allocate copies whatever locks AddressSanitizer's allocator holds just then: its
+# child waits for ever in the first operator new.
+readonly left_out="takes_48_bytes or (forked_child and another) or child_forked_in_the_middle"
 run_tests() { "$python" -m pytest -q --capture=sys -p no:cacheprovider -m "not gpu" -k "not ($left_out)" "$@"; }
 if [[ $part == cpu && $emulated == ON ]]; then
   PAGEDATTN_CPU_ISA=avx2 run_tests "${@:-${tests[@]}}"
