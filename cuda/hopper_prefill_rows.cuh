@@ -245,6 +245,7 @@ class WarpgroupRows {
     const int thread = block_thread() % 128;
     const auto clear = [&](int first, int end) {
       constexpr int kChunks = Kv::kColumns * Kv::kColumnChunks;
+#pragma unroll 1  // it lies in the loops over tiles, and is for few
       for (int i = thread; i < (end - first) * kChunks; i += 128) {
         *reinterpret_cast<uint4 *>(v_tile + Kv::offset(first + i / kChunks, i % kChunks)) = {};
       }
