@@ -103,7 +103,7 @@ class Widener {
   };
 
   // Of the half's threads.
-  __device__ static int own_thread() { return thread_index() % kThreads; }
+  __device__ static int own_thread() { return static_cast<int>(static_cast<uint32_t>(thread_index()) % kThreads); }
 
   // For each tile anew, while it is on its way: to keep them takes registers that there are too few of.
   __device__ static Places find_places() {
