@@ -44,8 +44,8 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
     wait(&shared.segment_empty[place], (number / Traits::kSegments & 1) ^ 1);
     __syncwarp();
     source.next(segment);
-    if (threadIdx.x == 0) arrive(&shared.segment_full[place]);
     __syncwarp();
+    if (arrives_for_warp(threadIdx.x == 0)) arrive(&shared.segment_full[place]);
     if (!segment.valid) return;
 
     const int token = segment.item.seq.first_token + segment.item.query_tile * params.batch.tile_queries;
@@ -305,7 +305,7 @@ __device__ void init_barriers(typename Traits::Shared &shared) {
   }
   init_barrier(&shared.wanted, 1);
   for (int i = 0; i < Traits::kSegments; ++i) {
-    init_barrier(&shared.segment_full[i], 1);
+    init_barrier(&shared.segment_full[i], kWarpArrivals);
     init_barrier(&shared.segment_empty[i], kMathWarps + kChangers + 2 * kWarpArrivals);  // and those that bring K and V
   }
   publish_barriers();

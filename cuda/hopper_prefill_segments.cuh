@@ -34,7 +34,7 @@ struct RowFacts {
 // By a warp.
 template <int kGroups>
 __device__ void tell_of_rows(const Batch &batch, const WorkItem &item, RowFacts<kGroups> &facts) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = thread_index() % 32;
   if (lane < kGroups) {
     facts.visible_to_all[lane] = {keys_of_row(batch, item, 64 * lane + 63).begin,
                                   keys_of_row(batch, item, 64 * lane).end};

@@ -109,9 +109,9 @@ class PrefillSchedule {
     }
     // Query starts that make no sense may give the same tokens to many sequences: then nothing, rather than anything.
     if (total >= kMaxUnits) total = 0;
-    shared_.items_before[thread] = static_cast<int>(before);
+    shared_.items_before[thread_index()] = static_cast<int>(before);
     __syncthreads();
-    if (warp == 0) cut_first_items(static_cast<int>(total), shortest, longest);
+    if (thread_index() < 32) cut_first_items(static_cast<int>(total), shortest, longest);
   }
 
   // The rest is for the first warp.
@@ -201,7 +201,7 @@ class PrefillSource {
  public:
   // `tickets`: a counter that all blocks draw from.
   __device__ PrefillSource(const Schedule &schedule, uint32_t *tickets)
-      : schedule_(schedule), shared_(schedule.shared()), tickets_(tickets), ticket_(static_cast<int>(blockIdx.x)) {
+      : schedule_(schedule), shared_(schedule.shared()), tickets_(tickets) {
     int begun = 0;  // items that begin where the block's range does, or before
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < shared_.num_cut; i += 32) {
@@ -223,7 +223,7 @@ class PrefillSource {
     granules_.begin += step;
     const WorkItem &item = shared_.item;
     SegmentPlan plan;
-    if (is_cut_) {
+    if (item.start != kNotCut) {
       plan = plan_of(item, cut, shared_.range, granule);
     } else if (cut.deterministic) {
       const int block = static_cast<int>(blockIdx.x);
@@ -233,28 +233,44 @@ class PrefillSource {
     }
     Range tiles = tiles_of(item, cut, {granule, granule + step});
     if (tiles.begin == tiles.end) ++tiles.end;  // an item without keys gets a tile that nobody sees
-    if (threadIdx.x == 0) segment = {true, item, tiles, plan};
+    if (threadIdx.x == 0) {
+      segment.valid = true;
+      segment.tiles = tiles;
+      segment.plan = plan;
+    }
+    copy_item(segment.item, item);
   }
 
  private:
+  static constexpr int kNotCut = -1;  // where an item starts that is nowhere on the line
+
   __device__ bool next_item() {
     const WorkCut<Shape> &cut = shared_.cut;
-    is_cut_ = cut_item_ < shared_.num_cut && shared_.starts[cut_item_] < shared_.range.end;
+    const bool is_cut = cut_item_ < shared_.num_cut && shared_.starts[cut_item_] < shared_.range.end;
     const int tickets = shared_.num_items - shared_.num_cut;
-    if (!is_cut_ && has_ticket_) ticket_ = next_ticket(tickets);
-    if (!is_cut_ && ticket_ >= tickets) return false;
-    WorkItem item = schedule_.locate(is_cut_ ? cut_item_ : shared_.num_cut + ticket_);
-    if (is_cut_) {
+    if (!is_cut) ticket_ = ticket_ < 0 ? static_cast<int>(blockIdx.x) : next_ticket(tickets);
+    if (!is_cut && ticket_ >= tickets) return false;
+    WorkItem item = schedule_.locate(is_cut ? cut_item_ : shared_.num_cut + ticket_);
+    if (is_cut) {
       item.start = shared_.starts[cut_item_++];
       granules_ = granules_of(item, cut, shared_.range);
     } else {
+      item.start = kNotCut;
       granules_ = {0, cut.num_granules(item)};
-      has_ticket_ = true;
     }
     __syncwarp();  // every lane is done with the one before
     if (threadIdx.x == 0) shared_.item = item;
     __syncwarp();
     return true;
+  }
+
+  // A word a lane: one lane would need registers for all.
+  __device__ static void copy_item(WorkItem &to, const WorkItem &from) {
+    static_assert(sizeof(WorkItem) <= 32 * sizeof(int) && alignof(WorkItem) == alignof(int));
+    const int word = thread_index();
+    if (word < static_cast<int>(sizeof(WorkItem) / sizeof(int))) {
+      reinterpret_cast<int *>(&to)[word] = reinterpret_cast<const int *>(&from)[word];
+    }
   }
 
   __device__ int next_ticket(int tickets) const {
@@ -268,11 +284,9 @@ class PrefillSource {
   const Schedule &schedule_;
   typename Schedule::Shared &shared_;
   uint32_t *tickets_;
-  bool is_cut_ = false;
   Range granules_{0, 0};  // of the item that are still to come
   int cut_item_;
-  int ticket_;               // the first of a block is its number
-  bool has_ticket_ = false;  // it has been used
+  int ticket_ = -1;  // the latest; the first of a block is its number
 };
 
 }  // namespace pagedattn::cuda
