@@ -55,7 +55,7 @@ class WarpgroupRows {
     q_tile_ = shared_.q[q_stage];
     q_ = operand<Q>(shared_address(q_tile_ + Q::offset(64 * group_, 0)));
     const auto &facts = shared_.facts[q_stage];
-    visible_to_all_ = facts.visible_to_all[group_];
+    visible_to_all_ = facts.visible_to_all[find_group()];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = own_row() + 8 * i;
@@ -292,14 +292,19 @@ class WarpgroupRows {
     if constexpr (Traits::kKeepsRow) return static_cast<int>(threadIdx.x);
     return thread_index();
   }
+  // The group, where that takes fewer of the uniform registers.
+  __device__ int find_group() const {
+    if constexpr (kHeadDim <= 128 || Traits::kKeepsRow) return group_;
+    return thread_index() / 128 - Traits::kFirstMathGroup;
+  }
   // Of the item's tile, the thread's first; the other is the eighth after it.
   __device__ int own_row() const {
     if constexpr (Traits::kKeepsRow) return row_;
     return find_row();
   }
   __device__ int find_row() const {
-    const int thread = block_thread() % 128;
-    return 64 * group_ + thread / 32 * 16 + thread % 32 / 4;
+    const int thread = block_thread() - 128 * Traits::kFirstMathGroup;
+    return thread / 32 * 16 + thread % 32 / 4;
   }
 
   __device__ static float quad_max(float x) {
