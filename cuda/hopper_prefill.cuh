@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       produce_tiles<Traits>(params, shared, warp == 1);
     }
   } else if (warpgroup < Traits::kFirstMathGroup) {
-    give_registers<Traits::kProducerRegisters>();
+    give_registers<Traits::kChangerRegisters>();
     if constexpr (Traits::kFloat8) {
       if (threadIdx.x < 192) {
         widen_data<Traits, true>(params, shared);

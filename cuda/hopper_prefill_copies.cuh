@@ -18,14 +18,14 @@ template <class Traits>
 class TileCopier {
   static constexpr int kTokens = Traits::kTokens;
   static constexpr int kColumns = Traits::kBoxColumns;
-  static constexpr int kMostAtOnce = Traits::kProducerRegisters < 48 ? 4 : 16;  // blocks that registers have room for
+  // Blocks that registers have room for.
+  static constexpr int kMostAtOnce = Traits::kProducerRegisters < 40 ? 4 : Traits::kProducerRegisters < 48 ? 8 : 16;
 
  public:
   __device__ TileCopier(const HopperParams &params, typename Traits::Shared &shared, bool keys)
       : params_(params),
         map_(keys ? &params.maps.k : &params.maps.v),
         ring_(Traits::ring(shared, keys)),
-        lane_(static_cast<int>(threadIdx.x) % 32),
         whole_rows_(params.maps.box_columns == kColumns),
         block_tokens_(box_is_block() ? params.maps.box_tokens : 0) {}
 
@@ -55,6 +55,11 @@ class TileCopier {
     int block;
   };
 
+  // Kept where registers are enough.
+  __device__ static int lane() {
+    return (Traits::kProducerRegisters < 48 ? thread_index() : static_cast<int>(threadIdx.x)) % 32;
+  }
+
   // Is a box all of a block, at coordinates that differ in the block alone?
   __device__ bool box_is_block() const {
     return params_.maps.box_tokens == static_cast<int>(params_.block_size.divisor) && whole_rows_ &&
@@ -64,7 +69,7 @@ class TileCopier {
   // The lane's of a tile.
   __device__ Box find_box(int tile, const int32_t *table, Range keys, int kv_head) const {
     const int box_tokens = params_.maps.box_tokens, heads = kColumns > 1 ? params_.maps.heads_to_block : 0;
-    const int row = lane_ * box_tokens, token = tile * kTokens + row;
+    const int row = lane() * box_tokens, token = tile * kTokens + row;
     const int number = params_.block_size.divide(token);
     const int place = token - number * static_cast<int>(params_.block_size.divisor);
     // What no row sees comes from behind the last block, as zeros.
@@ -76,9 +81,9 @@ class TileCopier {
 
   __device__ void ask(const Box &box, SharedAddress room, Barrier *full) const {
     if (ask_for_blocks<kTokens / 16>(box, room, full) || ask_for_blocks<kTokens / 8>(box, room, full)) return;
-    if (lane_ == 0) arrive_and_expect(full, Traits::kRawBytes);
+    if (lane() == 0) arrive_and_expect(full, Traits::kRawBytes);
     __syncwarp();
-    const int row = lane_ * params_.maps.box_tokens;
+    const int row = lane() * params_.maps.box_tokens;
     if (row >= kTokens) return;
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
@@ -116,7 +121,6 @@ class TileCopier {
   const HopperParams &params_;
   const CUtensorMap *map_;
   TileRing ring_;
-  int lane_;
   bool whole_rows_;   // a box has all columns
   int block_tokens_;  // of the blocks that are a box each, or 0
   uint32_t count_ = 0;

@@ -45,11 +45,12 @@ struct HopperPrefillFloat8Traits {
   static constexpr int kFirstMathGroup = 2;
   static constexpr int kTransposers = 4;  // warps
   static constexpr int kThreads = 128 * (kFirstMathGroup + kGroups);
-  // Of a thread as the kernel starts, and then of the first two warpgroups, and of those that compute.
+  // Of a thread as the kernel starts, and then of the warpgroups that bring data, that transpose V and that compute.
   static constexpr int kRegisters = 128;
-  static constexpr int kProducerRegisters = kHeadDim <= 64 ? 48 : 32;
-  static constexpr int kMathRegisters = kHeadDim <= 64 ? 208 : 224;
-  static_assert(kFirstMathGroup * kProducerRegisters + kGroups * kMathRegisters <= 4 * kRegisters);
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kChangerRegisters = kHeadDim <= 64 ? 64 : 48;
+  static constexpr int kMathRegisters = kHeadDim <= 64 ? 208 : 216;
+  static_assert(kProducerRegisters + kChangerRegisters + kGroups * kMathRegisters <= 4 * kRegisters);
 
   // Of rows of 128 bytes, at whose end zeros may stand.
   using QTile = ColumnTile<kRows, kHeadDim, false, 1>;
