@@ -139,7 +139,7 @@ class PrefillGroup {
     multiply_p_v();
     wait_products<0>();
     rows_.pin_output();
-    rows_.finish(segment(number_), rows_.take_sums());
+    rows_.template finish<true>(segment(number_), rows_.take_sums());
   }
 
  private:
@@ -250,7 +250,7 @@ class PrefillGroup {
       end_softmax(kEnds ? number_ + 1 : number_);
       end_p_v();
       if constexpr (kEnds) {
-        rows_.finish(segment(number_), ended);
+        rows_.template finish<false>(segment(number_), ended);
         release_segment<Traits>(shared_, number_);
         ++number_;
       } else {
@@ -323,6 +323,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   if constexpr (Traits::kFloat8Products) Transposer<Traits>::write_ones(shared);
   wait_for_previous_kernels();
+  if (threadIdx.x == 64) count_start(params);
   typename Traits::Schedule schedule(params.batch, shared.schedule);
   schedule.begin();
   __syncthreads();

@@ -38,7 +38,7 @@ struct HopperPrefillFloat8Traits {
   static constexpr int kGroups = 2;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kTokens = kHeadDim <= 96 ? 128 : 96;
-  struct Shape : TileShape<kRows, kTokens, false> {};
+  struct Shape : PrefillShape<kRows, kTokens> {};
   using Cut = WorkCut<Shape>;
 
   // The first warpgroup brings data; the second transposes V.
@@ -92,7 +92,7 @@ struct HopperPrefillFloat8Traits {
     PrefillSegment segments[kSegments];
     RowFacts<kGroups> facts[kQStages];
     ResultsRoom results[4 * kGroups];  // of a warp's rows each
-    bool last_to_arrive[kGroups];
+    JoinShare join_share[kGroups];
     typename Schedule::Shared schedule;
   };
   static_assert(sizeof(Shared) <= 227 * 1024, "what a block may have on sm_90");

@@ -131,13 +131,14 @@ class Float8Rows : public WarpgroupRows<Traits> {
     return sums;
   }
 
+  template <bool kLast>
   __device__ void finish(const PrefillSegment &segment, Sums sums) {
     constexpr float kOne = 1.0f / (1 << static_cast<int>(kWeightOfM));  // from a weight of m
     scale_output({kOne, kOne});
     // All lanes of a quad have the sum.
 #pragma unroll
     for (int i = 0; i < 2; ++i) sums.l[i] = threadIdx.x % 4 == 0 ? this->l_[i] : 0.0f;
-    Base::finish(segment, sums);
+    Base::template finish<kLast>(segment, sums);
     clear_output();
   }
 

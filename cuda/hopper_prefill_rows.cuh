@@ -5,11 +5,11 @@
 
 #include "attention_epilogue.cuh"
 #include "hopper_params.cuh"
+#include "hopper_prefill_join.cuh"
 #include "hopper_ptx.cuh"
 #include "hopper_row_results.cuh"
 #include "hopper_wgmma.cuh"
 #include "prefill_schedule.cuh"
-#include "row_results.cuh"
 #include "scores.cuh"
 
 namespace pagedattn::cuda {
@@ -21,8 +21,6 @@ class WarpgroupRows {
   using Kv = typename Traits::KvTile;
   static constexpr int kTokens = Traits::kTokens;
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr int kRowFloats = place_row_floats(kHeadDim);
-  static constexpr bool kFourAtOnce = kHeadDim <= 128;  // columns of a partial result that a thread loads
   static constexpr bool kOwnScales = Traits::kFloat8 || Traits::kFloat8Products;
   // Log 2 of the weight that a key may have before sums are brought to a larger m: far from what a float16 holds.
   static constexpr float kLargestStep = 8.0f;
@@ -256,20 +254,21 @@ class WarpgroupRows {
     named_barrier<128>(barrier_);
   }
 
-  // Ends a segment: writes the rows' results, or a partial result, and in the group that does so last the join of all.
+  // Ends a segment, the block's last perhaps: writes the rows' results, or a partial result, which is joined.
+  template <bool kLast>
   __device__ void finish(const PrefillSegment &segment, Sums sums) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sums.l[i] += __shfl_xor_sync(kFullWarp, sums.l[i], 1);
       sums.l[i] += __shfl_xor_sync(kFullWarp, sums.l[i], 2);
     }
-    const SegmentPlan &plan = segment.plan;
-    if (plan.num_segments > 1) {
-      store_partial(segment, sums);
-      if (!arrives_last(plan)) return;
-      join(segment, sums);
+    if (segment.plan.num_segments > 1) {
+      const PartialRows<Traits> parts(params_, shared_, segment, group_, barrier_, block_thread() % 128);
+      parts.store(own_row(), o_, sums.m, sums.l);
+      parts.template join<kLast>();
+    } else {
+      write(segment.item, sums);
     }
-    write(segment.item, sums);
   }
 
  protected:
@@ -404,8 +403,6 @@ class WarpgroupRows {
     return item.kv_head * group + row - params_.batch.group.divide(row) * group;
   }
 
-  __device__ bool exists(const WorkItem &item, int row) const { return row < tile_rows(params_.batch, item); }
-
   __device__ void write(const WorkItem &item, const Sums &sums) const {
     float factors[2];
     int64_t offsets[2];
@@ -439,49 +436,6 @@ class WarpgroupRows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       offsets[i] = exist[i] ? tokens[i] * params_.out.token_stride + heads[i] * params_.out.head_stride : -1;
-    }
-  }
-
-  // A row of a partial result.
-  __device__ float *partial_row(int place, int row) const {
-    return params_.partials + static_cast<uint32_t>(place * params_.place_floats) + row * kRowFloats;
-  }
-
-  __device__ void store_partial(const PrefillSegment &segment, const Sums &sums) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = own_row() + 8 * i;
-      if (!exists(segment.item, row)) continue;
-      store_partial_row<kFourAtOnce>(partial_row(segment.plan.first_place + segment.plan.segment, row), o_, i,
-                                     sums.m[i], sums.l[i]);
-    }
-  }
-
-  // Each group counts for itself.
-  __device__ bool arrives_last(const SegmentPlan &plan) const {
-    return arrive_last(plan, params_.arrivals + plan.first_owner * Traits::kGroups + group_,
-                       shared_.last_to_arrive[group_], block_thread() % 128 == 0,
-                       [&] { named_barrier<128>(barrier_); });
-  }
-
-  // Always in the order of the segments, so that the bits do not depend on who does it.  Lanes whose row no token has
-  // join the group's last: the compiler makes the loop yield, and then lanes that stay out of it are not waited for
-  // where it ends, but run ahead through whatever warps or warpgroups must do together.
-  __device__ void join(const PrefillSegment &segment, Sums &sums) {
-    const int last_row = min(64 * group_ + 64, tile_rows(params_.batch, segment.item)) - 1;
-    if (last_row < 64 * group_) return;
-    const int first_place = segment.plan.first_place, end_place = first_place + segment.plan.num_segments;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sums.m[i] = negative_infinity();
-      sums.l[i] = 0.0f;
-#pragma unroll
-      for (int tile = 0; tile < kHeadDim / 8; ++tile) o_[tile][2 * i] = o_[tile][2 * i + 1] = 0.0f;
-      const int row = min(own_row() + 8 * i, last_row);
-#pragma unroll 1
-      for (int place = first_place; place < end_place; ++place) {
-        add_partial_row<kFourAtOnce>(partial_row(place, row), o_, i, sums.m[i], sums.l[i]);
-      }
     }
   }
 

@@ -62,7 +62,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr int kGroups = kHeadDim <= 96 && !Types::kFloat8 ? 3 : 2;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kTokens = kGroups == 3 ? 96 : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 96 : 64;
-  struct Shape : TileShape<kRows, kTokens, false> {};
+  struct Shape : PrefillShape<kRows, kTokens> {};
   using Cut = WorkCut<Shape>;
 
   // The first warpgroup brings data; over float8 caches another widens it.
@@ -134,7 +134,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
     RowFacts<kGroups> facts[kQStages];
     std::conditional_t<Types::kFloat8, RawData, NoRawData> raw;
     ResultsRoom results[4 * kGroups];  // of a warp's rows each
-    bool last_to_arrive[kGroups];
+    JoinShare join_share[kGroups];
     typename Schedule::Shared schedule;
   };
   static_assert(sizeof(Shared) <= 227 * 1024, "what a block may have on sm_90");

@@ -327,13 +327,13 @@ class WarpRows {
       if (leads) params_.arrivals[plan.first_owner] = 0;  // as the last to arrive would
     } else if (plan.num_segments > 1) {
       for_each_row(item, bands, [&](int band, int i, bool exists) {
-        if (exists) store_partial_row<false>(partial(plan.segment, band, i), o_[band], i, m_[band][i], l_[band][i]);
+        if (exists) store_partial_row(partial(plan.segment, band, i), o_[band], i, m_[band][i], l_[band][i]);
       });
       if (!arrive_last(plan, params_.arrivals + plan.first_owner, last_to_arrive, leads, meet)) return;
     }
     if (plan.num_segments == 2) {
       for_each_row(item, bands, [&](int band, int i, bool exists) {
-        if (exists) add_partial_row<false>(partial(1 - plan.segment, band, i), o_[band], i, m_[band][i], l_[band][i]);
+        if (exists) add_partial_row(partial(1 - plan.segment, band, i), o_[band], i, m_[band][i], l_[band][i]);
       });
     } else if (plan.num_segments > 2) {
       for_each_row(item, bands, [&](int band, int i, bool exists) {
@@ -343,7 +343,7 @@ class WarpRows {
         for (int tile = 0; tile < kHeadDim / 8; ++tile) o_[band][tile][2 * i] = o_[band][tile][2 * i + 1] = 0.0f;
 #pragma unroll 1
         for (int number = 0; exists && number < plan.num_segments; ++number) {
-          add_partial_row<false>(partial(number, band, i), o_[band], i, m_[band][i], l_[band][i]);
+          add_partial_row(partial(number, band, i), o_[band], i, m_[band][i], l_[band][i]);
         }
       });
     }

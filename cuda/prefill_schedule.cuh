@@ -25,12 +25,25 @@ constexpr int kTicketCounter = kMaxGrid - 1;
 // half may keep a copy.
 constexpr int kCachedBytes = 16 << 20;
 
+// Tiles that hold whole query tokens.
+template <int kRows, int kTokens>
+struct PrefillShape : TileShape<kRows, kTokens, false> {
+  // Blocks that have equal parts of an item end together but for so many tiles.
+  static constexpr int kMinSegmentTiles = 2;
+};
+
 // A share of an item for one block.
 struct PrefillSegment {
   bool valid;  // false: there are no more
   WorkItem item;
   Range tiles;
   SegmentPlan plan;
+};
+
+// The share of a group of rows in the join of an item's segments, of so many; none if of = 0.
+struct JoinShare {
+  int number;
+  int of;
 };
 
 // Rows of an item's tile that are a token's; others come behind them.
@@ -111,7 +124,7 @@ class PrefillSchedule {
     if (total >= kMaxUnits) total = 0;
     shared_.items_before[thread_index()] = static_cast<int>(before);
     __syncthreads();
-    if (thread_index() < 32) cut_first_items(static_cast<int>(total), shortest, longest);
+    cut_first_items(static_cast<int>(total), shortest, longest);
   }
 
   // The rest is for the first warp.
@@ -160,9 +173,9 @@ class PrefillSchedule {
 
   __device__ int cost_of(const WorkItem &item) const { return cuda::cost_of<Shape>(batch_, item.num_kv_tiles()); }
 
-  // By the first warp.  The last two are costs of items.
+  // By the whole block, since to find an item takes long.  The last two are costs of items.
   __device__ void cut_first_items(int num_items, int shortest, int longest) {
-    const int lane = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
+    const int thread = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
     const bool alike = 4 * int64_t{shortest} >= 3 * int64_t{longest};
     const int wanted = num_items <= 2 * blocks ? num_items : alike ? num_items % blocks : 0;
     const int num_cut = smaller(wanted, kMostCut);
@@ -170,16 +183,20 @@ class PrefillSchedule {
     const int parts = blocks / larger(num_cut, 1), part = ceil_divide(longest, larger(parts, 1));
     const bool equal_parts =
         alike && parts > 1 && 8 * parts * num_cut >= 7 * blocks && part >= units_of(batch_, Shape::kMinSegmentTiles);
+#pragma unroll 1
+    for (int i = thread; i < num_cut; i += kThreads) {
+      shared_.starts[i] = equal_parts ? parts * part : cost_of(locate(i));
+    }
+    __syncthreads();
+    if (thread >= 32) return;
     int total = 0;
 #pragma unroll 1
-    for (int base = 0; base < num_cut; base += 32) {
-      int cost = 0;
-      if (base + lane < num_cut) cost = equal_parts ? parts * part : cost_of(locate(base + lane));
-      const int scanned = warp_inclusive_scan(cost, lane);
-      if (base + lane < num_cut) shared_.starts[base + lane] = total + scanned - cost;
+    for (int i = thread; i - thread < num_cut; i += 32) {
+      const int cost = i < num_cut ? shared_.starts[i] : 0, scanned = warp_inclusive_scan(cost, thread);
+      if (i < num_cut) shared_.starts[i] = total + scanned - cost;
       total += __shfl_sync(kFullWarp, scanned, 31);
     }
-    if (lane == 0) {
+    if (thread == 0) {
       shared_.num_items = num_items;
       shared_.alike = alike;
       shared_.num_cut = num_cut;

@@ -125,12 +125,12 @@ __device__ inline int thread_index() {
 // The bytes of x and of a zero (numbers 4 to 7) that the four selectors name, lowest first.
 __device__ inline uint32_t pick_bytes(uint32_t x, uint32_t selectors) { return __byte_perm(x, 0, selectors); }
 
-// Counts an arrival and returns how many there are now.  What the thread has stored, or has seen stored, is visible to
-// whoever counts later, and what those who counted before had stored is visible to the thread.
-__device__ inline uint32_t arrive_and_count(uint32_t *counter) {
+// Counts an arrival, or what one adds, and returns how many there are now.  What the thread has stored, or has seen
+// stored, is visible to whoever counts later, and what those who counted before had stored is visible to the thread.
+__device__ inline uint32_t arrive_and_count(uint32_t *counter, uint32_t arrival = 1) {
   uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before + 1;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(arrival) : "memory");
+  return before + arrival;
 }
 
 // How many have been counted, and what they had stored is visible to the thread.

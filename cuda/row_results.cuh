@@ -64,52 +64,31 @@ __device__ void write_row(const AttentionKernelParams &params, const float (&o)[
   }
 }
 
-// A row of a partial result to its place.  Of each two tiles a lane's columns lie side by side if it is to load all
-// four at once, for which not every kernel has registers.
-template <bool kFourAtOnce, int kTiles>
+// A row of a partial result to its place.
+template <int kTiles>
 __device__ void store_partial_row(float *row, const float (&o)[kTiles][4], int i, float m, float l) {
-  const int lane = static_cast<int>(threadIdx.x) % 4;
-  if constexpr (kFourAtOnce) {
+  const int column = static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; tile += 2) {
-      *reinterpret_cast<float4 *>(row + tile * 8 + lane * 4) = {o[tile][2 * i], o[tile][2 * i + 1], o[tile + 1][2 * i],
-                                                                o[tile + 1][2 * i + 1]};
-    }
-  } else {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      *reinterpret_cast<float2 *>(row + tile * 8 + lane * 2) = {o[tile][2 * i], o[tile][2 * i + 1]};
-    }
+  for (int tile = 0; tile < kTiles; ++tile) {
+    *reinterpret_cast<float2 *>(row + tile * 8 + column) = {o[tile][2 * i], o[tile][2 * i + 1]};
   }
-  if (lane == 0) *reinterpret_cast<float2 *>(row + kTiles * 8) = {m, l};
+  if (column == 0) *reinterpret_cast<float2 *>(row + kTiles * 8) = {m, l};
 }
 
 // Adds it to a sum of such.  Products are rounded before they are added, so that of two parts either may come first.
-template <bool kFourAtOnce, int kTiles>
+template <int kTiles>
 __device__ void add_partial_row(const float *row, float (&o)[kTiles][4], int i, float &m, float &l) {
-  const int lane = static_cast<int>(threadIdx.x) % 4;
+  const int column = static_cast<int>(threadIdx.x) % 4 * 2;
   const float2 other = load_from_l2(reinterpret_cast<const float2 *>(row + kTiles * 8));
   const float largest = fmaxf(m, other.x);
   const float factor = rescale_factor(m, largest), weight = rescale_factor(other.x, largest);
   m = largest;
   l = __fadd_rn(__fmul_rn(l, factor), __fmul_rn(other.y, weight));
-  const auto add = [&](float &sum, float x) { sum = __fadd_rn(__fmul_rn(sum, factor), __fmul_rn(x, weight)); };
-  if constexpr (kFourAtOnce) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; tile += 2) {
-      const float4 x = load_from_l2(reinterpret_cast<const float4 *>(row + tile * 8 + lane * 4));
-      add(o[tile][2 * i], x.x);
-      add(o[tile][2 * i + 1], x.y);
-      add(o[tile + 1][2 * i], x.z);
-      add(o[tile + 1][2 * i + 1], x.w);
-    }
-  } else {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const float2 x = load_from_l2(reinterpret_cast<const float2 *>(row + tile * 8 + lane * 2));
-      add(o[tile][2 * i], x.x);
-      add(o[tile][2 * i + 1], x.y);
-    }
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const float2 x = load_from_l2(reinterpret_cast<const float2 *>(row + tile * 8 + column));
+    o[tile][2 * i] = __fadd_rn(__fmul_rn(o[tile][2 * i], factor), __fmul_rn(x.x, weight));
+    o[tile][2 * i + 1] = __fadd_rn(__fmul_rn(o[tile][2 * i + 1], factor), __fmul_rn(x.y, weight));
   }
 }
 

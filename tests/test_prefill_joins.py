@@ -1,0 +1,119 @@
+"""Prompts whose keys many thread blocks share: who joins the parts depends on chance, what comes of it must not.
+
+Blocks with nothing left to do wait for the parts of others, which is safe only if those have a multiprocessor.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pagedattn
+import pytest
+from accuracy import assert_same_bytes
+from attention_check import check_batch, types
+from backends import Array, CupyBackend
+from batches import make_batch
+from cuda_graphs import workspace_for
+
+pytestmark = pytest.mark.gpu
+
+KINDS = [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float8_e4m3"), ("float8_e4m3", "float8_e4m3")]
+
+# Holds multiprocessors until it is let go, or gives up.
+HOLD = r"""
+extern "C" __global__ void hold(volatile int *let_go, volatile int *gave_up) {
+    extern __shared__ char room[];
+    unsigned long long start, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+    while (*let_go == 0) {
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+        if (now - start > 5000000000ull) {
+            *gave_up = 1;
+            return;
+        }
+    }
+}
+"""
+
+
+def few_items(
+    cuda: CupyBackend, rng: np.random.Generator, sequences: list[tuple[int, int]], **shape: Any
+) -> tuple[list[Array], dict[str, Any]]:
+    seq_lens, query_lens = zip(*sequences, strict=True)
+    return make_batch(rng, list(seq_lens), list(query_lens), **shape).on(cuda)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("sequences", "heads"),
+    [
+        ([(9000, 70)], (4, 1)),  # one item of two groups, one of which has few rows
+        ([(3000, 128)], (16, 16)),  # several items, in equal parts
+        ([(5000, 200), (700, 90), (3000, 150)], (6, 2)),  # ranges that end one item and begin another
+        ([(400, 100)], (4, 4)),  # parts of a tile or two
+    ],
+    ids=["one", "equal", "ragged", "short"],
+)
+def test_parts_of_an_item_join_to_the_reference(
+    cuda: CupyBackend,
+    rng: np.random.Generator,
+    sequences: list[tuple[int, int]],
+    heads: tuple[int, int],
+    head_dim: int,
+    kind: tuple[str, str],
+) -> None:
+    seq_lens, query_lens = zip(*sequences, strict=True)
+    shape = {"num_q_heads": heads[0], "num_kv_heads": heads[1], "head_dim": head_dim, **types(rng, kind, heads[1])}
+    check_batch(cuda, make_batch(rng, list(seq_lens), list(query_lens), **shape))
+
+
+def test_joins_have_the_same_bits_whoever_has_time_for_them(cuda: CupyBackend, rng: np.random.Generator) -> None:
+    # Five streams at once, so that blocks of some calls start late, and at other times each time.
+    calls = [
+        few_items(cuda, rng, sequences, num_q_heads=8, num_kv_heads=2, head_dim=128, dtype=np.float16)
+        for sequences in ([(8000, 70)], [(3000, 128), (2000, 65)], [(700, 300)], [(20_000, 40)], [(90, 90)] * 40)
+    ]
+    streams = [cuda.cupy.cuda.Stream(non_blocking=True) for _ in calls]
+    workspaces = [workspace_for(cuda, [call]) for call in calls]
+    expected = [
+        cuda.host(pagedattn.paged_attention(*args, **options, workspace=workspace))
+        for (args, options), workspace in zip(calls, workspaces, strict=True)
+    ]
+    outs = [cuda.cupy.zeros(x.shape, x.dtype) for x in expected]
+    for _ in range(20):
+        cuda.synchronize()
+        for _ in range(4):
+            for (args, options), out, workspace, stream in zip(calls, outs, workspaces, streams, strict=True):
+                pagedattn.paged_attention(*args, **options, out=out, workspace=workspace, stream=stream)
+        cuda.synchronize()
+        for out, first in zip(outs, expected, strict=True):
+            assert_same_bytes(cuda.host(out), first)
+            out.fill(np.nan)
+
+
+def test_blocks_wait_for_nobody_who_has_no_multiprocessor(cuda: CupyBackend, rng: np.random.Generator) -> None:
+    cupy = cuda.cupy
+    args, options = few_items(cuda, rng, [(20_000, 70)], num_q_heads=4, num_kv_heads=1, head_dim=128, dtype=np.float16)
+    workspace = workspace_for(cuda, [(args, options)])
+    expected = cuda.host(pagedattn.paged_attention(*args, **options, workspace=workspace))
+    out = cupy.full(expected.shape, np.nan, expected.dtype)
+    device = cupy.cuda.Device()
+    kernel = cupy.RawKernel(HOLD, "hold")
+    kernel.max_dynamic_shared_size_bytes = device.attributes["MaxSharedMemoryPerBlockOptin"]
+    holder, caller, messenger = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+    words = cupy.zeros(2, np.int32)
+    cuda.synchronize()
+    with holder:  # all multiprocessors but a few, each wholly
+        blocks = device.attributes["MultiProcessorCount"] - 5
+        kernel((blocks,), (32,), (words[0:1], words[1:2]), shared_mem=kernel.max_dynamic_shared_size_bytes)
+    for _ in range(3):
+        pagedattn.paged_attention(*args, **options, out=out, workspace=workspace, stream=caller)
+    caller.synchronize()
+    cupy.cuda.runtime.memsetAsync(words.data.ptr, 1, 4, messenger.ptr)
+    cuda.synchronize()
+    assert words.get()[1] == 0, "the call ended only when the multiprocessors were free again"
+    assert_same_bytes(cuda.host(out), expected)
