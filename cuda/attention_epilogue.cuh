@@ -85,8 +85,12 @@ __device__ inline float end_row(const AttentionKernelParams &params, int64_t tok
   return row.sum == 0.0f ? 0.0f : row.factor * params.v_scale.of_head(kv_head) / row.sum;
 }
 
-// The same of two rows of a KV head that may not exist: together, and with a division that has no branches, since one
-// after the other each would wait for itself.
+// That factor by a division without branches, behind which ptxas does not believe that warps part.
+__device__ inline float output_factor(const RowSum &row, float v_scale) {
+  return row.sum == 0.0f ? 0.0f : __fdividef(row.factor * v_scale, row.sum);
+}
+
+// The same of two rows of a KV head that may not exist: together, since one after the other each would wait for itself.
 __device__ inline void end_rows(const AttentionKernelParams &params, const int64_t (&tokens)[2], const int (&heads)[2],
                                 int kv_head, const float (&m)[2], const float (&l)[2], const bool (&exist)[2],
                                 bool store_lse, float (&factors)[2]) {
@@ -100,9 +104,7 @@ __device__ inline void end_rows(const AttentionKernelParams &params, const int64
   }
   const float v_scale = params.v_scale.of_head(kv_head);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    factors[i] = rows[i].sum == 0.0f ? 0.0f : __fdividef(rows[i].factor * v_scale, rows[i].sum);
-  }
+  for (int i = 0; i < 2; ++i) factors[i] = output_factor(rows[i], v_scale);
 }
 
 // Publishes a partial result of threads that meet by `meet`; true in those that do so last of the item's.  The barriers

@@ -28,22 +28,23 @@ namespace pagedattn::cuda {
 
 // ---- the warps that bring data -----------------------------------------------------------------------------------
 
-// Finds the segments, tells all others, and brings the queries of each as soon as there is room.  Behind every wait its
-// lanes meet: a barrier's phases count as even and odd, and one that the first lane set going might be over twice
-// before another lane looks.
+// Finds the segments behind the first, tells all others of each, and brings its queries as soon as there is room.
+// Behind every wait its lanes meet: a barrier's phases count as even and odd, and one that the first lane set going
+// might be over twice before another lane looks.
 template <class Traits>
 __device__ void produce_queries(const HopperParams &params, typename Traits::Shared &shared,
-                                const typename Traits::Schedule &schedule) {
+                                typename Traits::Source &source) {
   using Tile = typename Traits::QTile;
   const int rows = params.batch.tile_queries * static_cast<int>(params.batch.group.divisor);
-  typename Traits::Source source(schedule, params.arrivals + kTicketCounter);
 #pragma unroll 1
   for (uint32_t number = 0;; ++number) {
     const uint32_t place = number % Traits::kSegments;
     PrefillSegment &segment = shared.segments[place];
-    wait(&shared.segment_empty[place], (number / Traits::kSegments & 1) ^ 1);
-    __syncwarp();
-    source.next(segment);
+    if (number > 0) {
+      wait(&shared.segment_empty[place], (number / Traits::kSegments & 1) ^ 1);
+      __syncwarp();
+      source.next(segment);
+    }
     __syncwarp();
     if (arrives_for_warp(threadIdx.x == 0)) arrive(&shared.segment_full[place]);
     if (!segment.valid) return;
@@ -326,6 +327,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 64) count_start(params);
   typename Traits::Schedule schedule(params.batch, shared.schedule);
   schedule.begin();
+  // The first segment is found here, since instructions that follow each other come sooner from memory than those that
+  // are jumped to.
+  typename Traits::Source source(schedule, params.arrivals + kTicketCounter);
+  if (threadIdx.x < 32) source.begin(shared.segments[0]);
   __syncthreads();
   let_next_kernel_start();
   const int warpgroup = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128, 0);
@@ -333,7 +338,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     give_registers<Traits::kProducerRegisters>();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (warp == 0) {
-      produce_queries<Traits>(params, shared, schedule);
+      produce_queries<Traits>(params, shared, source);
     } else if (warp < 3) {
       produce_tiles<Traits>(params, shared, warp == 1);
     }

@@ -30,7 +30,7 @@ struct HopperPrefillFloat8Traits {
   using Math = Float8;
   static constexpr bool kFloat8 = false;  // nothing is widened
   static constexpr bool kFloat8Products = true;
-  static constexpr bool kKeepsRow = true;     // a thread, rather than find it anew
+  static constexpr bool kKeepsRow = false;    // a thread, rather than find it anew
   static constexpr int kStepDims = 32;        // that a product sums over
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128, "registers have room for output and a product of 128 columns");
@@ -47,9 +47,9 @@ struct HopperPrefillFloat8Traits {
   static constexpr int kThreads = 128 * (kFirstMathGroup + kGroups);
   // Of a thread as the kernel starts, and then of the warpgroups that bring data, that transpose V and that compute.
   static constexpr int kRegisters = 128;
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kChangerRegisters = kHeadDim <= 64 ? 64 : 48;
-  static constexpr int kMathRegisters = kHeadDim <= 64 ? 208 : 216;
+  static constexpr int kProducerRegisters = kHeadDim <= 96 ? 40 : 32;
+  static constexpr int kChangerRegisters = kHeadDim <= 64 ? 64 : kHeadDim <= 96 ? 40 : 48;
+  static constexpr int kMathRegisters = kHeadDim <= 64 ? 200 : 216;
   static_assert(kProducerRegisters + kChangerRegisters + kGroups * kMathRegisters <= 4 * kRegisters);
 
   // Of rows of 128 bytes, at whose end zeros may stand.

@@ -192,7 +192,9 @@ class PartialRows {
     const int group = static_cast<int>(params_.batch.group.divisor), query = params_.batch.group.divide(row),
               head = item.kv_head * group + row - query * group;
     const int64_t token = item.seq.first_token + item.query_tile * params_.batch.tile_queries + query;
-    const float factor = end_row(params_, token, head, item.kv_head, m, l, lane == 0);
+    const RowSum sum = with_sink(params_, head, m, l);
+    if (params_.lse != nullptr && lane == 0) store_lse_of_row(params_, token, head, sum.lse());
+    const float factor = output_factor(sum, params_.v_scale.of_head(item.kv_head));
     const int64_t offset = token * params_.out.token_stride + head * params_.out.head_stride;
 #pragma unroll
     for (int j = 0; j < kOfLane; ++j) {

@@ -70,16 +70,16 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr int kWarpgroups = kFirstMathGroup + kGroups;
   static constexpr int kThreads = 128 * kWarpgroups;
   // Of a thread as the kernel starts, and then of the warpgroups that bring data, that widen it and that compute: as
-  // many as keep all from spilling, up to 128 columns and over 16-bit caches.
+  // many as keep all from spilling, but for a word at 192 columns of float8 caches, and many at 256.
   static constexpr int kRegisters = kWarpgroups == 4 ? 128 : 168;
   static constexpr int kProducerRegisters = !Types::kFloat8   ? (kHeadDim == 96    ? 32
-                                                                 : kHeadDim == 192 ? 40
-                                                                                   : 56)
+                                                                 : kHeadDim <= 128 ? 56
+                                                                                   : 40)
                                             : kHeadDim <= 96  ? 48
-                                            : kHeadDim <= 112 ? 56
-                                            : kHeadDim == 192 ? 32
+                                            : kHeadDim <= 128 ? 56
+                                            : kHeadDim <= 192 ? 48
                                                               : 40;
-  static constexpr int kChangerRegisters = kHeadDim == 112 || kHeadDim == 128 ? 56 : kHeadDim <= 192 ? 48 : 40;
+  static constexpr int kChangerRegisters = kProducerRegisters;  // if there are such
   static constexpr int kMathRegisters =
       (kWarpgroups * kRegisters - kProducerRegisters - (Types::kFloat8 ? kChangerRegisters : 0)) / kGroups / 8 * 8;
   // What comes of a thread's number is found anew where it is needed, but where the compiler then spills something

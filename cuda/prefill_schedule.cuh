@@ -8,10 +8,11 @@
 // done with one, so that blocks at work share what they read, and what is left at the end is short.  Which block takes
 // which item depends on chance, but what becomes of it does not.
 //
-// Where that would leave blocks idle, the order's first items are cut evenly into a range for each block before
-// anything else (WorkCut): all items, if they are few, or those of an incomplete last round, if all are of about the
-// same length.  Then the rest are whole rounds, in which every block has one.  Where nearly all blocks can have equal
-// parts of equal items, they do, and so the tiles of a KV head go over the same keys side by side.
+// Where that would leave blocks idle for longer than joins take, the order's first items are cut evenly into a range
+// for each block before anything else (WorkCut): all items, if they are few, or those of an incomplete last round, if
+// all are of about the same length.  Then the rest are whole rounds, in which every block has one.  Where nearly all
+// blocks can have equal parts of equal items, they do, and so the tiles of a KV head go over the same keys side by
+// side.
 #pragma once
 
 #include "attention_kernel.h"
@@ -25,10 +26,20 @@ constexpr int kTicketCounter = kMaxGrid - 1;
 // half may keep a copy.
 constexpr int kCachedBytes = 16 << 20;
 
+// a / b of numbers that are not negative, in fewer instructions than the compiler's where a is not large.
+__device__ inline int quick_divide(int a, int b) {
+  if (a >= 1 << 22) [[unlikely]]
+    return static_cast<int>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+  const int quotient =
+      static_cast<int>(__fdividef(static_cast<float>(a), static_cast<float>(b)));  // off by one at most
+  const int rest = a - quotient * b;
+  return quotient + (rest >= b) - (rest < 0);
+}
+
 // Tiles that hold whole query tokens.
 template <int kRows, int kTokens>
 struct PrefillShape : TileShape<kRows, kTokens, false> {
-  // Blocks that have equal parts of an item end together but for so many tiles.
+  // Where items are cut, to so many tiles: blocks that have equal parts end together but for these.
   static constexpr int kMinSegmentTiles = 2;
 };
 
@@ -62,11 +73,43 @@ __device__ inline Range keys_of_row(const Batch &batch, const WorkItem &item, in
   return visible_keys(batch, item.seq, query_of_row(batch, item, row));
 }
 
+// How many items some sequences have, and what these cost.
+struct WorkMeasure {
+  int items = 0;
+  int shortest = kMaxUnits;  // cost of one
+  int longest = 0;
+  float work = 0.0f;  // what all cost, if they differ evenly
+
+  // Of which the first and the last cost so much.
+  __device__ void add(int count, int first, int last) {
+    join({count, smaller(first, last), larger(first, last),
+          0.5f * static_cast<float>(count) * (static_cast<float>(first) + static_cast<float>(last))});
+  }
+  __device__ void join(const WorkMeasure &other) {
+    items += other.items;
+    shortest = smaller(shortest, other.shortest);
+    longest = larger(longest, other.longest);
+    work += other.work;
+  }
+  // Of all lanes of a warp.
+  __device__ void join_lanes() {
+    items = warp_sum(items);
+    shortest = __reduce_min_sync(kFullWarp, shortest);
+    longest = __reduce_max_sync(kFullWarp, longest);
+    work = warp_sum(work);
+  }
+  // Query starts that make no sense may give the same tokens to many sequences: then nothing, rather than anything.
+  __device__ bool makes_sense() const { return items >= 0 && items < kMaxUnits && work < 2.0f * kMaxUnits; }
+  __device__ bool alike() const { return shortest >= longest - longest / 4; }
+};
+
 // Shape's tiles hold whole query tokens.  kThreads is the block's, kTokenBytes what a token has of K and V for a head.
 template <class Shape, int kThreads, int kTokenBytes>
 class PrefillSchedule {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kMostCut = 512;  // items
+  // Of what a block spends on the ends of its range: partial results stored, waited for and joined.  In tiles.
+  static constexpr float kJoinCost = 6.0f;
 
  public:
   struct Shared {
@@ -78,53 +121,45 @@ class PrefillSchedule {
     bool alike;                  // items are of about the same length
     WorkItem item;               // that the block is at, kept here to save registers
     int items_before[kThreads];  // each thread's sequences
-    int64_t warp_items[kWarps];
-    int warp_shortest[kWarps];  // cost of an item
-    int warp_longest[kWarps];
+    WorkMeasure measures[kWarps];
   };
 
   __device__ PrefillSchedule(const Batch &batch, Shared &shared) : batch_(batch), shared_(shared) {}
 
-  // Called by the whole block; the first warp may use the schedule at once.
+  // Called by the whole block; the first warp may use the schedule at once.  All this comes before any data is asked
+  // for and takes as long as a warp's way through the instructions, mostly for the first time: few sequences are
+  // measured by every warp for itself.
   __device__ void begin() {
     const auto thread = static_cast<int>(threadIdx.x);
     const int lane = thread % 32, warp = thread / 32, chunk = sequences_of_thread();
-    int64_t items = 0;
-    int shortest = kMaxUnits, longest = 0;
+    const bool few = batch_.num_seqs <= 32;
+    const int place = few ? lane : thread;
+    WorkMeasure measure;
 #pragma unroll 1
-    for (int index = thread * chunk; index < smaller((thread + 1) * chunk, batch_.num_seqs); ++index) {
+    for (int index = place * chunk; index < smaller((place + 1) * chunk, batch_.num_seqs); ++index) {
       const Sequence seq = load_sequence(batch_, index);
       const int tiles = num_tiles(seq);
-      if (tiles == 0) continue;
-      items += static_cast<int64_t>(tiles) * batch_.num_kv_heads;
-      shortest = smaller(shortest, cost_of(make_item(seq, 0, 0)));
-      longest = larger(longest, cost_of(make_item(seq, 0, tiles - 1)));
+      if (tiles > 0) {
+        measure.add(tiles * batch_.num_kv_heads, cost_of(keys_of_tile(seq, 0)), cost_of(keys_of_tile(seq, tiles - 1)));
+      }
     }
-    const int64_t end = warp_inclusive_scan(items, lane);
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      shortest = smaller(shortest, __shfl_xor_sync(kFullWarp, shortest, offset));
-      longest = larger(longest, __shfl_xor_sync(kFullWarp, longest, offset));
+    const int scanned = warp_inclusive_scan(measure.items, lane);
+    int before = scanned - measure.items;
+    measure.join_lanes();
+    if (!few) {
+      if (lane == 0) shared_.measures[warp] = measure;
+      __syncthreads();
+      measure = {};
+#pragma unroll 1
+      for (int w = 0; w < kWarps; ++w) {
+        if (w == warp) before += measure.items;
+        measure.join(shared_.measures[w]);
+      }
     }
-    if (lane == 31) {
-      shared_.warp_items[warp] = end;
-      shared_.warp_shortest[warp] = shortest;
-      shared_.warp_longest[warp] = longest;
-    }
-    __syncthreads();
-    int64_t before = end - items, total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) before += shared_.warp_items[w];
-      total += shared_.warp_items[w];
-      shortest = smaller(shortest, shared_.warp_shortest[w]);
-      longest = larger(longest, shared_.warp_longest[w]);
-    }
-    // Query starts that make no sense may give the same tokens to many sequences: then nothing, rather than anything.
-    if (total >= kMaxUnits) total = 0;
-    shared_.items_before[thread_index()] = static_cast<int>(before);
-    __syncthreads();
-    cut_first_items(static_cast<int>(total), shortest, longest);
+    if (!few || warp == 0) shared_.items_before[thread_index()] = before;
+    if (!few) __syncthreads();
+    if (!measure.makes_sense()) measure = {};
+    cut_first_items(measure);
   }
 
   // The rest is for the first warp.
@@ -150,10 +185,11 @@ class PrefillSchedule {
       seq = load_sequence(batch_, ++sequence);
       tiles = num_tiles(seq);
     }
-    const int cached_heads = clamp_to(kCachedBytes / kTokenBytes / larger(seq.length, 1), 1, batch_.num_kv_heads);
-    const int section = place / (cached_heads * tiles), first_head = section * cached_heads;
+    const int cached_heads =
+        clamp_to(quick_divide(kCachedBytes / kTokenBytes, larger(seq.length, 1)), 1, batch_.num_kv_heads);
+    const int section = quick_divide(place, cached_heads * tiles), first_head = section * cached_heads;
     place -= section * cached_heads * tiles;
-    const int heads = smaller(cached_heads, batch_.num_kv_heads - first_head), row = place / heads;
+    const int heads = smaller(cached_heads, batch_.num_kv_heads - first_head), row = quick_divide(place, heads);
     return make_item(seq, first_head + place - row * heads, tiles - 1 - row);
   }
 
@@ -162,48 +198,87 @@ class PrefillSchedule {
 
   __device__ int num_tiles(const Sequence &seq) const {
     const int rows = num_rows(batch_, seq);
-    return rows < batch_.min_rows || rows > batch_.max_rows ? 0 : ceil_divide(seq.num_queries, batch_.tile_queries);
+    return rows < batch_.min_rows || rows > batch_.max_rows
+               ? 0
+               : quick_divide(seq.num_queries + batch_.tile_queries - 1, batch_.tile_queries);
   }
 
-  __device__ WorkItem make_item(const Sequence &seq, int kv_head, int tile) const {
+  // That any row of a tile sees.
+  __device__ Range keys_of_tile(const Sequence &seq, int tile) const {
     const int first = tile * batch_.tile_queries, last = smaller(first + batch_.tile_queries, seq.num_queries) - 1;
-    const Range keys = {visible_keys(batch_, seq, first).begin, visible_keys(batch_, seq, last).end};
+    return {visible_keys(batch_, seq, first).begin, visible_keys(batch_, seq, last).end};
+  }
+  __device__ WorkItem make_item(const Sequence &seq, int kv_head, int tile) const {
+    const Range keys = keys_of_tile(seq, tile);
     return {seq, kv_head, 0, tile, keys, kv_tiles<Shape>(keys), 0};
   }
 
-  __device__ int cost_of(const WorkItem &item) const { return cuda::cost_of<Shape>(batch_, item.num_kv_tiles()); }
+  __device__ int cost_of(Range keys) const {
+    const Range tiles = kv_tiles<Shape>(keys);
+    return cuda::cost_of<Shape>(batch_, tiles.end - tiles.begin);
+  }
 
-  // By the whole block, since to find an item takes long.  The last two are costs of items.
-  __device__ void cut_first_items(int num_items, int shortest, int longest) {
-    const int thread = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
-    const bool alike = 4 * int64_t{shortest} >= 3 * int64_t{longest};
-    const int wanted = num_items <= 2 * blocks ? num_items : alike ? num_items % blocks : 0;
-    const int num_cut = smaller(wanted, kMostCut);
-    // Equal parts: so many of an item, so long.  Then items are further apart on the line than they are long.
-    const int parts = blocks / larger(num_cut, 1), part = ceil_divide(longest, larger(parts, 1));
-    const bool equal_parts =
-        alike && parts > 1 && 8 * parts * num_cut >= 7 * blocks && part >= units_of(batch_, Shape::kMinSegmentTiles);
-#pragma unroll 1
-    for (int i = thread; i < num_cut; i += kThreads) {
-      shared_.starts[i] = equal_parts ? parts * part : cost_of(locate(i));
+  // How the order's first items are cut, if at all: some of them, into a range for each block; if into equal parts, so
+  // many of an item and so long.
+  struct CutPlan {
+    int num_items;
+    bool equal_parts;
+    int parts;
+    int part;
+  };
+
+  // The costs of both ways are compared as they would be if those of items fell evenly from the largest to the least.
+  __device__ CutPlan plan_cut(const WorkMeasure &measure) const {
+    const int blocks = static_cast<int>(gridDim.x), items = measure.items, longest = measure.longest;
+    const bool are_few = items <= 2 * blocks;
+    if (!are_few && !measure.alike()) return {0, false, 0, 0};
+    const int num_cut = are_few ? items : items - quick_divide(items, blocks) * blocks;
+    if (num_cut == 0) return {0, false, 0, 0};
+    const int parts = quick_divide(blocks, num_cut),
+              part = quick_divide(longest + larger(parts, 1) - 1, larger(parts, 1));
+    const bool equal_parts = measure.alike() && parts > 1 && 8 * parts * num_cut >= 7 * blocks &&
+                             part >= units_of(batch_, Shape::kMinSegmentTiles);
+    const auto most = static_cast<float>(longest);
+    float cut = static_cast<float>(part), whole = most;
+    if (!equal_parts) cut = __fdividef(are_few ? measure.work : most * static_cast<float>(num_cut), blocks);
+    if (are_few && items > blocks) {  // then a block has two, whose sum is the same for all
+      whole += fmaxf(0.0f, most - static_cast<float>(longest - measure.shortest) * __fdividef(2 * blocks, items));
     }
-    __syncthreads();
-    if (thread >= 32) return;
+    return {whole > cut + kJoinCost ? num_cut : 0, equal_parts, parts, part};
+  }
+
+  // By the whole block, since to find an item takes long.
+  __device__ void cut_first_items(const WorkMeasure &measure) {
+    const auto [num_cut, equal_parts, parts, part] = plan_cut(measure);
+    if (num_cut > 0 && !equal_parts) {
+      __syncthreads();
+#pragma unroll 1
+      for (int i = thread_index(); i < num_cut; i += kThreads) shared_.starts[i] = cost_of(locate(i).keys);
+      __syncthreads();
+    }
+    const int lane = thread_index();
+    if (lane >= 32) return;
+    auto cut = WorkCut<Shape>::of(batch_, 0, 1);
     int total = 0;
+    if (num_cut > 0) {
 #pragma unroll 1
-    for (int i = thread; i - thread < num_cut; i += 32) {
-      const int cost = i < num_cut ? shared_.starts[i] : 0, scanned = warp_inclusive_scan(cost, thread);
-      if (i < num_cut) shared_.starts[i] = total + scanned - cost;
-      total += __shfl_sync(kFullWarp, scanned, 31);
+      for (int i = lane; i - lane < num_cut; i += 32) {
+        // Items in equal parts are further apart on the line than they are long.
+        const int cost = i >= num_cut ? 0 : equal_parts ? parts * part : shared_.starts[i];
+        const int scanned = warp_inclusive_scan(cost, lane);
+        if (i < num_cut) shared_.starts[i] = total + scanned - cost;
+        total += __shfl_sync(kFullWarp, scanned, 31);
+      }
+      cut = WorkCut<Shape>::of(batch_, total, static_cast<int>(gridDim.x));
+      if (equal_parts) cut.quantum = part;
     }
-    if (thread == 0) {
-      shared_.num_items = num_items;
-      shared_.alike = alike;
+    if (lane == 0) {
+      shared_.num_items = measure.items;
+      shared_.alike = measure.alike();
       shared_.num_cut = num_cut;
-      shared_.cut = WorkCut<Shape>::of(batch_, total, blocks);
-      if (equal_parts) shared_.cut.quantum = part;
-      const int block = static_cast<int>(blockIdx.x), begin = block * shared_.cut.quantum;
-      shared_.range = {block, begin, smaller(begin + shared_.cut.quantum, total)};
+      shared_.cut = cut;
+      const int block = static_cast<int>(blockIdx.x), begin = block * cut.quantum;
+      shared_.range = {block, begin, smaller(begin + cut.quantum, total)};
     }
     __syncwarp();
   }
@@ -218,13 +293,17 @@ class PrefillSource {
  public:
   // `tickets`: a counter that all blocks draw from.
   __device__ PrefillSource(const Schedule &schedule, uint32_t *tickets)
-      : schedule_(schedule), shared_(schedule.shared()), tickets_(tickets) {
+      : schedule_(schedule), shared_(schedule.shared()), tickets_(tickets) {}
+
+  // The first, behind the schedule's begin.
+  __device__ void begin(PrefillSegment &segment) {
     int begun = 0;  // items that begin where the block's range does, or before
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < shared_.num_cut; i += 32) {
       begun += shared_.starts[i] <= shared_.range.begin;
     }
     cut_item_ = shared_.range.begin < shared_.range.end ? warp_sum(begun) - 1 : shared_.num_cut;
+    next(segment);
   }
 
   // Into shared memory, where others see it behind a barrier.

@@ -94,6 +94,10 @@ struct TallShape : TileShape<128, 64, false> {
   static constexpr int kItemOverhead = 4;
 };
 
+struct ShortSegmentsShape : TileShape<192, 96, false> {
+  static constexpr int kMinSegmentTiles = 2;
+};
+
 template <class Shape>
 HeadCost head_cost(const Batch &batch) {
   HeadCost cost{0, 0};

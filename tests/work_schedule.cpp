@@ -118,6 +118,7 @@ int main() {
     check<TileShape<16, 64, true>>(seed, 1, 16);
     check<TileShape<64, 32, false>>(seed, 17, 1 << 30);
     check<TallShape>(seed, 17, 1 << 30);
+    check<ShortSegmentsShape>(seed, 65, 1 << 30);
   }
   require(shared_items_of_many_heads > 100, "many items have several heads and owners", -1);
   require(batches_in_step[0] > 50 && batches_in_step[1] > 20, "many batches have several lines", -1);
