@@ -247,7 +247,9 @@ AttentionSelection select_attention(const AttentionParams &params, ArrayAlignmen
 
   const HopperKernel *const prefill = prefill_kernel_for(params, alignment);
   const AttentionKernel &many = prefill != nullptr ? prefill->kernel : pair.many_rows;
-  if (params.num_q_heads / params.num_kv_heads > most_few) return {many.name, 1, {{&many, prefill}}};
+  // Prompts of one length.  What is shorter, though starts should end with T, the kernel for many rows serves as well.
+  const bool all_have_most = params.num_tokens == params.num_seqs * params.max_query_len;
+  if (all_have_most || params.num_q_heads / params.num_kv_heads > most_few) return {many.name, 1, {{&many, prefill}}};
   return {joint_name(few, many), 2, {{&many, prefill, most_few + 1}, {&few, decode, 1, most_few}}};
 }
 

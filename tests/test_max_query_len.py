@@ -51,6 +51,35 @@ def test_a_small_bound_needs_one_kernel_where_two_are_needed_without(
 
 
 @pytest.mark.gpu
+def test_prompts_of_one_length_need_one_kernel(cuda: CupyBackend, rng: np.random.Generator) -> None:
+    shape: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 4, "dtype": np.float16}
+    batch = make_batch(rng, [130, 300, 90], [90] * 3, **shape)
+    check_batch(cuda, batch, max_query_len=90)
+    names = [pagedattn.last_kernel()]
+    check_batch(cuda, batch)
+    names.append(pagedattn.last_kernel())
+    check_batch(cuda, make_batch(rng, [300], [90], **shape))
+    names.append(pagedattn.last_kernel())
+    assert names[0] == names[2]
+    assert names[0] in names[1].split("+")
+    assert names[0] != names[1]
+
+
+@pytest.mark.gpu
+def test_padding_of_prompts_of_one_length_may_stand_in_for_shorter_ones(
+    cuda: CupyBackend, rng: np.random.Generator
+) -> None:
+    # As in a captured graph: more rows in q than the starts say, and sequences of a few rows or none among the others.
+    query_lens = [90, 1, 0, 7]
+    batch = make_batch(rng, [130, 300, 20, 70], query_lens, num_q_heads=8, num_kv_heads=4, dtype=np.float16)
+    args, options = batch.on(cuda)
+    padded = cuda.cupy.zeros((360, *batch.q.shape[1:]), np.float16)
+    padded[: len(batch.q)] = args[0]
+    out = pagedattn.paged_attention(padded, *args[1:], **options, max_query_len=90, check=False)
+    assert_close(cuda.host(out)[: len(batch.q)], batch.reference()[0], np.float16)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("dtype", "head_dim"), KINDS)
 @pytest.mark.parametrize("num_q_heads", [4, 40], ids=["few rows", "many rows"])

@@ -63,8 +63,8 @@ def paged_attention(
     query_start_loc : int32 array [B + 1], optional
         First row of each sequence in q, and T.  Absent: one query token a sequence.
     max_query_len : int, optional
-        Query tokens that no sequence has more of.  Where it is small (speculative decoding), the GPU runs one kernel
-        instead of two.  A sequence that has more is an error where values are verified, see ``check``, and its rows
+        Query tokens that no sequence has more of.  Where it is small (speculative decoding), or what all of them have
+        (prompts of one length), the GPU runs one kernel instead of two.  A sequence that has more is an error where values are verified, see ``check``, and its rows
         of ``out`` and ``lse`` are left as they were where they are not.
     scale : float, optional
         Of the scores; ``D ** -0.5`` by default.
