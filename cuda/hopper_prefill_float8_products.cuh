@@ -71,7 +71,7 @@ struct HopperPrefillFloat8Traits {
   // Named barriers, one a group.
   static constexpr int kFirstTurn = 1, kFirstOwn = kFirstTurn + kGroups;
   static constexpr int kSegments = 4;    // in work, and ahead
-  static constexpr int kTilesAhead = 2;  // of a segment's last that the next is wanted
+  static constexpr int kTilesAhead = 3;  // of a segment's last that the next is wanted
 
   struct Shared {
     char q[kQStages][QTile::kBytes];

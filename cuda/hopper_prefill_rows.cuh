@@ -289,12 +289,17 @@ class WarpgroupRows {
 
   __device__ static int block_thread() {
     if constexpr (Traits::kKeepsRow) return static_cast<int>(threadIdx.x);
-    return thread_index();
+    const int thread = thread_index();
+    // What is told of its range takes instructions and a register from what comes of it.
+    if constexpr (Traits::kFloat8 && kHeadDim > 128) {
+      __builtin_assume(thread >= 128 * Traits::kFirstMathGroup && thread < Traits::kThreads);
+    }
+    return thread;
   }
   // The group, where that takes fewer of the uniform registers.
   __device__ int find_group() const {
     if constexpr (kHeadDim <= 128 || Traits::kKeepsRow) return group_;
-    return thread_index() / 128 - Traits::kFirstMathGroup;
+    return block_thread() / 128 - Traits::kFirstMathGroup;
   }
   // Of the item's tile, the thread's first; the other is the eighth after it.
   __device__ int own_row() const {

@@ -70,7 +70,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr int kWarpgroups = kFirstMathGroup + kGroups;
   static constexpr int kThreads = 128 * kWarpgroups;
   // Of a thread as the kernel starts, and then of the warpgroups that bring data, that widen it and that compute: as
-  // many as keep all from spilling, but for a word at 192 columns of float8 caches, and many at 256.
+  // many as keep all from spilling, but at 256 columns of float8 caches.
   static constexpr int kRegisters = kWarpgroups == 4 ? 128 : 168;
   static constexpr int kProducerRegisters = !Types::kFloat8   ? (kHeadDim == 96    ? 32
                                                                  : kHeadDim <= 128 ? 56
@@ -108,7 +108,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr int kFirstTurn = 1, kFirstOwn = kFirstTurn + kGroups, kWidenerBarrier = kFirstOwn + kGroups;
   static constexpr int kSegments = 4;  // in work, and ahead
   // Of a segment's last that the next is wanted.
-  static constexpr int kTilesAhead = Types::kFloat8 ? 2 : 1;
+  static constexpr int kTilesAhead = 3;
 
   struct RawData {  // float8, and queries of that call in their own type
     Barrier k[kKvStages];

@@ -64,8 +64,9 @@ def paged_attention(
         First row of each sequence in q, and T.  Absent: one query token a sequence.
     max_query_len : int, optional
         Query tokens that no sequence has more of.  Where it is small (speculative decoding), or what all of them have
-        (prompts of one length), the GPU runs one kernel instead of two.  A sequence that has more is an error where values are verified, see ``check``, and its rows
-        of ``out`` and ``lse`` are left as they were where they are not.
+        (prompts of one length), the GPU runs one kernel instead of two.  A sequence that has more is an error where
+        values are verified, see ``check``, and its rows of ``out`` and ``lse`` are left as they were where they are
+        not.
     scale : float, optional
         Of the scores; ``D ** -0.5`` by default.
     causal : bool
