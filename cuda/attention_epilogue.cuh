@@ -8,7 +8,7 @@
 // Otherwise it goes to the segment's place in the workspace, and the block that arrives last joins all segments, always
 // in the order of their keys: the bits do not depend on who is last.
 //
-// Workspace: kMaxGrid arrival counters, zero between launches (the last block to arrive sets its counter back), then
+// Workspace: kMaxGrid arrival counters, zero between launches (whoever comes last to one sets it back), then
 // the places.  The counters keep their size whatever the shapes, so one workspace serves calls of different shapes.
 #pragma once
 

@@ -17,7 +17,7 @@ constexpr int kFewSequences = 32;
 constexpr int kFewSequencesRows = 8;
 
 // A persistent kernel over AttentionKernelParams (HopperParams), launched with any grid of up to kMaxGrid blocks; those
-// for prefill, which have a counter for each warpgroup and one for all, with less than a third of that.
+// for prefill, which have a counter for each warpgroup and two for all, with less than a third of that.
 struct AttentionKernel {
   const char *name;
   const void *function;

@@ -86,6 +86,7 @@ class PartialRows {
     const JoinShare share = segment_.plan.is_shared ? arrive(kWaits) : share_of_one_block();
     if (share.of == 0) return;
     write<kPartsAtOnce>(share);
+    meet();
     if (segment_.plan.is_shared) leave(share);
   }
 
@@ -118,7 +119,7 @@ class PartialRows {
       JoinCount count;
       do {
         count.word = count_arrivals(counter());
-      } while (!__any_sync(kFullWarp, count.parts() == num_parts));
+      } while (!__all_sync(kFullWarp, count.parts() == num_parts));
       share.of = larger(__shfl_sync(kFullWarp, count.waiting(), 0), 1);
     }
     return share;
@@ -126,7 +127,6 @@ class PartialRows {
 
   // The last to leave makes the counter ready for the next launch.
   __device__ void leave(JoinShare share) const {
-    meet();
     if (thread_ != 0) return;
     const JoinCount count{arrive_and_count(counter(), JoinCount::kLeaves)};
     if (count.left() == share.of) *counter() = 0;
@@ -162,12 +162,12 @@ class PartialRows {
       for (int k = 0; k < kPartsAtOnce; ++k) {
         const bool exists = first + k < num_parts;
         const float *const part = part_of_row(first + k, row);
-        state[k] = {negative_infinity(), 0.0f};
+        state[k] = {negative_infinity(), -0.0f};  // which leaves a sum as it is, whatever its sign
         if (exists) state[k] = load_from_l2(reinterpret_cast<const float2 *>(part + kHeadDim));
 #pragma unroll
         for (int j = 0; j < kOfLane; ++j) {
           const int quad = lane + j * kLanes;
-          x[k][j] = {0.0f, 0.0f, 0.0f, 0.0f};
+          x[k][j] = {-0.0f, -0.0f, -0.0f, -0.0f};
           if (exists && quad < kQuads) x[k][j] = load_from_l2(reinterpret_cast<const float4 *>(part) + quad);
         }
       }

@@ -108,8 +108,12 @@ template <class Shape, int kThreads, int kTokenBytes>
 class PrefillSchedule {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kMostCut = 512;  // items
-  // Of what a block spends on the ends of its range: partial results stored, waited for and joined.  In tiles.
+  // Of what a block spends on the ends of its range: partial results stored, waited for and joined.  In units.
   static constexpr float kJoinCost = 6.0f;
+  // Behind a window, tiles between the first, which has fewer keys before it, and the last, which may have fewer
+  // queries, see more than either, by so many KV tiles at most.  Items in equal parts must begin behind all of the one
+  // before.
+  static constexpr int kWindowMargin = (Shape::kRows + Shape::kTokens - 1) / Shape::kTokens + 1;
 
  public:
   struct Shared {
@@ -161,8 +165,6 @@ class PrefillSchedule {
     if (!measure.makes_sense()) measure = {};
     cut_first_items(measure);
   }
-
-  // The rest is for the first warp.
 
   __device__ Shared &shared() const { return shared_; }
   __device__ const Batch &batch() const { return batch_; }
@@ -230,12 +232,12 @@ class PrefillSchedule {
   // The costs of both ways are compared as they would be if those of items fell evenly from the largest to the least.
   __device__ CutPlan plan_cut(const WorkMeasure &measure) const {
     const int blocks = static_cast<int>(gridDim.x), items = measure.items, longest = measure.longest;
-    const bool are_few = items <= 2 * blocks;
+    const bool are_few = items <= smaller(2 * blocks, kMostCut);
     if (!are_few && !measure.alike()) return {0, false, 0, 0};
     const int num_cut = are_few ? items : items - quick_divide(items, blocks) * blocks;
-    if (num_cut == 0) return {0, false, 0, 0};
-    const int parts = quick_divide(blocks, num_cut),
-              part = quick_divide(longest + larger(parts, 1) - 1, larger(parts, 1));
+    if (num_cut == 0 || num_cut > kMostCut) return {0, false, 0, 0};
+    const int parts = quick_divide(blocks, num_cut), reach = longest + (batch_.window > 0 ? kWindowMargin : 0),
+              part = quick_divide(reach + larger(parts, 1) - 1, larger(parts, 1));
     const bool equal_parts = measure.alike() && parts > 1 && 8 * parts * num_cut >= 7 * blocks &&
                              part >= units_of(batch_, Shape::kMinSegmentTiles);
     const auto most = static_cast<float>(longest);
@@ -247,7 +249,7 @@ class PrefillSchedule {
     return {whole > cut + kJoinCost ? num_cut : 0, equal_parts, parts, part};
   }
 
-  // By the whole block, since to find an item takes long.
+  // By the whole block, since to find an item takes long.  What is left is the first warp's.
   __device__ void cut_first_items(const WorkMeasure &measure) {
     const auto [num_cut, equal_parts, parts, part] = plan_cut(measure);
     if (num_cut > 0 && !equal_parts) {

@@ -24,9 +24,10 @@ KINDS = [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float8_
 
 # Holds multiprocessors until it is let go, or gives up.
 HOLD = r"""
-extern "C" __global__ void hold(volatile int *let_go, volatile int *gave_up) {
+extern "C" __global__ void hold(volatile int *let_go, volatile int *gave_up, int *holding) {
     extern __shared__ char room[];
     unsigned long long start, now;
+    if (threadIdx.x == 0) atomicAdd(holding, 1);
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
     while (*let_go == 0) {
         asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
@@ -71,6 +72,27 @@ def test_parts_of_an_item_join_to_the_reference(
     check_batch(cuda, make_batch(rng, list(seq_lens), list(query_lens), **shape))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "window", "sequence"),
+    [(64, 20, 2016, (2208, 385)), (256, 16, 4096, (4232, 387)), (128, 16, 2000, (2300, 300))],
+)
+def test_tiles_that_see_more_than_the_first_and_the_last_are_joined(
+    cuda: CupyBackend,
+    rng: np.random.Generator,
+    head_dim: int,
+    heads: int,
+    window: int,
+    sequence: tuple[int, int],
+    deterministic: bool,
+) -> None:
+    # Behind a window a tile in the middle may see more keys than both ends, which equal parts were made for: its last
+    # part was nobody's once.
+    shape = {"num_q_heads": heads, "num_kv_heads": heads, "head_dim": head_dim, "dtype": np.float16}
+    batch = make_batch(rng, [sequence[0]], [sequence[1]], **shape, window=window)
+    check_batch(cuda, batch, deterministic=deterministic)
+
+
 def test_joins_have_the_same_bits_whoever_has_time_for_them(cuda: CupyBackend, rng: np.random.Generator) -> None:
     # Five streams at once, so that blocks of some calls start late, and at other times each time.
     calls = [
@@ -95,7 +117,10 @@ def test_joins_have_the_same_bits_whoever_has_time_for_them(cuda: CupyBackend, r
             out.fill(np.nan)
 
 
-def test_blocks_wait_for_nobody_who_has_no_multiprocessor(cuda: CupyBackend, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("free", [1, 5, 70])
+def test_blocks_wait_for_nobody_who_has_no_multiprocessor(
+    cuda: CupyBackend, rng: np.random.Generator, free: int
+) -> None:
     cupy = cuda.cupy
     args, options = few_items(cuda, rng, [(20_000, 70)], num_q_heads=4, num_kv_heads=1, head_dim=128, dtype=np.float16)
     workspace = workspace_for(cuda, [(args, options)])
@@ -105,11 +130,17 @@ def test_blocks_wait_for_nobody_who_has_no_multiprocessor(cuda: CupyBackend, rng
     kernel = cupy.RawKernel(HOLD, "hold")
     kernel.max_dynamic_shared_size_bytes = device.attributes["MaxSharedMemoryPerBlockOptin"]
     holder, caller, messenger = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
-    words = cupy.zeros(2, np.int32)
+    words = cupy.zeros(3, np.int32)
     cuda.synchronize()
-    with holder:  # all multiprocessors but a few, each wholly
-        blocks = device.attributes["MultiProcessorCount"] - 5
-        kernel((blocks,), (32,), (words[0:1], words[1:2]), shared_mem=kernel.max_dynamic_shared_size_bytes)
+    with holder:  # all multiprocessors but some, each wholly
+        blocks = device.attributes["MultiProcessorCount"] - free
+        arguments = (words[0:1], words[1:2], words[2:3])
+        kernel((blocks,), (32,), arguments, shared_mem=kernel.max_dynamic_shared_size_bytes)
+    with messenger:
+        while words[2:3].get(stream=messenger)[0] < blocks:
+            pass
+    if words.get(stream=messenger)[1] != 0:
+        pytest.skip("kernels run one after the other here, as under a sanitizer")
     for _ in range(3):
         pagedattn.paged_attention(*args, **options, out=out, workspace=workspace, stream=caller)
     caller.synchronize()
