@@ -114,8 +114,8 @@ typedef struct pa_attention_args {
                                          PAGEDATTN_CHECK says.  On the CPU they are always verified */
   void *stream;                     /**< cudaStream_t; ignored for host memory */
   int64_t max_query_len;            /**< query tokens that no sequence has more of; 0: not known.  Where it is small,
-                                         or what all have, fewer kernels are launched.  One with more is an error where index values
-                                         are verified, and gets no results elsewhere */
+                                         or what all have, fewer kernels are launched.  One with more is an error
+                                         where index values are verified, and gets no results elsewhere */
   const pa_tensor *q_scale;         /**< optional [1] or [Hkv] float32: stored q times this is q; float8 q only */
   double q_scale_value;             /**< used where q_scale is NULL; default 1 */
 } pa_attention_args;
