@@ -46,6 +46,12 @@ struct JoinCount {
   __device__ int left() const { return word / kLeaves; }
 };
 
+// The share of a group of rows in the join of an item's segments, of so many; none if of = 0.
+struct JoinShare {
+  int number;
+  int of;
+};
+
 // Of the 64 rows that a warpgroup has of an item.
 template <class Traits>
 class PartialRows {

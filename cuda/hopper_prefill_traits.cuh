@@ -6,6 +6,7 @@
 #include "attention_epilogue.cuh"
 #include "attention_kernel.h"
 #include "hopper_params.cuh"
+#include "hopper_prefill_join.cuh"
 #include "hopper_prefill_segments.cuh"
 #include "hopper_ptx.cuh"
 #include "hopper_row_results.cuh"
@@ -81,7 +82,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
                                                               : 40;
   static constexpr int kChangerRegisters = kProducerRegisters;  // if there are such
   static constexpr int kMathRegisters =
-      (kWarpgroups * kRegisters - kProducerRegisters - (Types::kFloat8 ? kChangerRegisters : 0)) / kGroups / 8 * 8;
+      (kWarpgroups * kRegisters - kFirstMathGroup * kProducerRegisters) / kGroups / 8 * 8;
   // What comes of a thread's number is found anew where it is needed, but where the compiler then spills something
   // else.
   static constexpr bool kKeepsRow = kHeadDim == 192 && !Types::kFloat8;

@@ -51,12 +51,6 @@ struct PrefillSegment {
   SegmentPlan plan;
 };
 
-// The share of a group of rows in the join of an item's segments, of so many; none if of = 0.
-struct JoinShare {
-  int number;
-  int of;
-};
-
 // Rows of an item's tile that are a token's; others come behind them.
 __device__ inline int tile_rows(const Batch &batch, const WorkItem &item) {
   const int queries = min(batch.tile_queries, item.seq.num_queries - item.query_tile * batch.tile_queries);

@@ -163,6 +163,12 @@ class Batch:
         return positional, keywords
 
 
+def lens(sequences: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Return the lengths, and the query lengths, of sequences of which each is told as a pair of them."""
+    seq_lens, query_lens = zip(*sequences, strict=True)
+    return list(seq_lens), list(query_lens)
+
+
 def make_batch(
     rng: np.random.Generator,
     seq_lens: list[int],

@@ -7,15 +7,13 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pagedattn
 import pytest
 from accuracy import assert_same_bytes
 from attention_check import check_batch, types
-from backends import Array, CupyBackend
-from batches import make_batch
+from backends import CupyBackend
+from batches import lens, make_batch
 from cuda_graphs import workspace_for
 
 pytestmark = pytest.mark.gpu
@@ -40,13 +38,6 @@ extern "C" __global__ void hold(volatile int *let_go, volatile int *gave_up, int
 """
 
 
-def few_items(
-    cuda: CupyBackend, rng: np.random.Generator, sequences: list[tuple[int, int]], **shape: Any
-) -> tuple[list[Array], dict[str, Any]]:
-    seq_lens, query_lens = zip(*sequences, strict=True)
-    return make_batch(rng, list(seq_lens), list(query_lens), **shape).on(cuda)
-
-
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
 @pytest.mark.parametrize(
@@ -67,9 +58,8 @@ def test_parts_of_an_item_join_to_the_reference(
     head_dim: int,
     kind: tuple[str, str],
 ) -> None:
-    seq_lens, query_lens = zip(*sequences, strict=True)
     shape = {"num_q_heads": heads[0], "num_kv_heads": heads[1], "head_dim": head_dim, **types(rng, kind, heads[1])}
-    check_batch(cuda, make_batch(rng, list(seq_lens), list(query_lens), **shape))
+    check_batch(cuda, make_batch(rng, *lens(sequences), **shape))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -96,7 +86,7 @@ def test_tiles_that_see_more_than_the_first_and_the_last_are_joined(
 def test_joins_have_the_same_bits_whoever_has_time_for_them(cuda: CupyBackend, rng: np.random.Generator) -> None:
     # Five streams at once, so that blocks of some calls start late, and at other times each time.
     calls = [
-        few_items(cuda, rng, sequences, num_q_heads=8, num_kv_heads=2, head_dim=128, dtype=np.float16)
+        make_batch(rng, *lens(sequences), num_q_heads=8, num_kv_heads=2, head_dim=128, dtype=np.float16).on(cuda)
         for sequences in ([(8000, 70)], [(3000, 128), (2000, 65)], [(700, 300)], [(20_000, 40)], [(90, 90)] * 40)
     ]
     streams = [cuda.cupy.cuda.Stream(non_blocking=True) for _ in calls]
@@ -122,7 +112,8 @@ def test_blocks_wait_for_nobody_who_has_no_multiprocessor(
     cuda: CupyBackend, rng: np.random.Generator, free: int
 ) -> None:
     cupy = cuda.cupy
-    args, options = few_items(cuda, rng, [(20_000, 70)], num_q_heads=4, num_kv_heads=1, head_dim=128, dtype=np.float16)
+    batch = make_batch(rng, [20_000], [70], num_q_heads=4, num_kv_heads=1, head_dim=128, dtype=np.float16)
+    args, options = batch.on(cuda)
     workspace = workspace_for(cuda, [(args, options)])
     expected = cuda.host(pagedattn.paged_attention(*args, **options, workspace=workspace))
     out = cupy.full(expected.shape, np.nan, expected.dtype)

@@ -16,7 +16,7 @@ import pytest
 from accuracy import assert_same_bytes
 from attention_check import COMMON_OPTIONS, check_batch, check_case, types
 from backends import DTYPES, CupyBackend
-from batches import TENSOR_CORE_KINDS, make_batch, naming_poisoned_blocks, scale_for
+from batches import TENSOR_CORE_KINDS, lens, make_batch, naming_poisoned_blocks, scale_for
 from cuda_graphs import CapturedAttention
 from pairwise import case_id, pairwise
 from test_decode_kernels import PREAMBLE, run
@@ -25,11 +25,6 @@ pytestmark = pytest.mark.gpu
 
 # (tokens in the cache, query tokens among them): whole prompts, chunks, and what other kernels serve.
 SEQUENCES = [(130, 130), (1100, 90), (40, 40), (700, 1), (0, 70), (300, 4), (65, 65), (260, 129)]
-
-
-def lens(sequences: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    seq_lens, query_lens = zip(*sequences, strict=True)
-    return list(seq_lens), list(query_lens)
 
 
 PAIRWISE = pairwise(
