@@ -57,7 +57,11 @@ __device__ void produce_queries(const HopperParams &params, typename Traits::Sha
     if constexpr (Traits::kFloat8) full = &shared.raw.q[stage];
     if (threadIdx.x == 0) {
       const bool float8 = Traits::kFloat8 && params.q_is_float8;
-      expect(full, Tile::kColumns * rows * (float8 ? Tile::kWidth / 2 : Tile::kWidth));
+      int expected = rows;
+      if constexpr (Traits::kSavesRegisters) {
+        expected = found_here(params.batch.tile_queries) * static_cast<int>(params.batch.group.divisor);
+      }
+      expect(full, Tile::kColumns * expected * (float8 ? Tile::kWidth / 2 : Tile::kWidth));
 #pragma unroll
       for (int column = 0; column < Tile::kColumns; ++column) {
         const int corner[5] = {column * Tile::kColumnElements, 0, segment.item.kv_head, token, 0};
@@ -78,13 +82,15 @@ template <class Traits, bool kKeys>
 __device__ void widen_data(const HopperParams &params, typename Traits::Shared &shared) {
   Widener<Traits, kKeys> widener(params, shared);
 #pragma unroll 1
-  for (uint32_t number = 0;; ++number) {
-    const PrefillSegment &segment = wait_segment<Traits>(shared, number);
+  for (WidenerProgress<Traits> at;; at.end_segment()) {
+    const PrefillSegment &segment = wait_segment<Traits>(shared, at.number());
     if (!segment.valid) return;
-    const int tiles = segment.tiles.end - segment.tiles.begin, kv_head = segment.item.kv_head;
-    release_segment<Traits>(shared, number);
-    if constexpr (!kKeys) widener.widen_queries(number, kv_head);
-    widener.widen_tiles(tiles);
+    at.begin_segment(segment.tiles.end - segment.tiles.begin);
+    const int kv_head = segment.item.kv_head;
+    release_segment<Traits>(shared, at.number());
+    if constexpr (!kKeys) widener.widen_queries(at.number(), kv_head);
+#pragma unroll 1
+    for (; at.tiles_left() > 0; at.end_tile()) widener.widen_tile(at.tile());
   }
 }
 

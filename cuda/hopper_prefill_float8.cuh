@@ -21,6 +21,44 @@
 
 namespace pagedattn::cuda {
 
+// How far a warp that widens has come.  Segments and tiles count from the kernel's first on.
+template <class Traits, bool kInOneWord = Traits::kSavesRegisters>
+class WidenerProgress {
+ public:
+  __device__ uint32_t number() const { return number_; }  // of the segment
+  __device__ uint32_t tile() const { return tile_; }
+  __device__ int tiles_left() const { return left_; }
+
+  __device__ void begin_segment(int tiles) { left_ = tiles; }
+  __device__ void end_tile() { --left_, ++tile_; }
+  __device__ void end_segment() { ++number_; }
+
+ private:
+  uint32_t tile_ = 0;
+  uint32_t number_ = 0;
+  int left_;  // once a segment has begun
+};
+
+// The same in one register: both numbers only as far as places and phases are told from them.
+template <class Traits>
+class WidenerProgress<Traits, true> {
+  static constexpr uint32_t kTiles = 2 * Traits::kKvStages, kNumbers = 2 * larger(Traits::kSegments, Traits::kQStages);
+  static constexpr uint32_t kLeft = kTiles * kNumbers;
+  static_assert((kLeft & (kLeft - 1)) == 0);
+
+ public:
+  __device__ uint32_t number() const { return word_ / kTiles % kNumbers; }
+  __device__ uint32_t tile() const { return word_ % kTiles; }
+  __device__ int tiles_left() const { return static_cast<int>(word_ / kLeft); }
+
+  __device__ void begin_segment(int tiles) { word_ += static_cast<uint32_t>(tiles) * kLeft; }
+  __device__ void end_tile() { word_ = (word_ - kLeft) / kTiles * kTiles + (word_ + 1) % kTiles; }
+  __device__ void end_segment() { word_ = (word_ / kTiles + 1) % kNumbers * kTiles + word_ % kTiles; }
+
+ private:
+  uint32_t word_ = 0;  // from the left: tiles left, number, tile
+};
+
 // Half of the warpgroup widens keys, the other half queries and values.
 template <class Traits, bool kKeys>
 class Widener {
@@ -33,7 +71,7 @@ class Widener {
   static constexpr int kRows = kChunks % 8 == 0 && kChunks > 16 ? 8 : kChunks % 4 == 0 ? 16 : 32;
   static constexpr int kPieces = Traits::kTokens / kRows;
   static constexpr int kOfThread = kRows * kChunks / kThreads;
-  static constexpr int kAhead = kOfThread <= 4 ? 1 : 0;
+  static constexpr int kAhead = kOfThread <= 4 && !Traits::kSavesRegisters ? 1 : 0;
   // The places of a thread's chunks are the same again every so many, and so many bytes further on.
   static constexpr int kPlaces = std::lcm(kThreads, Traits::kHeadDim) / kThreads;
   static constexpr int kPlacesBytes = kPlaces * kThreads / Traits::kHeadDim * Tile::kEightRows;
@@ -73,9 +111,20 @@ class Widener {
     wait(&shared_.raw.q[stage], number / Traits::kQStages & 1);
     const int thread = own_thread();
     if (params_.q_is_bfloat16) {
+      if constexpr (Traits::kSavesRegisters) {
+        char *first = shared_.q[stage] + Queries::offset(thread / 8, thread % 8);
+        float *factor = &factors[thread / 8];
 #pragma unroll 1
-      for (int row = thread / 8; row < Traits::kRows; row += kQueryRows * kQueryStep) {
-        widen_query_rows(shared_.q[stage], row, &factors[row], scale);
+        for (int rows = Traits::kRows; rows > 0; rows -= kQueryRows * kQueryStep) {
+          widen_query_rows(first, factor, scale);
+          first += kQueryRows * Queries::kEightRows;
+          factor += kQueryRows * kQueryStep;
+        }
+      } else {
+#pragma unroll 1
+        for (int row = thread / 8; row < Traits::kRows; row += kQueryRows * kQueryStep) {
+          widen_query_rows(shared_.q[stage] + Queries::offset(row, own_thread() % 8), &factors[row], scale);
+        }
       }
     } else {
       if (params_.q_is_float8) widen_float8_queries(shared_.q[stage]);
@@ -84,16 +133,13 @@ class Widener {
     publish(&shared_.q_full[stage]);
   }
 
-  // So many tiles of K, or of V.
-  __device__ void widen_tiles(int tiles) {
-#pragma unroll 1
-    for (; tiles > 0; --tiles, ++tile_) {
-      const uint32_t stage = tile_ % Traits::kKvStages;
-      const Places places = find_places();
-      wait(kKeys ? &shared_.raw.k[stage] : &shared_.raw.v[stage], tile_ / Traits::kKvStages & 1);
-      widen_tile(kKeys ? shared_.k[stage] : shared_.v[stage], places);
-      publish(kKeys ? &shared_.k_full[stage] : &shared_.v_full[stage]);
-    }
+  // A tile of K, or of V, by its number.
+  __device__ void widen_tile(uint32_t number) {
+    const uint32_t stage = number % Traits::kKvStages;
+    const Places places = find_places();
+    wait(kKeys ? &shared_.raw.k[stage] : &shared_.raw.v[stage], number / Traits::kKvStages & 1);
+    widen_tile(kKeys ? shared_.k[stage] : shared_.v[stage], places);
+    publish(kKeys ? &shared_.k_full[stage] : &shared_.v_full[stage]);
   }
 
  private:
@@ -184,12 +230,11 @@ class Widener {
     }
   }
 
-  // Divides rows, every kQueryStep-th from this one on, by powers of two, which become part of their factors.  Eight
-  // lanes have a row.
-  __device__ static void widen_query_rows(char *q, int row, float *factors, float scale) {
+  // Divides rows, every kQueryStep-th from one on of which the lane's first chunk is given, by powers of two, which
+  // become part of their factors.  Eight lanes have a row.
+  __device__ static void widen_query_rows(char *first, float *factors, float scale) {
     constexpr int kColumns = Queries::kColumns;
     static_assert(kQueryStep == 8, "of eight rows all have their chunks at the same places");
-    char *const first = q + Queries::offset(row, own_thread() % 8);
     QChunk x[kQueryRows][kColumns];
 #pragma unroll
     for (int i = 0; i < kQueryRows; ++i) {
@@ -219,7 +264,6 @@ class Widener {
 
   const HopperParams &params_;
   typename Traits::Shared &shared_;
-  uint32_t tile_ = 0;
 };
 
 }  // namespace pagedattn::cuda

@@ -94,11 +94,11 @@ class WarpgroupRows {
                                 kOwnScales ? scale_[1] : transformed_scale()};
       const float slope[2] = {slope_of(own_row()), slope_of(own_row() + 8)};
       const int position[2] = {position_of(own_row()), position_of(own_row() + 8)};
-      transform_scores(s, params_, factors, slope, position, token);
+      transform_scores(s, params_, factors, slope, position, token, lane_of_row());
     }
     if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
       const Range keys[2] = {keys_of(own_row()), keys_of(own_row() + 8)};
-      mask_scores_by_bits(s, keys, token);
+      mask_scores_by_bits(s, keys, token, lane_of_row());
     }
   }
 
@@ -266,12 +266,23 @@ class WarpgroupRows {
       const PartialRows<Traits> parts(params_, shared_, segment, group_, barrier_, block_thread() % 128);
       parts.store(own_row(), o_, sums.m, sums.l);
       parts.template join<kLast>();
+      // The next product does not read the output, but the compiler would keep it for that while parts are joined.
+      if constexpr (Traits::kSavesRegisters && !kLast) clear_output();
     } else {
       write(segment.item, sums);
     }
   }
 
  protected:
+  __device__ void clear_output() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) o_[i][j] = 0.0f;
+    }
+    pin(o_);
+  }
+
   // What turns products into units of log 2, or into what transform_scores takes.  Over float8 caches a row has its
   // own; else it is a constant of the launch, which saves a register that each score would read.
   __device__ float scale_of(int i) const {
@@ -295,6 +306,10 @@ class WarpgroupRows {
       __builtin_assume(thread >= 128 * Traits::kFirstMathGroup && thread < Traits::kThreads);
     }
     return thread;
+  }
+  // Of the four that have a row.
+  __device__ static int lane_of_row() {
+    return (Traits::kSavesRegisters ? block_thread() : static_cast<int>(threadIdx.x)) % 4;
   }
   // The group, where that takes fewer of the uniform registers.
   __device__ int find_group() const {

@@ -20,7 +20,8 @@ __device__ const PrefillSegment &wait_segment(typename Traits::Shared &shared, u
 template <class Traits>
 __device__ void release_segment(typename Traits::Shared &shared, uint32_t number) {
   __syncwarp();
-  if (arrives_for_warp(threadIdx.x % 32 == 0)) arrive(&shared.segment_empty[number % Traits::kSegments]);
+  const auto thread = Traits::kSavesRegisters ? static_cast<uint32_t>(thread_index()) : threadIdx.x;
+  if (arrives_for_warp(thread % 32 == 0)) arrive(&shared.segment_empty[number % Traits::kSegments]);
 }
 
 // Of the rows of an item's tile.  Whoever brings the queries finds it, while they are on their way, so that the warps

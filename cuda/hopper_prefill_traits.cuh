@@ -71,7 +71,7 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr int kWarpgroups = kFirstMathGroup + kGroups;
   static constexpr int kThreads = 128 * kWarpgroups;
   // Of a thread as the kernel starts, and then of the warpgroups that bring data, that widen it and that compute: as
-  // many as keep all from spilling, but at 256 columns of float8 caches.
+  // many as keep all from spilling.
   static constexpr int kRegisters = kWarpgroups == 4 ? 128 : 168;
   static constexpr int kProducerRegisters = !Types::kFloat8   ? (kHeadDim == 96    ? 32
                                                                  : kHeadDim <= 128 ? 56
@@ -79,13 +79,15 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
                                             : kHeadDim <= 96  ? 48
                                             : kHeadDim <= 128 ? 56
                                             : kHeadDim <= 192 ? 48
-                                                              : 40;
+                                                              : 32;
   static constexpr int kChangerRegisters = kProducerRegisters;  // if there are such
   static constexpr int kMathRegisters =
       (kWarpgroups * kRegisters - kFirstMathGroup * kProducerRegisters) / kGroups / 8 * 8;
   // What comes of a thread's number is found anew where it is needed, but where the compiler then spills something
   // else.
   static constexpr bool kKeepsRow = kHeadDim == 192 && !Types::kFloat8;
+  // All warps are short of registers, and keep nothing that they can find again.
+  static constexpr bool kSavesRegisters = kHeadDim > 192 && Types::kFloat8;
 
   // Of 80 and 96 columns narrow ones, which rows of K and V fill, so that the copy engine brings them side by side.
   static constexpr int kColumnWidth = Types::kFloat8 ? 128 : kHeadDim == 80 ? 32 : kHeadDim == 96 ? 64 : 128;

@@ -122,6 +122,12 @@ __device__ inline int thread_index() {
   return index;
 }
 
+// The same number, of which the compiler does not know: what comes of it is computed here, rather than kept.
+__device__ inline int found_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // The bytes of x and of a zero (numbers 4 to 7) that the four selectors name, lowest first.
 __device__ inline uint32_t pick_bytes(uint32_t x, uint32_t selectors) { return __byte_perm(x, 0, selectors); }
 

@@ -24,14 +24,15 @@ __device__ inline float tanh_fast(float x) {
 }
 
 // Products of the keys from `token` on to scores in units of log 2: scale, soft cap, ALiBi.  Of the two rows are given
-// the scale, the slope in units of log 2, and the position.
+// the scale, the slope in units of log 2, and the position; `lane` is the thread's of four.
 template <int kTiles>
 __device__ void transform_scores(float (&s)[kTiles][4], const AttentionKernelParams &params, const float (&scale)[2],
-                                 const float (&slope)[2], const int (&position)[2], int token) {
+                                 const float (&slope)[2], const int (&position)[2], int token,
+                                 int lane = static_cast<int>(threadIdx.x) % 4) {
   const float cap = params.softcap * kLog2E;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int first_key = token + static_cast<int>(threadIdx.x) % 4 * 2 - position[i];
+    const int first_key = token + lane * 2 - position[i];
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -64,9 +65,10 @@ __device__ void mask_scores(float (&s)[kTiles][4], const Range (&keys)[2], int t
 // The same with a bit a key that says whether it is seen, which takes a third of the instructions that comparisons
 // take; for kernels that mask a good part of their tiles.
 template <int kTiles>
-__device__ void mask_scores_by_bits(float (&s)[kTiles][4], const Range (&keys)[2], int token) {
+__device__ void mask_scores_by_bits(float (&s)[kTiles][4], const Range (&keys)[2], int token,
+                                    int lane = static_cast<int>(threadIdx.x) % 4) {
   static_assert(kTiles <= 16);
-  const int first_key = token + static_cast<int>(threadIdx.x) % 4 * 2;
+  const int first_key = token + lane * 2;
   const auto bits_before = [&](int key) {  // of the thread's
     const int distance = clamp_to(key - first_key, 0, kTiles * 8), bits = distance / 8 * 2 + smaller(distance % 8, 2);
     return bits >= 32 ? ~0u : (1u << bits) - 1;
