@@ -91,9 +91,15 @@ class PartialRows {
     constexpr int kPartsAtOnce = kWaits ? 4 : 1;
     const JoinShare share = segment_.plan.is_shared ? arrive(kWaits) : share_of_one_block();
     if (share.of == 0) return;
+    // The group leaves when it has seen that all parts are there: the answer comes while it joins them.
+    uint32_t left = 0;
+    if (segment_.plan.is_shared) {
+      meet();
+      if (thread_ == 0) left = leave();
+    }
     write<kPartsAtOnce>(share);
-    meet();
-    if (segment_.plan.is_shared) leave(share);
+    // The last to leave makes the counter ready for the next launch.
+    if (thread_ == 0 && left != 0 && JoinCount{left}.left() == share.of) *counter() = 0;
   }
 
  private:
@@ -131,11 +137,14 @@ class PartialRows {
     return share;
   }
 
-  // The last to leave makes the counter ready for the next launch.
-  __device__ void leave(JoinShare share) const {
-    if (thread_ != 0) return;
-    const JoinCount count{arrive_and_count(counter(), JoinCount::kLeaves)};
-    if (count.left() == share.of) *counter() = 0;
+  // Nothing is ordered by that.
+  __device__ uint32_t leave() const {
+    uint32_t before;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter()), "r"(JoinCount::kLeaves)
+                 : "memory");
+    return before + JoinCount::kLeaves;
   }
 
   __device__ float *part_of_row(int number, int row) const {
