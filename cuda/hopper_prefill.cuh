@@ -28,52 +28,72 @@ namespace pagedattn::cuda {
 
 // ---- the warps that bring data -----------------------------------------------------------------------------------
 
-// Finds the segments behind the first, tells all others of each, and brings its queries as soon as there is room.
-// Behind every wait its lanes meet: a barrier's phases count as even and odd, and one that the first lane set going
-// might be over twice before another lane looks.
+// Behind every wait the lanes of this warp meet: a barrier's phases count as even and odd, and one that the first lane
+// set going might be over twice before another lane looks.
+
+// Tells the others of a segment.  Is there one?
+template <class Traits>
+__device__ bool announce(typename Traits::Shared &shared, uint32_t number) {
+  const uint32_t place = number % Traits::kSegments;
+  __syncwarp();
+  if (arrives_for_warp(threadIdx.x == 0)) arrive(&shared.segment_full[place]);
+  return shared.segments[place].valid;
+}
+
+template <class Traits>
+__device__ Barrier *queries_full(typename Traits::Shared &shared, uint32_t stage) {
+  if constexpr (Traits::kFloat8) return &shared.raw.q[stage];
+  return &shared.q_full[stage];
+}
+
+// Asks for a segment's queries as soon as there is room.
+template <class Traits>
+__device__ void ask_for_queries(const HopperParams &params, typename Traits::Shared &shared, uint32_t number) {
+  using Tile = typename Traits::QTile;
+  const WorkItem &item = shared.segments[number % Traits::kSegments].item;
+  const uint32_t stage = number % Traits::kQStages;
+  wait(&shared.q_empty[stage], (number / Traits::kQStages & 1) ^ 1);
+  __syncwarp();
+  if (threadIdx.x != 0) return;
+  int rows = params.batch.tile_queries;
+  if constexpr (Traits::kSavesRegisters) rows = found_here(rows);
+  rows *= static_cast<int>(params.batch.group.divisor);
+  const int token = item.seq.first_token + item.query_tile * params.batch.tile_queries;
+  const bool float8 = Traits::kFloat8 && params.q_is_float8;
+  Barrier *const full = queries_full<Traits>(shared, stage);
+  expect(full, Tile::kColumns * rows * (float8 ? Tile::kWidth / 2 : Tile::kWidth));
+#pragma unroll
+  for (int column = 0; column < Tile::kColumns; ++column) {
+    const int corner[5] = {column * Tile::kColumnElements, 0, item.kv_head, token, 0};
+    const int to = column * Tile::kColumnBytes + (float8 ? Traits::kRawQueryPlace : 0);
+    copy_box(shared_address(shared.q[stage] + to), &params.maps.q, corner, full);
+  }
+}
+
+// Behind that.
+template <class Traits>
+__device__ void end_queries(const HopperParams &params, typename Traits::Shared &shared, uint32_t number) {
+  const uint32_t stage = number % Traits::kQStages;
+  tell_of_rows(params.batch, shared.segments[number % Traits::kSegments].item, shared.facts[stage]);
+  __syncwarp();
+  if (arrives_for_warp(threadIdx.x == 0)) arrive(queries_full<Traits>(shared, stage));
+}
+
+// Finds the segments behind the first, tells all others of each, and brings its queries.
 template <class Traits>
 __device__ void produce_queries(const HopperParams &params, typename Traits::Shared &shared,
                                 typename Traits::Source &source) {
-  using Tile = typename Traits::QTile;
-  const int rows = params.batch.tile_queries * static_cast<int>(params.batch.group.divisor);
 #pragma unroll 1
-  for (uint32_t number = 0;; ++number) {
+  for (uint32_t number = 1;; ++number) {
+    wait(&shared.wanted, (number - 1) & 1);
+    __syncwarp();
     const uint32_t place = number % Traits::kSegments;
-    PrefillSegment &segment = shared.segments[place];
-    if (number > 0) {
-      wait(&shared.segment_empty[place], (number / Traits::kSegments & 1) ^ 1);
-      __syncwarp();
-      source.next(segment);
-    }
+    wait(&shared.segment_empty[place], (number / Traits::kSegments & 1) ^ 1);
     __syncwarp();
-    if (arrives_for_warp(threadIdx.x == 0)) arrive(&shared.segment_full[place]);
-    if (!segment.valid) return;
-
-    const int token = segment.item.seq.first_token + segment.item.query_tile * params.batch.tile_queries;
-    const uint32_t stage = number % Traits::kQStages;
-    wait(&shared.q_empty[stage], (number / Traits::kQStages & 1) ^ 1);
-    __syncwarp();
-    Barrier *full = &shared.q_full[stage];
-    if constexpr (Traits::kFloat8) full = &shared.raw.q[stage];
-    if (threadIdx.x == 0) {
-      const bool float8 = Traits::kFloat8 && params.q_is_float8;
-      int expected = rows;
-      if constexpr (Traits::kSavesRegisters) {
-        expected = found_here(params.batch.tile_queries) * static_cast<int>(params.batch.group.divisor);
-      }
-      expect(full, Tile::kColumns * expected * (float8 ? Tile::kWidth / 2 : Tile::kWidth));
-#pragma unroll
-      for (int column = 0; column < Tile::kColumns; ++column) {
-        const int corner[5] = {column * Tile::kColumnElements, 0, segment.item.kv_head, token, 0};
-        const int to = column * Tile::kColumnBytes + (float8 ? Traits::kRawQueryPlace : 0);
-        copy_box(shared_address(shared.q[stage] + to), &params.maps.q, corner, full);
-      }
-    }
-    tell_of_rows(params.batch, segment.item, shared.facts[stage]);
-    __syncwarp();
-    if (arrives_for_warp(threadIdx.x == 0)) arrive(full);
-    wait(&shared.wanted, number & 1);
-    __syncwarp();
+    source.next(shared.segments[place]);
+    if (!announce<Traits>(shared, number)) return;
+    ask_for_queries<Traits>(params, shared, number);
+    end_queries<Traits>(params, shared, number);
   }
 }
 
@@ -336,13 +356,25 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // The first segment is found here, since instructions that follow each other come sooner from memory than those that
   // are jumped to.
   typename Traits::Source source(schedule, params.arrivals + kTicketCounter);
-  if (threadIdx.x < 32) source.begin(shared.segments[0]);
+  int granule = 0;
+  if (threadIdx.x < 32) granule = source.begin(shared.segments[0]);
   __syncthreads();
+  // And so is the first data asked for.
+  const bool has_work = shared.segments[0].valid;
+  if (threadIdx.x < 32 && has_work) ask_for_queries<Traits>(params, shared, 0);
+  if (threadIdx.x >= 32 && threadIdx.x < 96 && has_work) {
+    TileCopier<Traits>(params, shared, threadIdx.x < 64).ask_for_first(shared.segments[0]);
+  }
+  if (threadIdx.x < 32) {
+    if (has_work) source.make_plan(shared.segments[0], granule);
+    if (announce<Traits>(shared, 0)) end_queries<Traits>(params, shared, 0);
+  }
   let_next_kernel_start();
   const int warpgroup = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 128, 0);
   if (warpgroup == 0) {
     give_registers<Traits::kProducerRegisters>();
     const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (!has_work) return;
     if (warp == 0) {
       produce_queries<Traits>(params, shared, source);
     } else if (warp < 3) {

@@ -29,13 +29,21 @@ class TileCopier {
         whole_rows_(params.maps.box_columns == kColumns),
         block_tokens_(box_is_block() ? params.maps.box_tokens : 0) {}
 
+  // The first tile of the first segment, in few instructions.
+  __device__ void ask_for_first(const PrefillSegment &segment) const {
+    const WorkItem &item = segment.item;
+    const int32_t *const table = params_.block_tables + item.seq.index * params_.block_table_stride;
+    ask_for_each(find_box(segment.tiles.end - 1, table, item.keys, item.kv_head), shared_address(ring_.rooms),
+                 &ring_.full[0]);
+  }
+
   // The tiles of a segment, from the last on.  Calls before(n) ahead of a tile with n behind it.
   template <class Before>
   __device__ void copy(const WorkItem &item, Range tiles, Before &&before) {
     const int32_t *const table = params_.block_tables + item.seq.index * params_.block_table_stride;
     const Range keys = item.keys;
     const int kv_head = item.kv_head;
-    Box box = find_box(tiles.end - 1, table, keys, kv_head);
+    Box box = find_box(larger(tiles.end - 1, tiles.begin), table, keys, kv_head);
 #pragma unroll 1
     for (int tile = tiles.end - 1; tile >= tiles.begin; --tile, ++count_) {
       before(tile - tiles.begin);
@@ -81,6 +89,11 @@ class TileCopier {
 
   __device__ void ask(const Box &box, SharedAddress room, Barrier *full) const {
     if (ask_for_blocks<kTokens / 16>(box, room, full) || ask_for_blocks<kTokens / 8>(box, room, full)) return;
+    ask_for_each(box, room, full);
+  }
+
+  // Each lane for its own.
+  __device__ void ask_for_each(const Box &box, SharedAddress room, Barrier *full) const {
     if (lane() == 0) arrive_and_expect(full, Traits::kRawBytes);
     __syncwarp();
     const int row = lane() * params_.maps.box_tokens;
@@ -121,14 +134,14 @@ class TileCopier {
   const HopperParams &params_;
   const CUtensorMap *map_;
   TileRing ring_;
-  bool whole_rows_;   // a box has all columns
-  int block_tokens_;  // of the blocks that are a box each, or 0
-  uint32_t count_ = 0;
+  bool whole_rows_;     // a box has all columns
+  int block_tokens_;    // of the blocks that are a box each, or 0
+  uint32_t count_ = 1;  // of the tiles asked for
 };
 
-// Brings K, or V, of one segment after the other.  The warp that brings K says when work is to be taken: late, shortly
-// before the last tile of a segment, since whoever is first done should have the next; but not so late that its queries
-// would be waited for.
+// Brings K, or V, of one segment after the other, but the first tile.  The warp that brings K says when work is to be
+// taken: late, shortly before the last tile of a segment, since whoever is first done should have the next; but not so
+// late that its queries would be waited for.
 template <class Traits>
 __device__ void produce_tiles(const HopperParams &params, typename Traits::Shared &shared, bool keys) {
   TileCopier<Traits> copier(params, shared, keys);
@@ -137,9 +150,12 @@ __device__ void produce_tiles(const HopperParams &params, typename Traits::Share
     const PrefillSegment &segment = wait_segment<Traits>(shared, number);
     if (!segment.valid) return;
     const int ahead = smaller(segment.tiles.end - segment.tiles.begin - 1, Traits::kTilesAhead);
-    copier.copy(segment.item, segment.tiles, [&](int left) {
+    const auto before = [&](int left) {
       if (keys && left == ahead && threadIdx.x % 32 == 0) arrive(&shared.wanted);
-    });
+    };
+    Range tiles = segment.tiles;
+    if (number == 0) before(--tiles.end - tiles.begin);  // it has been asked for
+    copier.copy(segment.item, tiles, before);
     release_segment<Traits>(shared, number);
   }
 }

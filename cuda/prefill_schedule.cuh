@@ -291,28 +291,23 @@ class PrefillSource {
   __device__ PrefillSource(const Schedule &schedule, uint32_t *tickets)
       : schedule_(schedule), shared_(schedule.shared()), tickets_(tickets) {}
 
-  // The first, behind the schedule's begin.
-  __device__ void begin(PrefillSegment &segment) {
+  // The first, behind the schedule's begin, but for its plan, for which the result is kept.
+  __device__ int begin(PrefillSegment &segment) {
     int begun = 0;  // items that begin where the block's range does, or before
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < shared_.num_cut; i += 32) {
       begun += shared_.starts[i] <= shared_.range.begin;
     }
     cut_item_ = shared_.range.begin < shared_.range.end ? warp_sum(begun) - 1 : shared_.num_cut;
-    next(segment);
+    return find(segment);
   }
 
   // Into shared memory, where others see it behind a barrier.
-  __device__ void next(PrefillSegment &segment) {
+  __device__ void next(PrefillSegment &segment) { make_plan(segment, find(segment)); }
+
+  // Of the segment found last, whose first granule is given.
+  __device__ void make_plan(PrefillSegment &segment, int granule) const {
     const WorkCut<Shape> &cut = shared_.cut;
-    while (granules_.begin >= granules_.end) {
-      if (!next_item()) {
-        if (threadIdx.x == 0) segment.valid = false;
-        return;
-      }
-    }
-    const int granule = granules_.begin, step = cut.deterministic ? 1 : granules_.end - granule;
-    granules_.begin += step;
     const WorkItem &item = shared_.item;
     SegmentPlan plan;
     if (item.start != kNotCut) {
@@ -323,17 +318,32 @@ class PrefillSource {
     } else {
       plan = {0, 1, false, 0, 0};
     }
+    if (threadIdx.x == 0) segment.plan = plan;
+  }
+
+ private:
+  // Returns the segment's first granule, or anything if there is none.
+  __device__ int find(PrefillSegment &segment) {
+    const WorkCut<Shape> &cut = shared_.cut;
+    while (granules_.begin >= granules_.end) {
+      if (!next_item()) {
+        if (threadIdx.x == 0) segment.valid = false;
+        return 0;
+      }
+    }
+    const int granule = granules_.begin, step = cut.deterministic ? 1 : granules_.end - granule;
+    granules_.begin += step;
+    const WorkItem &item = shared_.item;
     Range tiles = tiles_of(item, cut, {granule, granule + step});
     if (tiles.begin == tiles.end) ++tiles.end;  // an item without keys gets a tile that nobody sees
     if (threadIdx.x == 0) {
       segment.valid = true;
       segment.tiles = tiles;
-      segment.plan = plan;
     }
     copy_item(segment.item, item);
+    return granule;
   }
 
- private:
   static constexpr int kNotCut = -1;  // where an item starts that is nowhere on the line
 
   __device__ bool next_item() {
