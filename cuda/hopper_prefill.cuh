@@ -139,34 +139,44 @@ class PrefillGroup {
     // All groups take the same steps, so that waits and arrivals at a turn's barrier alternate; the very last arrival
     // is for nobody.
     if (next_turn_ == kFirstTurn) named_barrier_arrive<256>(kFirstTurn);
-    enter(0);
-    begin(0);
-    wait_k(0);
-    rows_.multiply_q_k(s_, shared_.k[0]);
-    wait_products<0>();
-    pin(s_);
-    release(shared_.k_empty[0]);
-    bool plain = next_is_plain();
-    rows_.softmax(s_, token_);
-    end_softmax(0);
-    wait_v();
-    rows_.template pack_weights<0, Rows::kEights>(s_);
-    // The scores computed in a step are of the segment's next tile, or of the first of the next segment.
+    bool plain = false;
+    if constexpr (Rows::kPlainScores) {
+      if (params_.plain_scale > 0.0f) plain = compute_first();
+    }
+    // The scores computed in a step are of the segment's next tile, or of the first of the next segment; before the
+    // first segment there is one that has nothing.
 #pragma unroll 1
     while (true) {
 #pragma unroll 1
-      while (plain) plain = step<true, false>();
-      if (__any_sync(kFullWarp, left_ > 0)) {
-        plain = step<false, false>();
+      while (plain) plain = step<true>(false);
+      const bool ends = !__any_sync(kFullWarp, left_ > 0);
+      const bool last = ends && !__any_sync(kFullWarp, wait_segment<Traits>(shared_, number_ + 1).valid);
+      if (ends) rows_.put_sums_aside();
+      if (last) {
+        multiply_p_v();
+        wait_products<0>();
+        rows_.pin_output();
+        first_ = true;
       } else {
-        if (!__any_sync(kFullWarp, wait_segment<Traits>(shared_, number_ + 1).valid)) break;
-        plain = step<false, true>();
+        step<false>(ends);
       }
+      if (first_) {
+        if (has_begun()) {
+          rows_.finish(segment(number_));
+          if (last) break;
+          rows_.template join<false>(segment(number_));
+          release_segment<Traits>(shared_, number_);
+        } else if constexpr (Traits::kFloat8Products) {
+          rows_.clear_output();
+        }
+        ++number_;
+      } else {
+        rows_.rescale();
+      }
+      plain = next_is_plain();
+      rows_.template pack_weights<0, Rows::kEights>(s_);
     }
-    multiply_p_v();
-    wait_products<0>();
-    rows_.pin_output();
-    rows_.template finish<true>(segment(number_), rows_.take_sums());
+    rows_.template join<true>(segment(number_));
   }
 
  private:
@@ -176,6 +186,24 @@ class PrefillGroup {
   __device__ void enter(uint32_t number) {
     left_ = segment(number).tiles.end - segment(number).tiles.begin - 1;
     token_ = (segment(number).tiles.end - 1) * kTokens;
+  }
+  // Computes the scores of the first tile, if they are plain but for masks, in as few instructions as may be: nothing
+  // else goes on meanwhile.  Is the next plain?
+  __device__ bool compute_first() {
+    number_ = tile_ = 0;
+    enter(0);
+    begin(0);
+    wait_k(0);
+    rows_.multiply_q_k(s_, shared_.k[0]);
+    wait_products<0>();
+    pin(s_);
+    release(shared_.k_empty[0]);
+    const bool plain = next_is_plain();
+    rows_.template softmax<true>(s_, token_);
+    end_softmax(0);
+    wait_v();
+    rows_.template pack_weights<0, Rows::kEights>(s_);
+    return plain;
   }
   __device__ void begin(uint32_t number) {
     const uint32_t stage = number % kQStages;
@@ -187,13 +215,20 @@ class PrefillGroup {
     wait(&shared_.k_full[tile % kStages], (tile / kStages & 1) | zero);
   }
   __device__ void release(Barrier &empty) const {
-    if (arrives_for_warp(leads_warp_)) arrive(&empty);
+    if constexpr (Traits::kKeepsLeader) {
+      if (arrives_for_warp(leads_warp_)) arrive(&empty);
+    } else {
+      if (arrives_for_warp(thread_index() % 32 == 0)) arrive(&empty);
+    }
   }
 
-  __device__ void multiply_p_v() {
+  // Is there a tile whose weights are to meet V?
+  __device__ bool has_begun() const { return number_ != ~0u; }
+
+  __device__ void multiply_p_v(bool has_begun = true) {
     char *const v = shared_.v[tile_ % kStages];
     if constexpr (!Traits::kFloat8Products) {
-      if (first_ || left_ == 0) rows_.clear_unseen(v, segment(number_).item.keys, token_);
+      if (has_begun && (first_ || left_ == 0)) rows_.clear_unseen(v, segment(number_).item.keys, token_);
     }
     rows_.multiply_p_v(v, first_);
   }
@@ -209,10 +244,10 @@ class PrefillGroup {
     }
   }
   __device__ void wait_v() { wait(&shared_.v_full[tile_ % kStages], tile_ / kStages & 1); }
-  __device__ void end_p_v() {
+  __device__ void end_p_v(bool has_begun = true) {
     wait_products<0>();
     rows_.pin_output();
-    release(shared_.v_empty[(tile_ - 1) % kStages]);
+    if (has_begun) release(shared_.v_empty[(tile_ - 1) % kStages]);
     wait_v();
   }
 
@@ -240,23 +275,21 @@ class PrefillGroup {
   // Asked early, since the answer takes long.
   __device__ bool next_is_plain() const { return __any_sync(kFullWarp, left_ > 0 && rows_.is_plain(token_ - kTokens)); }
 
-  // Computes the scores of the segment's next tile, or of the first of the next segment, beside this tile's P V.  Is
-  // the tile after that plain?
-  template <bool kPlain, bool kEnds>
-  __device__ bool step() {
-    typename Rows::Sums ended;
-    if constexpr (kEnds) {
-      ended = rows_.take_sums();
+  // Computes the scores of the segment's next tile, or if it ends, of the first of the next segment, beside this tile's
+  // P V.  Is the tile after that plain?
+  template <bool kPlain>
+  __device__ bool step(bool ends) {
+    if (ends) {
       begin(number_ + 1);
       wait_k(tile_ + 1);
     }
     named_barrier<256>(turn_);
     rows_.multiply_q_k(s_, shared_.k[(tile_ + 1) % kStages]);
-    multiply_p_v();
+    multiply_p_v(kPlain || has_begun());
     named_barrier_arrive<256>(next_turn_);
     ++tile_;
-    first_ = kEnds;
-    if constexpr (kEnds) {
+    first_ = ends;
+    if (ends) {
       enter(number_ + 1);
     } else {
       --left_;
@@ -265,7 +298,7 @@ class PrefillGroup {
     wait_products<1>();
     pin(s_);
     release(shared_.k_empty[tile_ % kStages]);
-    const bool plain = next_is_plain();
+    const bool plain = kPlain && next_is_plain();
     if constexpr (kPlain && Traits::kFloat8Products) {
       end_softmax(number_);
       end_p_v();
@@ -274,16 +307,8 @@ class PrefillGroup {
       guess_softmax();
     } else {
       rows_.softmax(s_, token_);
-      end_softmax(kEnds ? number_ + 1 : number_);
-      end_p_v();
-      if constexpr (kEnds) {
-        rows_.template finish<false>(segment(number_), ended);
-        release_segment<Traits>(shared_, number_);
-        ++number_;
-      } else {
-        rows_.rescale();
-      }
-      rows_.template pack_weights<0, Rows::kEights>(s_);
+      end_softmax(ends ? number_ + 1 : number_);
+      end_p_v(has_begun());
     }
     return plain;
   }
@@ -291,14 +316,14 @@ class PrefillGroup {
   const HopperParams &params_;
   typename Traits::Shared &shared_;
   Rows rows_;
-  bool leads_warp_;
+  bool leads_warp_;  // if it is kept
   int turn_;
   int next_turn_;
-  uint32_t number_ = 0;  // of the segment
-  uint32_t tile_ = 0;    // from the kernel's first on, the latest whose scores are there; its weights meet V next
-  int token_;            // that tile's first
-  int left_;             // tiles that the segment has behind it
-  bool first_ = true;    // in its segment
+  uint32_t number_ = ~0u;  // of the segment
+  uint32_t tile_ = ~0u;    // from the kernel's first on, the latest whose scores are there; its weights meet V next
+  int token_;              // that tile's first
+  int left_ = 0;           // tiles that the segment has behind it
+  bool first_ = true;      // in its segment
   typename Rows::Scores s_;
 };
 

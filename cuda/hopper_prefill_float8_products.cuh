@@ -30,7 +30,7 @@ struct HopperPrefillFloat8Traits {
   using Math = Float8;
   static constexpr bool kFloat8 = false;  // nothing is widened
   static constexpr bool kFloat8Products = true;
-  static constexpr bool kKeepsRow = false;  // a thread, rather than find it anew
+  static constexpr bool kKeepsLeader = false;
   static constexpr bool kSavesRegisters = false;
   static constexpr int kStepDims = 32;        // that a product sums over
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros

@@ -121,28 +121,23 @@ class Float8Rows : public WarpgroupRows<Traits> {
   }
 
   // The latest product is still to come, and with it the rest of the weights.
-  __device__ Sums take_sums() {
-    Sums sums;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sums.m[i] = this->m_[i];
-      this->m_[i] = negative_infinity();
-    }
-    return sums;
+  __device__ void put_sums_aside() {
+    *this->sums_aside() = {this->m_[0], this->m_[1], 0.0f, 0.0f};
+    this->m_[0] = this->m_[1] = negative_infinity();
   }
 
-  template <bool kLast>
-  __device__ void finish(const PrefillSegment &segment, Sums sums) {
+  __device__ void finish(const PrefillSegment &segment) {
+    const float4 aside = *this->sums_aside();
+    Sums sums = {{aside.x, aside.y}, {}};
     constexpr float kOne = 1.0f / (1 << static_cast<int>(kWeightOfM));  // from a weight of m
     scale_output({kOne, kOne});
     // All lanes of a quad have the sum.
 #pragma unroll
     for (int i = 0; i < 2; ++i) sums.l[i] = threadIdx.x % 4 == 0 ? this->l_[i] : 0.0f;
-    Base::template finish<kLast>(segment, sums);
+    Base::finish(segment, sums);
     clear_output();
   }
 
- private:
   __device__ void clear_output() {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
@@ -151,6 +146,8 @@ class Float8Rows : public WarpgroupRows<Traits> {
     }
     this->l_[0] = this->l_[1] = 0.0f;
   }
+
+ private:
   __device__ void scale_output(const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {

@@ -29,7 +29,8 @@ class WarpgroupRows {
   static constexpr float kFarthestWeight = 1e30f;
 
  public:
-  static constexpr int kEights = kTokens / 8;  // of keys in a tile
+  static constexpr bool kPlainScores = !kOwnScales;  // for all rows, or for none, as the launch says
+  static constexpr int kEights = kTokens / 8;        // of keys in a tile
   // Columns that a product with V has: no more than the registers that the kernel starts with have room for.
   static constexpr int kParts = kHeadDim > 192 && Traits::kRegisters < 160 ? 2 : 1, kPartColumns = kHeadDim / kParts;
   using Scores = float[kEights][4];
@@ -43,8 +44,7 @@ class WarpgroupRows {
 
   __device__ WarpgroupRows(const HopperParams &params, typename Traits::Shared &shared, int group, int barrier)
       : params_(params), shared_(shared), group_(group), barrier_(barrier) {
-    if constexpr (Traits::kKeepsRow) row_ = find_row();
-    take_sums();
+    reset_sums();
   }
 
   // The next scores are of this item's queries, its first.
@@ -80,26 +80,31 @@ class WarpgroupRows {
   }
 
   // Scores of the keys from `token` on become exp2(score - m) for the new m.
+  template <bool kPlain = false>
   __device__ void softmax(Scores &s, int token) {
-    const bool plain = scores_are_plain();
-    transform_and_mask(s, token);
+    const bool plain = kPlain || scores_are_plain();
+    if (!plain) transform(s, token);
+    mask(s, token);
     softmax_of_unmasked(s, {plain ? scale_of(0) : 1.0f, plain ? scale_of(1) : 1.0f});
     rescales_ = __any_sync(kFullWarp, factor_[0] != 1.0f || factor_[1] != 1.0f);
   }
 
   // Products with the keys from `token` on become scores, in units of log 2 unless they are plain.
   __device__ void transform_and_mask(Scores &s, int token) const {
-    if (!scores_are_plain()) {
-      const float factors[2] = {kOwnScales ? scale_[0] : transformed_scale(),
-                                kOwnScales ? scale_[1] : transformed_scale()};
-      const float slope[2] = {slope_of(own_row()), slope_of(own_row() + 8)};
-      const int position[2] = {position_of(own_row()), position_of(own_row() + 8)};
-      transform_scores(s, params_, factors, slope, position, token, lane_of_row());
-    }
-    if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
-      const Range keys[2] = {keys_of(own_row()), keys_of(own_row() + 8)};
-      mask_scores_by_bits(s, keys, token, lane_of_row());
-    }
+    if (!scores_are_plain()) transform(s, token);
+    mask(s, token);
+  }
+  __device__ void transform(Scores &s, int token) const {
+    const float factors[2] = {kOwnScales ? scale_[0] : transformed_scale(),
+                              kOwnScales ? scale_[1] : transformed_scale()};
+    const float slope[2] = {slope_of(own_row()), slope_of(own_row() + 8)};
+    const int position[2] = {position_of(own_row()), position_of(own_row() + 8)};
+    transform_scores(s, params_, factors, slope, position, token, lane_of_row());
+  }
+  __device__ void mask(Scores &s, int token) const {
+    if (token >= visible_to_all_.begin && token + kTokens <= visible_to_all_.end) return;
+    const Range keys[2] = {keys_of(own_row()), keys_of(own_row() + 8)};
+    mask_scores_by_bits(s, keys, token, lane_of_row());
   }
 
   // The same of a plain tile that is not a segment's first, some eights of keys at a time.  It guesses that m stays,
@@ -218,17 +223,11 @@ class WarpgroupRows {
     }
   }
 
-  // What the item's rows have come to; the next scores are another's first.
-  __device__ Sums take_sums() {
-    Sums sums;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sums.m[i] = m_[i];
-      sums.l[i] = l_[i];
-      m_[i] = negative_infinity();
-      l_[i] = 0.0f;
-    }
-    return sums;
+  // What the item's rows have come to waits for the end in shared memory, which registers have no room for; the next
+  // scores are another's first.
+  __device__ void put_sums_aside() {
+    *sums_aside() = {m_[0], m_[1], l_[0], l_[1]};
+    reset_sums();
   }
 
   // Rows of V that no query sees may hold anything, where their box has others that are seen: zeros take their place.
@@ -254,8 +253,33 @@ class WarpgroupRows {
     named_barrier<128>(barrier_);
   }
 
-  // Ends a segment, the block's last perhaps: writes the rows' results, or a partial result, which is joined.
+  // Ends a segment: writes the rows' results, or a partial result.
+  __device__ void finish(const PrefillSegment &segment) {
+    const float4 aside = *sums_aside();
+    finish(segment, {{aside.x, aside.y}, {aside.z, aside.w}});
+  }
+  // Behind that, joins the partial results.  Is the segment the block's last?
   template <bool kLast>
+  __device__ void join(const PrefillSegment &segment) {
+    if (segment.plan.num_segments <= 1) return;
+    parts_of(segment).template join<kLast>();
+    // The next product does not read the output, but the compiler would keep it for that while parts are joined.
+    if constexpr (Traits::kSavesRegisters && !kLast) clear_output();
+  }
+
+ protected:
+  // The lane's place in its warp's room for results.
+  __device__ float4 *sums_aside() const {
+    ResultsRoom &room = shared_.results[4 * group_ + block_thread() % 128 / 32];
+    return reinterpret_cast<float4 *>(room.bytes) + block_thread() % 32;
+  }
+  __device__ void reset_sums() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      m_[i] = negative_infinity();
+      l_[i] = 0.0f;
+    }
+  }
   __device__ void finish(const PrefillSegment &segment, Sums sums) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -263,17 +287,14 @@ class WarpgroupRows {
       sums.l[i] += __shfl_xor_sync(kFullWarp, sums.l[i], 2);
     }
     if (segment.plan.num_segments > 1) {
-      const PartialRows<Traits> parts(params_, shared_, segment, group_, barrier_, block_thread() % 128);
-      parts.store(own_row(), o_, sums.m, sums.l);
-      parts.template join<kLast>();
-      // The next product does not read the output, but the compiler would keep it for that while parts are joined.
-      if constexpr (Traits::kSavesRegisters && !kLast) clear_output();
+      parts_of(segment).store(own_row(), o_, sums.m, sums.l);
     } else {
       write(segment.item, sums);
     }
   }
-
- protected:
+  __device__ PartialRows<Traits> parts_of(const PrefillSegment &segment) const {
+    return {params_, shared_, segment, group_, barrier_, block_thread() % 128};
+  }
   __device__ void clear_output() {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
@@ -299,7 +320,6 @@ class WarpgroupRows {
   }
 
   __device__ static int block_thread() {
-    if constexpr (Traits::kKeepsRow) return static_cast<int>(threadIdx.x);
     const int thread = thread_index();
     // What is told of its range takes instructions and a register from what comes of it.
     if constexpr (Traits::kFloat8 && kHeadDim > 128) {
@@ -309,19 +329,15 @@ class WarpgroupRows {
   }
   // Of the four that have a row.
   __device__ static int lane_of_row() {
-    return (Traits::kSavesRegisters ? block_thread() : static_cast<int>(threadIdx.x)) % 4;
+    return (kHeadDim <= 128 && !Traits::kFloat8 ? static_cast<int>(threadIdx.x) : block_thread()) % 4;
   }
   // The group, where that takes fewer of the uniform registers.
   __device__ int find_group() const {
-    if constexpr (kHeadDim <= 128 || Traits::kKeepsRow) return group_;
+    if constexpr (kHeadDim <= 128) return group_;
     return block_thread() / 128 - Traits::kFirstMathGroup;
   }
   // Of the item's tile, the thread's first; the other is the eighth after it.
-  __device__ int own_row() const {
-    if constexpr (Traits::kKeepsRow) return row_;
-    return find_row();
-  }
-  __device__ int find_row() const {
+  __device__ static int own_row() {
     const int thread = block_thread() - 128 * Traits::kFirstMathGroup;
     return thread / 32 * 16 + thread % 32 / 4;
   }
@@ -463,7 +479,6 @@ class WarpgroupRows {
   typename Traits::Shared &shared_;
   int group_;
   int barrier_;
-  int row_;  // if it is kept
   const WorkItem *item_;
   const char *q_tile_;
   float scale_[2];  // of the rows' products, over float8 caches

@@ -73,19 +73,16 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   // Of a thread as the kernel starts, and then of the warpgroups that bring data, that widen it and that compute: as
   // many as keep all from spilling.
   static constexpr int kRegisters = kWarpgroups == 4 ? 128 : 168;
-  static constexpr int kProducerRegisters = !Types::kFloat8   ? (kHeadDim == 96    ? 32
-                                                                 : kHeadDim <= 128 ? 56
-                                                                                   : 40)
-                                            : kHeadDim <= 96  ? 48
-                                            : kHeadDim <= 128 ? 56
-                                            : kHeadDim <= 192 ? 48
-                                                              : 32;
+  static constexpr int kProducerRegisters = Types::kFloat8                     ? (kHeadDim <= 192 ? 48 : 32)
+                                            : kHeadDim == 64 || kHeadDim == 96 ? 32
+                                            : kHeadDim <= 128                  ? 56
+                                                                               : 40;
   static constexpr int kChangerRegisters = kProducerRegisters;  // if there are such
   static constexpr int kMathRegisters =
       (kWarpgroups * kRegisters - kFirstMathGroup * kProducerRegisters) / kGroups / 8 * 8;
-  // What comes of a thread's number is found anew where it is needed, but where the compiler then spills something
-  // else.
-  static constexpr bool kKeepsRow = kHeadDim == 192 && !Types::kFloat8;
+  // What comes of a thread's number is found anew where it is needed; but where the compiler then spills something
+  // else, it is kept whether the thread is its warp's first.
+  static constexpr bool kKeepsLeader = Types::kFloat8 && kHeadDim >= 96;
   // All warps are short of registers, and keep nothing that they can find again.
   static constexpr bool kSavesRegisters = kHeadDim > 192 && Types::kFloat8;
 
