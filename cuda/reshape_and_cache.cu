@@ -66,9 +66,6 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const LayerPointers &layer = args.layers[kLayers == 1 ? 0 : blockIdx.y];
   const Scale k_scale = scale_of_layer(args.k_scale, args.k_scale_layer_stride);
   const Scale v_scale = scale_of_layer(args.v_scale, args.v_scale_layer_stride);
-  const int64_t slot = args.slot_mapping[token];
-  int64_t offset = slot;
-  const int64_t block = args.block_size.split(&offset);
 
   for (int i = static_cast<int>(threadIdx.x); i < args.accesses_per_token; i += static_cast<int>(blockDim.x)) {
     const int head = args.accesses_per_head.divide(i);
@@ -77,7 +74,11 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     const From value = reinterpret_cast<const From *>(args.value.head(layer.value, token, head))[access];
     const float k_factor = Convert::kScaled ? scale_of(k_scale, head) : 1.0f;
     const float v_factor = Convert::kScaled ? scale_of(v_scale, head) : 1.0f;
-    if (slot < 0 || slot >= args.num_slots) return;
+    int64_t offset = args.slot_mapping[token];
+    // Holds the compiler back, which would look at the slot first, and load keys and values only where it is good.
+    __syncwarp();
+    if (offset < 0 || offset >= args.num_slots) return;
+    const int64_t block = args.block_size.split(&offset);
     reinterpret_cast<To *>(args.k_cache.head(layer.k_cache, block, offset, head))[access] =
         Convert::apply(key, k_factor);
     reinterpret_cast<To *>(args.v_cache.head(layer.v_cache, block, offset, head))[access] =
