@@ -63,13 +63,21 @@ struct CopyUnchanged {
   __device__ static To apply(const From &from, float) { return from; }
 };
 
+// 1 / scale, rounded to one of the two nearest numbers, and exact if the scale is a power of two; for scales that are
+// neither very small nor very large, which a division would have to ask first.
+__device__ inline float reciprocal_of(float scale) {
+  float nearly;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(nearly) : "f"(scale));
+  return __fmaf_rn(nearly, __fmaf_rn(-scale, nearly, 1.0f), nearly);
+}
+
 // The float8 numbers nearest to x / scale, at half the instructions of N divisions.  Products with the reciprocal are
-// off by at most two units in the last place, or exact if the scale is a power of two.  That matters only beside
+// off by at most three units in the last place, or exact if the scale is a power of two.  That matters only beside
 // numbers half way between two of float8: their 19 low bits are zeros, and if one of the products is as near to such,
 // all are divided.
 template <class Target, int N>
-__device__ Pack<Target, N> divide_and_round(float (&x)[N], float scale) {
-  const float reciprocal = 1.0f / scale;
+__device__ Pack<Target, N> divide_and_round(const float (&x)[N], float scale) {
+  const float reciprocal = reciprocal_of(scale);
   const bool exact = (__float_as_uint(scale) & 0x7fffff) == 0;
   float quotient[N];
   uint32_t nearest = scale >= 0x1p-60f && scale <= 0x1p60f ? 0x7fffff : 0;
@@ -78,10 +86,19 @@ __device__ Pack<Target, N> divide_and_round(float (&x)[N], float scale) {
     quotient[i] = x[i] * reciprocal;
     if (!exact) nearest = min(nearest, (__float_as_uint(quotient[i]) + 3) & 0x7ffff);
   }
-  if (nearest > 6) return from_floats<Target>(quotient);
+  if (nearest <= 6) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) x[i] /= scale;
-  return from_floats<Target>(x);
+    for (int i = 0; i < N; ++i) quotient[i] = x[i];
+    // One division that all take in turns: code that is hardly ever run would still have to be fetched.
+#pragma unroll 1
+    for (int i = 0; i < N; ++i) {
+      const float next = quotient[0] / scale;
+#pragma unroll
+      for (int k = 0; k + 1 < N; ++k) quotient[k] = quotient[k + 1];
+      quotient[N - 1] = next;
+    }
+  }
+  return from_floats<Target>(quotient);
 }
 
 template <class Source, class Target, int N>
