@@ -301,9 +301,9 @@ void paged_attention(const AttentionParams &params, void *stream_handle) {
     kernel_params.batch.max_head_shift = max_head_shift(*kernel, params);
     kernel_params.place_floats = place_floats(*kernel, params);
     kernel_params.maps = maps[i];
-    const bool waits_by_itself = hopper != nullptr;
+    const EarlyStart early_start = hopper != nullptr ? EarlyStart::kAlways : EarlyStart::kNever;
     launch_kernel({kernel->name, grid_for(*kernel, params), dim3(static_cast<unsigned>(kernel->num_threads)),
-                   shared_memory_for(*kernel, params), stream, waits_by_itself},
+                   shared_memory_for(*kernel, params), stream, early_start},
                   kernel->function, arguments);
   }
 }

@@ -84,7 +84,7 @@ void launch(const Args &args, int64_t num_pairs, int64_t num_caches, cudaStream_
   const dim3 grid(checked_unsigned(num_pairs, "block pairs"), static_cast<unsigned>(num_caches),
                   static_cast<unsigned>(std::min(chunks, kMaxChunks)));
   const auto kernel = args.block.num_dims == 0 ? copy_blocks_kernel<Access, false> : copy_blocks_kernel<Access, true>;
-  launch_kernel({name, grid, dim3(threads), 0, stream, true}, kernel, args);
+  launch_kernel({name, grid, dim3(threads), 0, stream, EarlyStart::kUnlessCaptured}, kernel, args);
 }
 
 }  // namespace

@@ -225,7 +225,7 @@ void launch(Args args, int64_t head_bytes, int64_t num_heads, cudaStream_t strea
   if (args.num_rows <= kFewRows && args.num_seqs <= 32) {
     while (args.num_seqs << (args.entries_shift + 1) <= 32) ++args.entries_shift;
     const dim3 blocks(static_cast<unsigned>(args.num_rows));
-    return launch_kernel({name, blocks, dim3(std::max(threads.x, 32u)), 0, stream, true},
+    return launch_kernel({name, blocks, dim3(std::max(threads.x, 32u)), 0, stream, EarlyStart::kUnlessCaptured},
                          gather_few_rows_kernel<Convert>, args);
   }
   // Rows that a thread takes one after the other amortise the walk, and there must be enough for all multiprocessors.
@@ -234,8 +234,8 @@ void launch(Args args, int64_t head_bytes, int64_t num_heads, cudaStream_t strea
   args.rows_per_block =
       static_cast<int>(std::clamp<int64_t>(share, rows_at_once, std::max<int64_t>(kRowsPerBlock, rows_at_once)));
   const unsigned blocks = blocks_over_rows(args.num_rows, args.rows_per_block);
-  launch_kernel({name, dim3(blocks), dim3(kThreadsPerBlock), 0, stream, true}, gather_kv_kernel<Convert>, args,
-                FastDivisor::of(static_cast<int>(threads.x)));
+  launch_kernel({name, dim3(blocks), dim3(kThreadsPerBlock), 0, stream, EarlyStart::kUnlessCaptured},
+                gather_kv_kernel<Convert>, args, FastDivisor::of(static_cast<int>(threads.x)));
 }
 
 Args launch_arguments(const GatherKvParams &p) {

@@ -38,16 +38,6 @@ bool Event::passed() const {
   return true;
 }
 
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
-  if (error == cudaSuccess) return status != cudaStreamCaptureStatusNone;
-  // The legacy stream while another stream is being captured.
-  if (error != cudaErrorStreamCaptureImplicit) check_cuda(error, "cudaStreamIsCapturing");
-  cudaGetLastError();
-  return true;
-}
-
 HostAllocation::HostAllocation(size_t bytes) : bytes_(bytes) {
   const RelaxedCapture relaxed;
   void *data = nullptr;

@@ -32,8 +32,6 @@ class Event {
   int device_ = current_device();
 };
 
-bool is_capturing(cudaStream_t stream);
-
 // One allocation of allocate_host_memory, and the swaps under way in it.
 class HostAllocation {
  public:

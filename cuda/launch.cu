@@ -62,7 +62,9 @@ void launch_by_runtime(const Launch &launch, const void *kernel, void **argument
 
 void launch_kernel(const Launch &launch, const void *kernel, void **arguments) {
   // A kernel waits only if it is built for Hopper, which it may not be where the driver compiles it for a later device.
-  const bool overlaps = launch.waits_by_itself && PAGEDATTN_SM_90A && device_facts().compute_capability == 90;
+  const bool waits = PAGEDATTN_SM_90A && device_facts().compute_capability == 90;
+  const bool overlaps = waits && (launch.early_start == EarlyStart::kAlways ||
+                                  (launch.early_start == EarlyStart::kUnlessCaptured && !is_capturing(launch.stream)));
   const unsigned num_attributes = overlaps ? 1 : 0;
   if (launch_by_driver(launch, kernel, arguments, num_attributes)) return;
   // The runtime makes what the driver misses, such as a context of the calling thread, or says what is wrong.

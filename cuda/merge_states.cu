@@ -166,7 +166,7 @@ template <class T, int N>
 void launch(const Args &args, cudaStream_t stream, const char *name) {
   const dim3 threads = threads_over_rows(args.head_dim / N);
   const dim3 blocks(blocks_over_rows(args.num_rows, threads.y));
-  launch_kernel({name, blocks, threads, 0, stream, true}, merge_states_kernel<T, N>, args);
+  launch_kernel({name, blocks, threads, 0, stream, EarlyStart::kAlways}, merge_states_kernel<T, N>, args);
 }
 
 }  // namespace

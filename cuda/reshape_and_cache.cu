@@ -109,7 +109,8 @@ void launch_layers(const ReshapeAndCacheParams &p, int64_t first, int64_t count,
   args.accesses_per_token = checked_int(accesses_per_head * p.num_kv_heads, "elements a token");
   const dim3 threads = threads_over_rows(args.accesses_per_token);
   const dim3 blocks(blocks_over_rows(p.num_tokens, threads.y), static_cast<unsigned>(count));
-  launch_kernel({name, blocks, threads, 0, stream, true}, reshape_and_cache_kernel<Convert, kLayers>, args);
+  launch_kernel({name, blocks, threads, 0, stream, EarlyStart::kUnlessCaptured},
+                reshape_and_cache_kernel<Convert, kLayers>, args);
 }
 
 template <class Convert>

@@ -202,8 +202,8 @@ void launch(const RopeAndCacheParams &p, Args args, cudaStream_t stream, const c
   const dim3 threads = threads_over_rows(total);
   const unsigned blocks = blocks_over_rows(p.write.num_tokens, threads.y);
   const size_t shared_bytes = threads.y * 2 * static_cast<size_t>(args.half_rotary) * sizeof(float);
-  launch_kernel({name, dim3(blocks), threads, shared_bytes, stream, true}, rope_and_cache_kernel<Source, Target, N>,
-                args);
+  launch_kernel({name, dim3(blocks), threads, shared_bytes, stream, EarlyStart::kUnlessCaptured},
+                rope_and_cache_kernel<Source, Target, N>, args);
 }
 
 Args launch_arguments(const RopeAndCacheParams &p) {

@@ -4,6 +4,8 @@
 //
 // Nothing here runs when the library is loaded: the first call that is given CUDA memory looks for the driver.  A
 // search that fails is repeated by the next call, a search that succeeds is kept for the life of the process.
+#include <cuda.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -188,6 +190,20 @@ void *find_driver_function(const char *name) {
 int current_device() { return guarded_device; }
 
 const DeviceFacts &device_facts() { return *guarded_facts; }
+
+bool is_capturing(cudaStream_t stream) {
+  // The driver answers in a third of the runtime's time, to a thread that has a context.
+  static const auto ask = driver_function<decltype(&cuStreamIsCapturing)>("cuStreamIsCapturing");
+  CUstreamCaptureStatus driver_status = CU_STREAM_CAPTURE_STATUS_NONE;
+  if (ask(stream, &driver_status) == CUDA_SUCCESS) return driver_status != CU_STREAM_CAPTURE_STATUS_NONE;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  if (error == cudaSuccess) return status != cudaStreamCaptureStatusNone;
+  // The legacy stream while another stream is being captured.
+  if (error != cudaErrorStreamCaptureImplicit) check_cuda(error, "cudaStreamIsCapturing");
+  cudaGetLastError();
+  return true;
+}
 
 StreamMemory::StreamMemory(size_t bytes, cudaStream_t stream) : stream_(stream) {
   if (bytes == 0) return;

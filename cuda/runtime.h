@@ -39,6 +39,9 @@ struct DeviceFacts {
 int current_device();
 const DeviceFacts &device_facts();
 
+// Whether what is enqueued on the stream goes into a graph.
+bool is_capturing(cudaStream_t stream);
+
 // Lets the calling thread allocate, free and query while some stream is being captured, which none has to do with.
 class RelaxedCapture {
  public:
