@@ -82,12 +82,15 @@ def test_one_block_may_be_copied_to_many(backend: NumpyBackend, rng: np.random.G
     assert_same_bytes(backend.host(moved), np.broadcast_to(cache[7], cache.shape).copy())
 
 
-def test_the_caches_of_many_layers_are_copied_in_one_call(backend: NumpyBackend, rng: np.random.Generator) -> None:
-    layers = np.empty((130, 9, 4, 2, 8), np.float16)
+@pytest.mark.parametrize("num_layers", [8, 9, 130, 400])
+def test_the_caches_of_many_layers_are_copied_in_one_call(
+    backend: NumpyBackend, rng: np.random.Generator, num_layers: int
+) -> None:
+    layers = np.empty((num_layers, 9, 4, 2, 8), np.float16)
     random_bytes(rng, layers)
     moved = backend.array(layers)
     mapping = random_mapping(rng, 9, 4)
-    pagedattn.copy_blocks([moved[i] for i in range(130)], backend.array(mapping))
+    pagedattn.copy_blocks([moved[i] for i in range(num_layers)], backend.array(mapping))
     for layer in layers:
         reference.copy_blocks(layer, layer, mapping)
     assert_same_bytes(backend.host(moved), layers)
