@@ -24,6 +24,8 @@
 #include "block_accesses.cuh"
 #include "fast_divisor.cuh"
 #include "hopper_ptx.cuh"
+#include "launch.h"
+#include "overlap.cuh"
 #include "runtime.h"
 #include "swap_kernel.h"
 #include "swap_tables.cuh"
@@ -66,6 +68,7 @@ __global__ void __maxnreg__(32) swap_blocks_bulk_kernel(const __grid_constant__ 
   char *const slot = slots + lane * args.piece_bytes;
   init_barrier(&arrived[lane], 1);
   publish_barriers();
+  wait_for_kernels_before();
   __shared__ uint32_t copy_complete;
   SwapTableReader<true> tables(args.tables, &copy_complete);
   tables.bring();
@@ -196,8 +199,8 @@ void swap_by_bulk_kernel(const CopyBlocksParams &p, const BlockRuns &runs, SwapP
   args.first_interval = blocks * step_bytes / kFirstRate;
   args.interval_beside_reads = blocks * step_bytes / kRateBesideReads;
   args.tables = pairs->to_be_brought(p);  // behind all checks: only the kernel gives the memory back
-  swap_blocks_bulk_kernel<<<blocks, 32, shared_bytes, stream>>>(args);
-  check_launch("swap_blocks_bulk_kernel");
+  launch_kernel({"swap_blocks_bulk_kernel", dim3(blocks), dim3(32), shared_bytes, stream, EarlyStart::kAlways},
+                swap_blocks_bulk_kernel, args);
 }
 
 }  // namespace pagedattn::cuda
