@@ -16,8 +16,8 @@ from pagedattn._arrays import dtype_name, has_shape, host_dtype, is_8bit, is_on_
 from pagedattn._errors import InvalidArgumentError, OutOfMemoryError
 
 
-def array_list(operation: str, argument: str, arrays: Any) -> list[Any]:
-    """Return an array, or a list or tuple of arrays, as a list of at least one."""
+def array_list(operation: str, argument: str, arrays: Any) -> list[Any] | tuple[Any, ...]:
+    """Return an array as a list of one, and a list or tuple of at least one array as it is."""
     if has_shape(arrays):
         return [arrays]
     if not isinstance(arrays, (list, tuple)):
@@ -26,7 +26,7 @@ def array_list(operation: str, argument: str, arrays: Any) -> list[Any]:
         )
     if not arrays:
         raise InvalidArgumentError(f"{operation}: `{argument}` must have at least one array; got none")
-    return list(arrays)
+    return arrays
 
 
 def parts(operation: str, argument: str, given: Any, stacked_ndim: int) -> list[Any]:
