@@ -250,10 +250,11 @@ static void weigh_float8_head(const AttentionParams &params, const AttentionWork
   const float scale = finish_scores(params, work, state, tile, panel, head, from / keys, to / keys,
                                     query_factor(params, work.head_begin + head), s);
   Online &online = state.online[head];
-  if (weigh_rows<Operands, kLanes>(s, from, to, scale, head_dim, online, weights, fetch)) {
+  const bool agree = rows_agree(panel);
+  if (weigh_rows<Operands, kLanes>(s, from, to, scale, head_dim, online, weights, !agree, fetch)) {
     rescale_rows(sums, whole_lines(head_dim), kLanes, online.factor);
   }
-  if (panel.all_begin == panel.any_begin && panel.all_end == panel.any_end) return;
+  if (agree) return;
   const uint8_t *const v = head_data<T>(params.v_cache, work, head);
   for_visible_keys(
       panel, [](int, int) {},

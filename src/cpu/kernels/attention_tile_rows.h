@@ -118,6 +118,13 @@ static uint32_t *weights_of(const State &state, int64_t head) {
   return state.weights + head * 2 * state.lanes * kTileKeys;
 }
 
+// Operands that the next head but one takes the place of.
+static uint32_t *latest_weights_of(const State &state, int64_t head) { return weights_of(state, head % 2); }
+// Whether all rows see the same keys of the tile.
+static bool rows_agree(const Panel &panel) {
+  return panel.all_begin == panel.any_begin && panel.all_end == panel.any_end;
+}
+
 // Queries as pairs of dimensions, [head][pair][lane], with zeros in lanes behind the last row; sums cleared.
 static void start_tile_rows(const AttentionParams &params, const AttentionWork &work, State &state) {
   const int head_dim = params.head_dim;
@@ -253,17 +260,18 @@ static void weigh_head(const AttentionParams &params, const AttentionWork &work,
   const Panel &panel = state.panels[0];
   float *const s = scores_of(state, head);
   float *const sums = sums_of(state, head, params.head_dim);
-  uint32_t *const weights = weights_of(state, head);
+  uint32_t *const weights = latest_weights_of(state, head);
   const int from = panel.any_begin / kTileRows * kTileRows;
   const int to = static_cast<int>(round_up(panel.any_end, kTileRows));
   const int keys = keys_of_vec(panel);
   const float scale = finish_scores(params, work, state, tile, panel, head, from / keys, to / keys,
                                     query_factor(params, work.head_begin + head), s);
   Online &online = state.online[head];
-  if (weigh_rows<SpreadWeights, kLanes>(s, from, to, scale, params.head_dim, online, weights, fetch)) {
+  const bool agree = rows_agree(panel);
+  if (weigh_rows<SpreadWeights, kLanes>(s, from, to, scale, params.head_dim, online, weights, !agree, fetch)) {
     rescale_rows(sums, params.head_dim, kLanes, online.factor);
   }
-  if (panel.all_begin == panel.any_begin && panel.all_end == panel.any_end) return;
+  if (agree) return;
   const uint16_t *const v = head_data<BFloat16>(params.v_cache, work, head);
   for_visible_keys(
       panel, [](int, int) {},
@@ -287,7 +295,7 @@ static void multiply_values(const AttentionParams &params, const AttentionWork &
   const auto lanes = static_cast<int>(state.lanes);
   const auto columns = [&](auto halves, auto blocks, int d) {
     add_row_values<decltype(halves)::value, decltype(blocks)::value>(
-        sums + d / kTileDepth * sums_of_block(lanes), weights_of(state, head), lanes, values, groups.size(),
+        sums + d / kTileDepth * sums_of_block(lanes), latest_weights_of(state, head), lanes, values, groups.size(),
         groups.first(), groups.last(), d, fetch);
   };
   const auto all_columns = [&](auto halves) {
@@ -302,7 +310,8 @@ static void multiply_values(const AttentionParams &params, const AttentionWork &
     all_columns(Count<2>{});
 }
 
-// Scores of all heads, then their weights, then values: what a head stores is not loaded before others had their turn.
+// Scores of all heads, then the weights of each head and after them the values of the head before: what a head stores
+// is not loaded before another had its turn, and operands stay in L1.
 static void tile_rows_tile(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &tile,
                            const TileKeys &next) {
   const Panel &panel = state.panels[0];
@@ -317,20 +326,19 @@ static void tile_rows_tile(const AttentionParams &params, const AttentionWork &w
   const auto bytes = static_cast<uint64_t>(tile.count * state.num_heads * head_dim * 2);
   if (first || state.near) state.near = ticks * 1024 < (first ? kNearTicksAtFirst : kNearTicks) * bytes;
   if (!state.near) keys_ahead = {params.k_cache, work, next.k, next.count, head_dim};
-  with_lanes(panel.lanes, [&](auto count) {
-    for (int64_t head = 0; head < state.num_heads; ++head) {
-      weigh_head<decltype(count)::value>(params, work, state, tile, head, keys_ahead);
-    }
-  });
-  if (panel.all_begin >= panel.all_end) return;
-  const Groups groups(params, tile.v, panel.all_begin, panel.all_end);
+  const bool common = panel.all_begin < panel.all_end;
+  const Groups groups(params, tile.v, common ? panel.all_begin : 0, common ? panel.all_end : 0);
   const bool both = joined(panel.lanes);
-  const auto left_rows = static_cast<uint8_t>(both ? 2 * panel.lanes : panel.lanes);
+  const auto left_rows = static_cast<uint8_t>(both ? panel.lanes + panel.rows : panel.rows);
   const auto size = static_cast<uint8_t>(groups.size());
   const TileShape sums{left_rows, 64}, weights{left_rows, static_cast<uint16_t>(4 * size)}, values{size, 64};
   configure_tiles({sums, sums, sums, sums, weights, both ? values : weights, values, values});
-  for (int64_t head = 0; head < state.num_heads; ++head) {
-    multiply_values(params, work, state, groups, head, keys_ahead);
+  for (int64_t head = 0; head <= state.num_heads; ++head) {
+    if (head < state.num_heads) {
+      with_lanes(panel.lanes,
+                 [&](auto count) { weigh_head<decltype(count)::value>(params, work, state, tile, head, keys_ahead); });
+    }
+    if (head > 0 && common) multiply_values(params, work, state, groups, head - 1, keys_ahead);
   }
 }
 

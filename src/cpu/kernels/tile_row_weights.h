@@ -85,11 +85,11 @@ PA_INLINE bool raise_row_origin(Vec largest, Online &online) {
   return true;
 }
 
-// Scores of the keys [from, to), multiples of Operands::kKeys, once multiplied by `scale`: to weights, in place and as
-// operands.  Returns whether the origin rose.
+// Scores of the keys [from, to), multiples of Operands::kKeys, once multiplied by `scale`: to weights as operands, and
+// in place if `keep`.  Returns whether the origin rose.
 template <class Operands, int kLanes, class T>
 PA_KERNEL bool weigh_rows(float *s, int from, int to, float scale, int head_dim, Online &online, uint32_t *operands,
-                          Fetch<T> &fetch) {
+                          bool keep, Fetch<T> &fetch) {
   constexpr int kVecs = kLanes * Operands::kKeys / kWidth;
   Vec scales = broadcast(scale);
   // Of every fourth vector by itself: a maximum waits for the one before it longer than for its vector.
@@ -119,7 +119,7 @@ PA_KERNEL bool weigh_rows(float *s, int from, int to, float scale, int head_dim,
     for (int i = 0; i < kVecs; ++i) {
       float *const x = s + j * kLanes + i * kWidth;
       weights[i] = exp2_for_float32(fma(load(x), scales, minus_origin));
-      store(x, weights[i]);
+      if (keep) store(x, weights[i]);
       sum += weights[i];
     }
     Operands::put(weights, operands + Operands::offset(j, kLanes));
