@@ -46,7 +46,7 @@ enum class Way { kDirect, kTileRows, kPacked, kTiles };
 
 // Rows that fit into one tile register, and the shortest sequence for which tiles are faster for up to 4 rows.
 constexpr int kMaxTileRows = 16;
-constexpr int64_t min_tile_keys(DType kv_dtype) { return kv_dtype == DType::kBFloat16 ? 96 : 24; }
+constexpr int64_t min_tile_keys(DType kv_dtype) { return kv_dtype == DType::kBFloat16 ? 32 : 24; }
 // The fewest rows for which tiles are faster where keys and values are to be converted first.
 constexpr int64_t min_converted_rows(DType kv_dtype) { return kv_dtype == DType::kFloat32 ? 64 : 24; }
 
