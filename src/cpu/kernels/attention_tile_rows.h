@@ -30,6 +30,10 @@ namespace pagedattn::cpu::PAGEDATTN_ISA {
 // and what is used and what is fetched fit into half an L2 of 2 MiB.
 constexpr int64_t kTileRowsBytes = 128 * 1024;
 constexpr int kMaxGroups = kTileKeys / (kTileRows / 2);
+// Of so many keys each, or fewer where blocks hold no whole 16.
+static int keys_of_group(const AttentionParams &params) {
+  return params.block_size % kTileRows == 0 ? kTileRows : kTileRows / 2;
+}
 constexpr int kGroupsAtOnce = 2;  // of keys, that queries are loaded for
 
 // What lies in L2 already is not fetched: that would take a fifth of the time.  How long the scores of a tile take
@@ -58,10 +62,7 @@ struct TileSource {
 class Groups {
  public:
   Groups(const AttentionParams &params, const int64_t *offsets, int begin, int end)
-      : size_(params.block_size % kTileRows == 0 ? kTileRows : kTileRows / 2),
-        offsets_(offsets),
-        begin_(begin),
-        end_(end) {
+      : size_(keys_of_group(params)), offsets_(offsets), begin_(begin), end_(end) {
     for (int g = first(); g < last(); ++g) {
       const int64_t *at = offsets + g * size_;
       const bool whole = g * size_ >= begin && (g + 1) * size_ <= end;
@@ -125,6 +126,48 @@ static bool rows_agree(const Panel &panel) {
   return panel.all_begin == panel.any_begin && panel.all_end == panel.any_end;
 }
 
+// Sums of one head, [32 dimensions][even, odd][lane][16]: where both halves fit into one tile register, a product of
+// weights with and without zeros before them makes both.
+constexpr bool joined(int lanes) { return 2 * lanes <= kTileRows; }
+// Calls f with Count<registers that both halves take>.
+template <class F>
+PA_INLINE void with_halves(int lanes, F f) {
+  if (joined(lanes))
+    f(Count<1>{});
+  else
+    f(Count<2>{});
+}
+constexpr int64_t sums_of_block(int lanes) { return 2 * lanes * kWidth; }
+static float *sums_of(const State &state, int64_t head, int head_dim) {
+  return state.acc + head * state.lanes * head_dim;
+}
+
+// Tile registers.  Taking them into use takes as long as 20 products, so an item does it once, for scores and for
+// values alike; keys and values share theirs.
+constexpr int kScores = 0, kQueries = kScores + kGroupsAtOnce, kKeysOrValues = kQueries + 1;
+constexpr int kMostSums = 2;  // in registers
+// By the number of registers that the halves of a weight take.
+constexpr int first_sum(int halves) { return 8 - halves - kMostSums; }
+constexpr int first_weights(int halves) { return 8 - halves; }
+constexpr int keys_or_values(int halves) { return first_sum(halves) - kKeysOrValues; }
+
+static TileShape lane_shape(const Panel &panel, int rows) {
+  return {static_cast<uint8_t>(rows), static_cast<uint16_t>(4 * panel.lanes)};
+}
+
+static void configure_tile_rows(const AttentionParams &params, const Panel &panel) {
+  const auto size = static_cast<uint8_t>(keys_of_group(params));
+  const TileShape scores = lane_shape(panel, size), queries = lane_shape(panel, kTileRows), keys{size, 64};
+  // Of a weight's halves the second may end with the last row.
+  const auto left_rows = static_cast<uint8_t>(joined(panel.lanes) ? panel.lanes + panel.rows : panel.rows);
+  const TileShape sums{left_rows, 64}, weights{left_rows, static_cast<uint16_t>(4 * size)};
+  static_assert(kScores == 0 && kGroupsAtOnce == 2 && kMostSums == 2);
+  if (joined(panel.lanes))
+    configure_tiles({scores, scores, queries, keys, keys, sums, sums, weights});
+  else
+    configure_tiles({scores, scores, queries, keys, sums, sums, weights, weights});
+}
+
 // Queries as pairs of dimensions, [head][pair][lane], with zeros in lanes behind the last row; sums cleared.
 static void start_tile_rows(const AttentionParams &params, const AttentionWork &work, State &state) {
   const int head_dim = params.head_dim;
@@ -148,37 +191,28 @@ static void start_tile_rows(const AttentionParams &params, const AttentionWork &
       }
     }
   });
+  configure_tile_rows(params, state.panels[0]);
   state.near = near_at_last;
   const int64_t size = state.num_heads * state.lanes * head_dim;
   __builtin_memset(state.acc, 0, static_cast<size_t>(size) * sizeof(float));
 }
 
 // Scores of kGroups groups of keys, [key][lane].
-template <int kGroups>
+template <int kGroups, int kHalves>
 PA_KERNEL void row_scores(const float *q, const TileSource *keys, int size, int head_dim, int lanes, float *s,
                           Fetch<BFloat16> &fetch) {
-  // Registers: scores, then queries, then keys.
-  constexpr int kQuery = 4, kKeys = 5, kKeyTiles = 8 - kKeys;
   const int64_t lane_stride = 4 * lanes;
-  each<kGroups>([&](auto g) { tile_zero<g.value>(); });
+  each<kGroups>([&](auto g) { tile_zero<kScores + g.value>(); });
   for (int d = 0; d < head_dim; d += kTileDepth) {
-    tile_load<kQuery>(q + d / 2 * lanes, lane_stride);
+    tile_load<kQueries>(q + d / 2 * lanes, lane_stride);
     each<kGroups>([&](auto g) {
-      constexpr int kKey = kKeys + g.value % kKeyTiles;
+      constexpr int kKey = kKeysOrValues + g.value % keys_or_values(kHalves);
       tile_load<kKey>(keys[g.value].data + d, keys[g.value].stride);
-      tile_multiply<g.value, kKey, kQuery>();
+      tile_multiply<kScores + g.value, kKey, kQueries>();
       fetch.lines(size);
     });
   }
-  each<kGroups>([&](auto g) { tile_store<g.value>(s + g.value * size * lanes, lane_stride); });
-}
-
-// Sums of one head, [32 dimensions][even, odd][lane][16]: where both halves fit into one tile register, a product of
-// weights with and without zeros before them makes both.
-constexpr bool joined(int lanes) { return 2 * lanes <= kTileRows; }
-constexpr int64_t sums_of_block(int lanes) { return 2 * lanes * kWidth; }
-static float *sums_of(const State &state, int64_t head, int head_dim) {
-  return state.acc + head * state.lanes * head_dim;
+  each<kGroups>([&](auto g) { tile_store<kScores + g.value>(s + g.value * size * lanes, lane_stride); });
 }
 
 // sums += weights * values of the groups [from, to), for kBlocks times 32 dimensions from `d` on; kHalves tiles hold
@@ -186,24 +220,23 @@ static float *sums_of(const State &state, int64_t head, int head_dim) {
 template <int kHalves, int kBlocks>
 PA_KERNEL void add_row_values(float *sums, const uint32_t *weights, int lanes, const TileSource *values, int size,
                               int from, int to, int d, Fetch<BFloat16> &fetch) {
-  // Registers: sums, then weights, then values.
-  constexpr int kSums = kHalves * kBlocks, kLeft = 4, kRight = kLeft + kHalves, kRights = 8 - kRight;
-  static_assert(kSums <= kLeft);
+  constexpr int kSums = kHalves * kBlocks, kSum = first_sum(kHalves), kWeights = first_weights(kHalves);
+  static_assert(kSums <= kMostSums);
   const int lines = size * kValuesShare / kFetchShares;
   const int64_t size_of_sums = sums_of_block(lanes) / kHalves;
-  each<kSums>([&](auto i) { tile_load<i.value>(sums + i.value * size_of_sums, 64); });
+  each<kSums>([&](auto i) { tile_load<kSum + i.value>(sums + i.value * size_of_sums, 64); });
   for (int g = from; g < to; ++g) {
     const int first = g * size;
     const uint32_t *const left = weights + first / kTileRows * 2 * lanes * kWidth + first % kTileRows;
-    each<kHalves>([&](auto i) { tile_load<kLeft + i.value>(left + i.value * lanes * kWidth, 64); });
+    each<kHalves>([&](auto i) { tile_load<kWeights + i.value>(left + i.value * lanes * kWidth, 64); });
     each<kBlocks>([&](auto b) {
-      constexpr int kValue = kRight + b.value % kRights;
+      constexpr int kValue = kKeysOrValues + b.value % keys_or_values(kHalves);
       tile_load<kValue>(values[g].data + d + b.value * kTileDepth, values[g].stride);
-      each<kHalves>([&](auto i) { tile_multiply<kHalves * b.value + i.value, kLeft + i.value, kValue>(); });
+      each<kHalves>([&](auto i) { tile_multiply<kSum + kHalves * b.value + i.value, kWeights + i.value, kValue>(); });
       fetch.lines(lines);
     });
   }
-  each<kSums>([&](auto i) { tile_store<i.value>(sums + i.value * size_of_sums, 64); });
+  each<kSums>([&](auto i) { tile_store<kSum + i.value>(sums + i.value * size_of_sums, 64); });
 }
 
 // acc += weight * value over the keys [begin, end) of the tile, for one row.
@@ -223,18 +256,11 @@ static void add_values_alone(const uint16_t *v, const TileKeys &tile, int begin,
   }
 }
 
-static TileShape lane_shape(const Panel &panel, int rows) {
-  return {static_cast<uint8_t>(rows), static_cast<uint16_t>(4 * panel.lanes)};
-}
-
 static void score_rows(const AttentionParams &params, const AttentionWork &work, const State &state,
                        const TileKeys &tile, Fetch<BFloat16> &fetch) {
   const int head_dim = params.head_dim;
   const Panel &panel = state.panels[0];
   const Groups groups(params, tile.k, panel.any_begin, panel.any_end);
-  const TileShape queries = lane_shape(panel, kTileRows), scores = lane_shape(panel, groups.size());
-  const TileShape keys{static_cast<uint8_t>(groups.size()), 64};
-  configure_tiles({scores, scores, scores, scores, queries, keys, keys, keys});
   uint16_t *const copies = reinterpret_cast<uint16_t *>(state.key_tiles);
   const auto score = [&](auto count, int g) {
     constexpr int kGroups = decltype(count)::value;
@@ -244,8 +270,11 @@ static void score_rows(const AttentionParams &params, const AttentionWork &work,
       for (int i = 0; i < kGroups; ++i) {
         sources[i] = groups.source(k, g + i, head_dim, copies + i * groups.size() * head_dim);
       }
-      row_scores<kGroups>(state.q + head * state.lanes * (head_dim / 2), sources, groups.size(), head_dim, panel.lanes,
-                          scores_of(state, head) + g * groups.size() * panel.lanes, fetch);
+      with_halves(panel.lanes, [&](auto halves) {
+        row_scores<kGroups, decltype(halves)::value>(state.q + head * state.lanes * (head_dim / 2), sources,
+                                                     groups.size(), head_dim, panel.lanes,
+                                                     scores_of(state, head) + g * groups.size() * panel.lanes, fetch);
+      });
     }
   };
   int g = groups.first();
@@ -304,10 +333,7 @@ static void multiply_values(const AttentionParams &params, const AttentionWork &
     for (; d + kBlocks * kTileDepth <= head_dim; d += kBlocks * kTileDepth) columns(halves, Count<kBlocks>{}, d);
     for (; d < head_dim; d += kTileDepth) columns(halves, Count<1>{}, d);
   };
-  if (joined(lanes))
-    all_columns(Count<1>{});
-  else
-    all_columns(Count<2>{});
+  with_halves(lanes, all_columns);
 }
 
 // Scores of all heads, then the weights of each head and after them the values of the head before: what a head stores
@@ -328,11 +354,6 @@ static void tile_rows_tile(const AttentionParams &params, const AttentionWork &w
   if (!state.near) keys_ahead = {params.k_cache, work, next.k, next.count, head_dim};
   const bool common = panel.all_begin < panel.all_end;
   const Groups groups(params, tile.v, common ? panel.all_begin : 0, common ? panel.all_end : 0);
-  const bool both = joined(panel.lanes);
-  const auto left_rows = static_cast<uint8_t>(both ? panel.lanes + panel.rows : panel.rows);
-  const auto size = static_cast<uint8_t>(groups.size());
-  const TileShape sums{left_rows, 64}, weights{left_rows, static_cast<uint16_t>(4 * size)}, values{size, 64};
-  configure_tiles({sums, sums, sums, sums, weights, both ? values : weights, values, values});
   for (int64_t head = 0; head <= state.num_heads; ++head) {
     if (head < state.num_heads) {
       with_lanes(panel.lanes,
