@@ -62,12 +62,15 @@ struct HopperKernel {
 };
 
 // By rising head dimension, those for several heads last.  Built for sm_90a alone.  Decode is for at most 64 rows a KV
-// head, or 16 where rows of the cache have several heads, and for few sequences; prefill is for more.
+// head, or 16 where rows of the cache have several heads, and for few sequences; tall decode is for 17 to 64, of some
+// head dimensions; prefill is for more.
 using HopperKernels = std::span<const HopperKernel>;
 HopperKernels hopper_decode_float16();
 HopperKernels hopper_decode_bfloat16();
 HopperKernels hopper_decode_float8_e4m3();
 HopperKernels hopper_decode_float8_e5m2();
+HopperKernels hopper_tall_decode_float16();
+HopperKernels hopper_tall_decode_bfloat16();
 HopperKernels hopper_few_sequences_float16();
 HopperKernels hopper_few_sequences_bfloat16();
 HopperKernels hopper_prefill_float16();

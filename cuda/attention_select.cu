@@ -60,6 +60,17 @@ HopperKernels decode_kernels(DType kv_dtype) {
   }
 }
 
+HopperKernels tall_decode_kernels(DType kv_dtype) {
+  switch (kv_dtype) {
+    case DType::kFloat16:
+      return hopper_tall_decode_float16();
+    case DType::kBFloat16:
+      return hopper_tall_decode_bfloat16();
+    default:
+      return {};
+  }
+}
+
 HopperKernels few_sequences_kernels(DType kv_dtype) {
   switch (kv_dtype) {
     case DType::kFloat16:
@@ -145,6 +156,23 @@ const HopperKernel *few_sequences_kernel_for(const AttentionParams &params) {
   return nullptr;
 }
 
+// For calls where decode serves sequences of more rows than a warp: unless two heads of these would make one item of
+// the other kernel's, which reads short sequences faster.
+const HopperKernel *tall_kernel_for(const AttentionParams &params, const HopperKernel &other) {
+  // What a sequence gets must not depend on the batch if results are to be deterministic.
+  const int64_t group = params.num_q_heads / params.num_kv_heads, most = most_rows(params);
+  const int64_t rows = params.deterministic || most > kHopperRows ? group : most;
+  if (rows <= kFewRows) return nullptr;
+  const bool in_pairs =
+      2 * rows <= kHopperRows && params.num_kv_heads % 2 == 0 && params.head_dim <= 128 && !params.deterministic;
+  const int64_t items = int64_t{params.num_seqs} * params.num_kv_heads;
+  if (in_pairs && items > device_facts().num_multiprocessors) return nullptr;
+  for (const HopperKernel &kernel : tall_decode_kernels(params.kv_dtype)) {
+    if (kernel.kernel.head_dim == other.kernel.head_dim) return &kernel;
+  }
+  return nullptr;
+}
+
 const HopperKernel *decode_kernel_for(const AttentionParams &params, ArrayAlignment alignment) {
   if (!hopper_kernels_serve(params, alignment)) return nullptr;
   if (const HopperKernel *few = few_sequences_kernel_for(params)) return few;
@@ -156,6 +184,7 @@ const HopperKernel *decode_kernel_for(const AttentionParams &params, ArrayAlignm
       of_one_head = &kernel;
     }
   }
+  if (const HopperKernel *tall = tall_kernel_for(params, *of_one_head)) return tall;
   return of_one_head;
 }
 
@@ -202,6 +231,9 @@ std::string make_kernel_table() {
         add(name, kernel.kernel.head_dim,
             many ? ", at most 16 rows a KV head, many sequences, sm_90" : ", at most 64 rows a KV head, sm_90",
             kernel.kernel);
+      }
+      for (const HopperKernel &kernel : tall_decode_kernels(dtype)) {
+        add(name, kernel.kernel.head_dim, ", 17 to 64 rows a KV head, sm_90", kernel.kernel);
       }
       for (const HopperKernel &kernel : few_sequences_kernels(dtype)) {
         add(name, kernel.kernel.head_dim,

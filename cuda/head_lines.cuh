@@ -40,7 +40,7 @@ __host__ __device__ int heads_of_line(const Batch &batch, const HeadCost &cost, 
     return all;
   } else {
     constexpr int kFewestHeads = 4, kFewRows = 8, kManyRows = 32;
-    const bool few_rows = batch.max_rows <= kFewRows, many_rows = batch.max_rows > kManyRows;
+    const bool few_rows = batch.max_rows <= kFewRows, many_rows = batch.max_rows > kManyRows && !Shape::kManyRowsInStep;
     const int64_t seqs = batch.num_seqs, most = int64_t{Shape::kMostTilesInStep} << (few_rows || many_rows ? 0 : 1);
     // Some blocks may have nothing to do: fewer than all read memory as fast.
     const auto columns_of = [&](int heads) { return num_blocks / (all / heads); };

@@ -9,15 +9,16 @@
 // is never idle while results are written.  Several KV heads may be one item, whose tiles follow each other in the
 // ring, or lie side by side.
 //
-// Two groups of four warps compute by mma.sync, a segment each in turn: one writes results and fetches queries while
-// the other multiplies.  Within a group, warps that share query rows take the tiles in turn, each with a state (m, l,
-// O) of its own in registers, and nobody waits for anybody before the end.  Warps that share none write their results
-// from there.
+// Two groups of four warps compute, a segment each in turn: one writes results and fetches queries while the other
+// multiplies, by mma.sync.  Within a group, warps that share query rows take the tiles in turn, each with a state (m,
+// l, O) of its own in registers, and nobody waits for anybody before the end.  Warps that share none write their
+// results from there.  Tall kernels, for more than 16 rows, multiply by wgmma, all warps of a group each tile together.
 //
 // Bound: bytes of the cache.  64 sequences of 4096 tokens, 8 KV heads of 128 bfloat16: 356 us on an H100, 95 % of the
 // rate at which it reads memory.  docs/performance/decode.md tells where the rest goes and what was tried.
 #pragma once
 
+#include "hopper_group_rows.cuh"
 #include "hopper_traits.cuh"
 #include "mma_queries.cuh"
 #include "mma_warp_rows.cuh"
@@ -159,11 +160,14 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
   const int warp = thread / 32, lane = thread % 32, barrier = 1 + group_index;
   typename Traits::Group &group = shared.groups[group_index];
   const typename Traits::BlockEpilogue epilogue(params, group.epilogue, group.states, thread, barrier);
+  const auto meet = [&] { named_barrier<Traits::kGroupThreads>(barrier); };
   const auto attend = [&](const typename Traits::Segment &segment, uint32_t number) {
     const WorkItem &item = segment.item;
-    // Warps hold 16 rows each, which are of one head; those with the same rows take turns at the tiles.
-    const int head_shift = head_rows_shift(num_rows(params.batch, item.seq)) - 4;  // log 2 of a head's tiles of 16 rows
-    const int shift = item.head_shift + head_shift, row_tiles = 1 << shift, parties = Traits::kGroupWarps >> shift;
+    // Warps hold 16 rows each, which are of one head; those with the same rows take turns at the tiles.  Log 2 of an
+    // item's heads, and of a head's tiles of 16 rows:
+    const int heads_shift = Traits::kTall ? 0 : item.head_shift;
+    const int head_shift = Traits::kTall ? 2 : head_rows_shift(num_rows(params.batch, item.seq)) - 4;
+    const int shift = heads_shift + head_shift, row_tiles = 1 << shift, parties = Traits::kGroupWarps >> shift;
     const int row_tile = warp & (row_tiles - 1), party = warp >> shift, head = row_tile >> head_shift;
 
     if (row_tiles > 1) {  // all that are on their way come together
@@ -172,8 +176,9 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
       load_queries<Traits, 2>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
     }
     fill_row_table<typename Traits::Shape, Traits::kGroupThreads>(params, item, group.rows, thread);
-    named_barrier<Traits::kGroupThreads>(barrier);
-    WarpRows<Traits> rows(params);
+    if constexpr (Traits::kTall) publish_shared_writes();
+    meet();
+    std::conditional_t<Traits::kTall, GroupRows<Traits>, WarpRows<Traits>> rows(params);
     rows.begin(item, 16 * row_tile, group.rows, group.queries());
     if (thread == 0) group.plan = plan_of(item, shared.cursor.cut, shared.cursor.range, segment.granule);
 
@@ -181,21 +186,35 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
     // of the segment before have all been taken.
     if (number > 0) wait(&shared.turn[group_index], (number - 1) / Traits::kGroups & 1);
     const int num_tiles = segment.tiles.end - segment.tiles.begin;
+    if constexpr (Traits::kTall) {
+      const auto take = [&](int tile) {
+        const uint32_t count = segment.first_slot + static_cast<uint32_t>(tile), slot = count % Traits::kSlots;
+        wait(&shared.tile_full[slot], count / Traits::kSlots & 1);
+        return shared.ring[slot][0];
+      };
+      const auto release = [&](int tile) {
+        __syncwarp();
+        const uint32_t slot = (segment.first_slot + static_cast<uint32_t>(tile)) % Traits::kSlots;
+        if (lane == 0) arrive(&shared.tile_empty[slot]);
+      };
+      rows.attend(segment.tiles.begin * Traits::kTokens, num_tiles, thread, take, release, meet);
+    } else {
 #pragma unroll 1
-    for (int tile = party; tile < num_tiles; tile += parties) {
-      const uint32_t count =
-          segment.first_slot + static_cast<uint32_t>(Traits::kTileHeads > 1 ? tile : (tile << item.head_shift) + head);
-      const uint32_t slot = count % Traits::kSlots;
-      const int token = (segment.tiles.begin + tile) * Traits::kTokens;
-      wait(&shared.tile_full[slot], count / Traits::kSlots & 1);
-      if (rows.sees(token)) {
-        typename WarpRows<Traits>::Scores s;
-        rows.multiply_q_k(s, shared.ring[slot][0]);
-        rows.softmax(s, token);
-        rows.multiply_p_v(s, shared.ring[slot][1], token);
+      for (int tile = party; tile < num_tiles; tile += parties) {
+        const uint32_t count = segment.first_slot +
+                               static_cast<uint32_t>(Traits::kTileHeads > 1 ? tile : (tile << item.head_shift) + head);
+        const uint32_t slot = count % Traits::kSlots;
+        const int token = (segment.tiles.begin + tile) * Traits::kTokens;
+        wait(&shared.tile_full[slot], count / Traits::kSlots & 1);
+        if (rows.sees(token)) {
+          typename WarpRows<Traits>::Scores s;
+          rows.multiply_q_k(s, shared.ring[slot][0]);
+          rows.softmax(s, token);
+          rows.multiply_p_v(s, shared.ring[slot][1], token);
+        }
+        __syncwarp();
+        if (lane == 0) arrive(&shared.tile_empty[slot], Traits::kGroupWarps / Traits::kTileHeads >> head_shift);
       }
-      __syncwarp();
-      if (lane == 0) arrive(&shared.tile_empty[slot], Traits::kGroupWarps / Traits::kTileHeads >> head_shift);
     }
     __syncwarp();
     if (lane == 0) arrive(&shared.turn[(group_index + 1) % Traits::kGroups]);
@@ -205,14 +224,13 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
       group.other_came =
           plan.num_segments == 2 && plan.is_shared && count_arrivals(params.arrivals + plan.first_owner) == 1;
     }
-    named_barrier<Traits::kGroupThreads>(barrier);  // the states overlay the queries
+    meet();  // the states overlay the queries
     // Deterministic pieces of an item that is all this block's are joined, uncounted, by whoever has the last, and the
     // next such item takes the same places.
     if (params.batch.deterministic && number > 0) {
       wait(&shared.finished[group_index], (number - 1) / Traits::kGroups & 1);
     }
     if (alone) {
-      const auto meet = [&] { named_barrier<Traits::kGroupThreads>(barrier); };
       rows.finish(item, group.plan, group.other_came, group.epilogue.last_to_arrive, thread == 0, meet);
       meet();  // queries, row table and plan may be overwritten
     } else {
@@ -278,9 +296,9 @@ __global__ void __maxnreg__(Traits::kRegisters) hopper_decode_kernel(const __gri
 #endif
 }
 
-template <class CacheElement, int kHeadDim, int kTileHeads = 1>
+template <class CacheElement, int kHeadDim, int kTileHeads = 1, bool kTall = false>
 HopperKernel hopper_decode(const char *name) {
-  using Traits = HopperDecodeTraits<CacheElement, kHeadDim, kTileHeads>;
+  using Traits = HopperDecodeTraits<CacheElement, kHeadDim, kTileHeads, kTall>;
   return {{name, reinterpret_cast<const void *>(&hopper_decode_kernel<Traits>), Traits::kThreads,
            sizeof(typename Traits::Shared), Traits::kRows, Traits::kTokens, kHeadDim, &Traits::Cut::places_per_block,
            Traits::Shape::kMaxHeadShift},

@@ -28,6 +28,11 @@ struct BoxTile {
   static constexpr int kBytes = kRows / 8 * kEightRows;
   static_assert(kUsedBytes % 16 == 0 && (kCut || kUsedBytes % 32 == 0) && kRows % 8 == 0);
 
+  // Of the columns, as the operand of a product (hopper_wgmma.cuh).
+  static constexpr int kWidth = 128;
+  static constexpr int kColumnBytes = 8 * kWidth;
+  __host__ __device__ static constexpr int step_offset(int step) { return step / 4 * kColumnBytes + step % 4 * 32; }
+
   __host__ __device__ static constexpr int offset(int row, int chunk) {
     if (!kCut) return row * kRowBytes + chunk * 16;
     return row / 8 * kEightRows + chunk / 8 * 1024 + row % 8 * 128 + ((chunk ^ row) & 7) * 16;
@@ -45,34 +50,37 @@ struct BoxTile {
 };
 
 // kTileHeads_ heads of a token that follow each other in memory may be one row of a tile, where the row of one would
-// fill no whole columns.
-template <class CacheElement_, int kHeadDim_, int kTileHeads_ = 1>
+// fill no whole columns.  Of a tall kernel, a group's warps multiply each tile together (hopper_group_rows.cuh).
+template <class CacheElement_, int kHeadDim_, int kTileHeads_ = 1, bool kTall_ = false>
 struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   using CacheElement = CacheElement_;
   using Types = MmaTypes<CacheElement>;
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
   static constexpr int kElementBytes = sizeof(typename Types::Storage);
 
-  static constexpr int kRows = 64;             // query rows of an item, in up to four tiles of 16
-  static constexpr int kWarpBands = 1;         // of 16 rows
-  static constexpr float kLargestStep = 0.0f;  // sums are brought to every larger score
+  static constexpr int kRows = 64;      // query rows of an item, in up to four tiles of 16
+  static constexpr int kWarpBands = 1;  // of 16 rows
+  // Sums are brought to every larger score, or to one that has a weight of 2^this.
+  static constexpr float kLargestStep = kTall_ ? 8.0f : 0.0f;
   static constexpr int kTileHeads = kTileHeads_;
+  static constexpr bool kTall = kTall_;
   static constexpr int kHeadBytes = kHeadDim * kElementBytes;
-  static constexpr int kTokens = kTileHeads == 1 && kHeadBytes <= 256 ? 32 : 16;
+  static constexpr int kTokens = (kTileHeads == 1 && kHeadBytes <= 256 ? 32 : 16) * (kTall ? 2 : 1);
   static constexpr int kWarpTokens = kTokens;
   struct Shape : TileShape<kRows, kTokens, true> {
     static constexpr int kMinSegmentTiles = 128 / kTokens;
     static constexpr int kMaxPieces = 8;
     static constexpr int kMinPieceTiles = 512 / kTokens;
     // Several KV heads an item where it has few tiles, or a head few bytes a token.
-    static constexpr int kMaxHeadShift = 2;
+    static constexpr int kMaxHeadShift = kTall ? 0 : 2;
     static constexpr int kLeastHeadShift = kTileHeads > 1 ? kMaxHeadShift : 0;
     static constexpr int kMaxTilesOfMany = kHeadBytes < 256 ? kMaxUnits : 256 / kTokens;
     // Other head dimensions have not been measured; shorter items cost more than they gain.
     static constexpr bool kHeadsInStep = kHeadDim == 128 && kTileHeads == 1;
     static constexpr int kLeastTilesInStep = 256 * 1024 / (2 * kHeadBytes * kTokens);
     static constexpr int kMostTilesInStep = 3072 / kTokens;
-    static constexpr bool kPairsInStep = kHeadBytes >= 256;
+    static constexpr bool kManyRowsInStep = kTall;
+    static constexpr bool kPairsInStep = kHeadBytes >= 256 && !kTall;
   };
   static_assert(kTileHeads == 1 << Shape::kLeastHeadShift);
 
@@ -94,13 +102,16 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   using QTile = BoxTile<kRows, kHeadDim * 2>;
   using KvTile = BoxTile<kTokens, kHeadBytes * kTileHeads>;
   static_assert(kTileHeads == 1 || KvTile::kCut);
-  static constexpr bool kQInRegisters = kHeadDim <= 128;
-  // Results of rows that no two warps share, rather than through shared memory; 256 columns would spill.
-  static constexpr bool kWritesFromRegisters = kHeadDim < 256;
+  static_assert(!kTall || (KvTile::kCut && kTileHeads == 1 && !Types::kFloat8), "what wgmma takes as it lies");
+  static constexpr bool kQInRegisters = kHeadDim <= 128 && !kTall;
+  // Results of rows that no two warps share, rather than through shared memory; 256 columns would spill,
+  // and do so a little where there is no other way.
+  static constexpr bool kWritesFromRegisters = kHeadDim < 256 || kTall;
   // Of the ring, a multiple of the producers, so that a slot is always filled by the same; the rest of shared memory
   // keeps queries and states.
   static constexpr int kSlots = (kHeadDim <= 80    ? 160
                                  : kHeadDim <= 128 ? 132
+                                 : kTall           ? 128
                                  : kHeadDim <= 192 ? 104
                                                    : 64) *
                                 1024 / (2 * KvTile::kBytes) / kProducers * kProducers;
@@ -120,18 +131,19 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   };
   static constexpr int kSegments = 2 * kGroups;  // those in work and the next
 
+  static constexpr bool kQStays = !kQInRegisters && !kTall;  // beside the states, which tall kernels do not have
   struct alignas(1024) Group {
     union {  // queries that are kept in registers leave their place to the states
       char q[QTile::kBytes];
-      float states[BlockEpilogue::kStateFloats];
+      float states[kTall ? 1 : BlockEpilogue::kStateFloats];
     };
-    char q_to_stay[kQInRegisters ? 16 : QTile::kBytes];
+    char q_to_stay[kQStays ? QTile::kBytes : 16];
     RowTable<kRows> rows;
     SegmentPlan plan;
     bool other_came;  // of two segments, see WarpRows::finish
     typename BlockEpilogue::Shared epilogue;
 
-    __device__ char *queries() { return kQInRegisters ? q : q_to_stay; }
+    __device__ char *queries() { return kQStays ? q_to_stay : q; }
   };
 
   struct Shared {

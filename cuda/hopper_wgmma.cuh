@@ -77,6 +77,7 @@ __device__ inline Operand further(Operand operand, int bytes) {
 template <class T, int kColumns>
 struct Products;
 
+#define PA_REGISTERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define PA_REGISTERS_64                                                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
@@ -97,6 +98,7 @@ struct Products;
   "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define PA_TILE(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define PA_TILES_16(i) PA_TILE(i), PA_TILE(i + 1)
+#define PA_TILES_32 PA_TILES_16(0), PA_TILES_16(2)
 #define PA_TILES_64 PA_TILES_16(0), PA_TILES_16(2), PA_TILES_16(4), PA_TILES_16(6)
 #define PA_TILES_72 PA_TILES_64, PA_TILE(8)
 #define PA_TILES_80 PA_TILES_64, PA_TILES_16(8)
@@ -134,6 +136,7 @@ struct Products;
   PA_PRODUCTS(__nv_bfloat16, "k16.f32.bf16.bf16", "k16.f32.bf16.bf16", ", 0, 0", ", 1", N, __VA_ARGS__) \
   PA_PRODUCTS(Float8E4M3, "k32.f32.e4m3.e4m3", "k32.f32.e4m3.e4m3", "", "", N, __VA_ARGS__)             \
   PA_PRODUCTS(Float8E5M2, "k32.f32.e5m2.e5m2", "k32.f32.e4m3.e5m2", "", "", N, __VA_ARGS__)
+PA_ALL_TYPES(32, 16, 17, 18, 19, 20, 21, 22)
 PA_ALL_TYPES(64, 32, 33, 34, 35, 36, 37, 38)
 PA_ALL_TYPES(72, 36, 37, 38, 39, 40, 41, 42)
 PA_ALL_TYPES(80, 40, 41, 42, 43, 44, 45, 46)
@@ -145,6 +148,8 @@ PA_ALL_TYPES(136, 68, 69, 70, 71, 72, 73, 74)
 PA_ALL_TYPES(192, 96, 97, 98, 99, 100, 101, 102)
 PA_ALL_TYPES(256, 128, 129, 130, 131, 132, 133, 134)
 
+#undef PA_REGISTERS_32
+#undef PA_TILES_32
 #undef PA_REGISTERS_64
 #undef PA_TILES_64
 #undef PA_REGISTERS_72

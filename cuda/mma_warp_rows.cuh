@@ -141,81 +141,13 @@ class WarpRows {
   // Scores of the keys from `token` on become exp2(score - m), the state is brought to the new m.
   template <int kActive = kBands>
   __device__ void softmax(Scores &s, int token) {
-    if (transform_) {
-#pragma unroll
-      for (int band = 0; band < kActive; ++band) {
-        const int row = row_ + 16 * band;
-        const float scale[2] = {row_scale(band, 0), row_scale(band, 1)};
-        const float slope[2] = {table_->slope[row], table_->slope[row + 8]};
-        const int position[2] = {table_->position[row], table_->position[row + 8]};
-        transform_scores(s[band], params_, scale, slope, position, token);
-      }
+    Factors largest, scaled, factor;
+    if (find_largest<kActive>(s, token, largest, scaled)) {
+      find_factors<kActive>(scaled, factor);
+      scale_output<kActive>(factor);
+      raise_sums<kActive>(largest, factor);
     }
-    if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
-#pragma unroll
-      for (int band = 0; band < kActive; ++band) {
-        const int row = row_ + 16 * band;
-        const Range keys[2] = {table_->keys[row], table_->keys[row + 8]};
-        mask_scores(s[band], keys, token);
-      }
-    }
-
-    float largest[kActive][2], scaled[kActive][2];
-    bool rises = false;
-#pragma unroll
-    for (int band = 0; band < kActive; ++band) {
-      largest[band][0] = m_[band][0];
-      largest[band][1] = m_[band][1];
-#pragma unroll
-      for (int i = 0; i < kTokens / 8; ++i) {
-        largest[band][0] = fmaxf(largest[band][0], fmaxf(s[band][i][0], s[band][i][1]));
-        largest[band][1] = fmaxf(largest[band][1], fmaxf(s[band][i][2], s[band][i][3]));
-      }
-    }
-#pragma unroll
-    for (int band = 0; band < kActive; ++band) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float &most = largest[band][i];
-        most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
-        if constexpr (Traits::kLargestStep > 0.0f) {
-          if ((most - m_[band][i]) * post_scale_[band][i] <= Traits::kLargestStep) most = m_[band][i];
-        }
-        scaled[band][i] = most == negative_infinity() ? 0.0f : most * post_scale_[band][i];
-        rises |= most != m_[band][i];
-      }
-    }
-    if (__any_sync(kFullWarp, rises)) {
-#pragma unroll
-      for (int band = 0; band < kActive; ++band) {
-        const float factor[2] = {exp2_fast(m_[band][0] * post_scale_[band][0] - scaled[band][0]),
-                                 exp2_fast(m_[band][1] * post_scale_[band][1] - scaled[band][1])};
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 8; ++i) {
-          o_[band][i][0] *= factor[0];
-          o_[band][i][1] *= factor[0];
-          o_[band][i][2] *= factor[1];
-          o_[band][i][3] *= factor[1];
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          l_[band][i] *= factor[i];
-          m_[band][i] = largest[band][i];
-        }
-      }
-    }
-#pragma unroll
-    for (int band = 0; band < kActive; ++band) {
-#pragma unroll
-      for (int i = 0; i < kTokens / 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          s[band][i][j] = exp2_fast(s[band][i][j] * post_scale_[band][j / 2] - scaled[band][j / 2]);
-          l_[band][j / 2] += s[band][i][j];
-        }
-      }
-    }
+    weigh<kActive>(s, scaled);
   }
 
   // O += P V for the keys from `token` on.
@@ -308,7 +240,8 @@ class WarpRows {
   // and where that is done last the sum of all, in the order of the keys.  Called by threads that meet by `meet`, one
   // of which leads.  `other_came`: there is one other segment, whose partial result is there already.  Then this one
   // goes no way through memory, and the sum of two has the same bits in either order.
-  template <class Meet>
+  // `Rows` sums up more than two.
+  template <class Rows = WarpRows, class Meet>
   __device__ void finish(const WorkItem &item, const SegmentPlan &plan, bool other_came, bool &last_to_arrive,
                          bool leads, Meet &&meet, int bands = kBands) {
 #pragma unroll
@@ -336,21 +269,127 @@ class WarpRows {
         if (exists) add_partial_row(partial(1 - plan.segment, band, i), o_[band], i, m_[band][i], l_[band][i]);
       });
     } else if (plan.num_segments > 2) {
-      for_each_row(item, bands, [&](int band, int i, bool exists) {
-        m_[band][i] = negative_infinity();
-        l_[band][i] = 0.0f;
-#pragma unroll
-        for (int tile = 0; tile < kHeadDim / 8; ++tile) o_[band][tile][2 * i] = o_[band][tile][2 * i + 1] = 0.0f;
-#pragma unroll 1
-        for (int number = 0; exists && number < plan.num_segments; ++number) {
-          add_partial_row(partial(number, band, i), o_[band], i, m_[band][i], l_[band][i]);
-        }
-      });
+      static_cast<Rows *>(this)->add_parts(item, plan, bands);
     }
     for_each_row(item, bands, [&](int band, int i, bool exists) { write(item, band, i, exists); });
   }
 
- private:
+  __device__ void add_parts(const WorkItem &item, const SegmentPlan &plan, int bands) {
+    for_each_row(item, bands, [&](int band, int i, bool exists) {
+      m_[band][i] = negative_infinity();
+      l_[band][i] = 0.0f;
+#pragma unroll
+      for (int tile = 0; tile < kHeadDim / 8; ++tile) o_[band][tile][2 * i] = o_[band][tile][2 * i + 1] = 0.0f;
+#pragma unroll 1
+      for (int number = 0; exists && number < plan.num_segments; ++number) {
+        add_partial_row(partial_row(item, plan.first_place + number, band, i), o_[band], i, m_[band][i], l_[band][i]);
+      }
+    });
+  }
+
+ protected:
+  // One of each of a lane's rows.
+  using Factors = float[kBands][2];
+
+  // The steps of softmax.  Products of the keys from `token` on become scores.  Is any of a row larger than those
+  // before? `scaled`: the largest in units of log 2, or 0 where there is none.
+  template <int kActive>
+  __device__ bool find_largest(Scores &s, int token, Factors &largest, Factors &scaled) const {
+    if (transform_) {
+#pragma unroll
+      for (int band = 0; band < kActive; ++band) {
+        const int row = row_ + 16 * band;
+        const float scale[2] = {row_scale(band, 0), row_scale(band, 1)};
+        const float slope[2] = {table_->slope[row], table_->slope[row + 8]};
+        const int position[2] = {table_->position[row], table_->position[row + 8]};
+        transform_scores(s[band], params_, scale, slope, position, token);
+      }
+    }
+    if (token < visible_to_all_.begin || token + kTokens > visible_to_all_.end) {
+#pragma unroll
+      for (int band = 0; band < kActive; ++band) {
+        const int row = row_ + 16 * band;
+        const Range keys[2] = {table_->keys[row], table_->keys[row + 8]};
+        mask_scores(s[band], keys, token);
+      }
+    }
+
+    bool rises = false;
+#pragma unroll
+    for (int band = 0; band < kActive; ++band) {
+      largest[band][0] = m_[band][0];
+      largest[band][1] = m_[band][1];
+#pragma unroll
+      for (int i = 0; i < kTokens / 8; ++i) {
+        largest[band][0] = fmaxf(largest[band][0], fmaxf(s[band][i][0], s[band][i][1]));
+        largest[band][1] = fmaxf(largest[band][1], fmaxf(s[band][i][2], s[band][i][3]));
+      }
+    }
+#pragma unroll
+    for (int band = 0; band < kActive; ++band) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float &most = largest[band][i];
+        most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
+        if constexpr (Traits::kLargestStep > 0.0f) {
+          if ((most - m_[band][i]) * post_scale_[band][i] <= Traits::kLargestStep) most = m_[band][i];
+        }
+        scaled[band][i] = most == negative_infinity() ? 0.0f : most * post_scale_[band][i];
+        rises |= most != m_[band][i];
+      }
+    }
+    return __any_sync(kFullWarp, rises);
+  }
+
+  template <int kActive>
+  __device__ void find_factors(const Factors &scaled, Factors &factor) const {
+#pragma unroll
+    for (int band = 0; band < kActive; ++band) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) factor[band][i] = exp2_fast(m_[band][i] * post_scale_[band][i] - scaled[band][i]);
+    }
+  }
+
+  template <int kActive>
+  __device__ void scale_output(const Factors &factor) {
+#pragma unroll
+    for (int band = 0; band < kActive; ++band) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) o_[band][i][j] *= factor[band][j / 2];
+      }
+    }
+  }
+
+  template <int kActive>
+  __device__ void raise_sums(const Factors &largest, const Factors &factor) {
+#pragma unroll
+    for (int band = 0; band < kActive; ++band) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        l_[band][i] *= factor[band][i];
+        m_[band][i] = largest[band][i];
+      }
+    }
+  }
+
+  template <int kActive>
+  __device__ void weigh(Scores &s, const Factors &scaled) {
+#pragma unroll
+    for (int band = 0; band < kActive; ++band) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          s[band][i][j] = exp2_fast(s[band][i][j] * post_scale_[band][j / 2] - scaled[band][j / 2]);
+          l_[band][j / 2] += s[band][i][j];
+        }
+      }
+    }
+  }
+
   // The lane's rows of the tile, and do they exist?
   template <class Function>
   __device__ void for_each_row(const WorkItem &item, int bands, Function &&function) const {
