@@ -188,8 +188,13 @@ const HopperKernel *decode_kernel_for(const AttentionParams &params, ArrayAlignm
   return of_one_head;
 }
 
-// Rows that do not fill narrow columns would come column by column, in more requests than the next kernel's take.
-bool wants_full_rows(const HopperKernel &kernel) { return kernel.rows.is_cut && kernel.rows.row_bytes < 128; }
+// Rows that do not fill narrow columns would come column by column, in more requests than the next kernel's take, and
+// so would float8 ones of several columns.
+bool wants_full_rows(const HopperKernel &kernel) {
+  const CacheRowLayout &rows = kernel.rows;
+  const bool several_of_float8 = rows.columns > 1 && rows.columns * rows.row_bytes == kernel.kernel.head_dim;
+  return rows.is_cut && (rows.row_bytes < 128 || several_of_float8);
+}
 
 const HopperKernel *prefill_kernel_for(const AttentionParams &params, ArrayAlignment alignment) {
   if (!hopper_kernels_serve(params, alignment)) return nullptr;
@@ -244,7 +249,8 @@ std::string make_kernel_table() {
             wants_full_rows(kernel) ? ", D = " : ", D <= ");
       }
       for (const HopperKernel &kernel : prefill_products_kernels(dtype)) {
-        add(name, kernel.kernel.head_dim, ", more rows, float8 queries, sm_90", kernel.kernel);
+        add(name, kernel.kernel.head_dim, ", more rows, float8 queries, sm_90", kernel.kernel,
+            wants_full_rows(kernel) ? ", D = " : ", D <= ");
       }
     }
     for (int tile = 0; tile < kNumHeadDimTiles; ++tile) {

@@ -10,8 +10,8 @@
 // lane % 4, where a float8 left operand has places 4 c ... 4 c + 3.  What ldmatrix gives lane c are the same keys.  So
 // place 4 c + i of the transposed V has the key whose weight is there, and no weight goes to another lane.
 //
-// One prompt of 8192 tokens, 32 heads of 128 over 8: 683 us on an H100, 805 TFLOP/s, where bfloat16 takes 767.
-// docs/performance/prefill.md tells what was tried.
+// One prompt of 8192 tokens, 32 heads of 128 over 8: 602 us on an H100, 913 TFLOP/s, where bfloat16 takes 752; of 192
+// 943, where it takes 1051.  docs/performance/prefill.md tells what was tried.
 #pragma once
 
 #include <numeric>
@@ -34,11 +34,15 @@ struct HopperPrefillFloat8Traits {
   static constexpr bool kSavesRegisters = false;
   static constexpr int kStepDims = 32;        // that a product sums over
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
-  static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128, "registers have room for output and a product of 128 columns");
+  static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256);
+  // Above 128 dimensions registers have no room for output, a product of as many columns, and scores, so P V comes in
+  // products of some columns, one after the other.  Above 192 scores take their registers, behind the last.
+  static constexpr bool kScoresLast = kHeadDim > 192;
+  static constexpr int kProducts = kHeadDim <= 128 ? 1 : kHeadDim <= 192 ? 2 : 4;
 
   static constexpr int kGroups = 2;
   static constexpr int kRows = 64 * kGroups;
-  static constexpr int kTokens = kHeadDim <= 96 ? 128 : 96;
+  static constexpr int kTokens = kHeadDim <= 96 ? 128 : kHeadDim <= 128 ? 96 : 64;
   struct Shape : PrefillShape<kRows, kTokens> {};
   using Cut = WorkCut<Shape>;
 
@@ -53,19 +57,21 @@ struct HopperPrefillFloat8Traits {
   static constexpr int kMathRegisters = kHeadDim <= 64 ? 200 : 216;
   static_assert(kProducerRegisters + kChangerRegisters + kGroups * kMathRegisters <= 4 * kRegisters);
 
-  // Of rows of 128 bytes, at whose end zeros may stand.
-  using QTile = ColumnTile<kRows, kHeadDim, false, 1>;
-  using KvTile = ColumnTile<kTokens, kHeadDim, false, 1>;
-  static_assert(QTile::kColumns == 1 && KvTile::kColumns == 1);
+  // Up to 128 bytes a row, at whose end zeros may stand; beyond, columns that rows fill, so that the copy engine brings
+  // them side by side.
+  static constexpr int kColumnWidth = kHeadDim == 192 ? 64 : 128;
+  using QTile = ColumnTile<kRows, kHeadDim, false, 1, kColumnWidth>;
+  using KvTile = ColumnTile<kTokens, kHeadDim, (kHeadDim > 128), 1, kColumnWidth>;
   // Transposed, with rows behind, every other of ones: their product with P is the sum of the weights.
   static constexpr int kSumRows = 8;
-  using VTile = ColumnTile<kHeadDim + kSumRows, kTokens, false, 1>;
-  static_assert(VTile::kColumns == 1);
+  static constexpr int kTransposedWidth = kTokens <= 64 ? 64 : 128;
+  using VTile = ColumnTile<kHeadDim + kSumRows, kTokens, false, 1, kTransposedWidth>;
   static constexpr int kRawBytes = KvTile::kBytes;
   static constexpr int kRawQueryPlace = 0;
-  static constexpr int kBoxColumns = 1;
-  static constexpr int kQStages = 2;
-  static constexpr int kKvStages = kTokens <= 96 ? 4 : 3;  // of K, of V as it comes, and of V transposed
+  static constexpr int kBoxColumns = KvTile::kColumns;
+  static constexpr int kQStages = kHeadDim <= 192 ? 2 : 1;
+  static constexpr int kKvStages =
+      kHeadDim <= 192 && kTokens <= 96 ? 4 : 3;  // of K, of V as it comes, and of V transposed
 
   using Schedule = PrefillSchedule<Shape, kThreads, 2 * kHeadDim>;
   using Source = PrefillSource<Shape, Schedule>;
@@ -102,7 +108,9 @@ struct HopperPrefillFloat8Traits {
     return keys ? TileRing{shared.k[0], shared.k_full, shared.k_empty}
                 : TileRing{shared.v_rows[0], shared.v_rows_full, shared.v_rows_empty};
   }
-  __device__ static constexpr int raw_row(int row, int) { return KvTile::offset(row, 0); }
+  __device__ static constexpr int raw_row(int row, int column) {
+    return KvTile::offset(row, column * KvTile::kColumnChunks);
+  }
 };
 
 // One of the warps that transpose V.
@@ -136,7 +144,7 @@ class Transposer {
   // By the whole block: the rows of ones in all tiles, so that each lane of a quad gets the sum.
   static __device__ void write_ones(typename Traits::Shared &shared) {
     constexpr uint32_t kOnes = std::is_same_v<typename Traits::CacheElement, Float8E4M3> ? 0x38383838 : 0x3c3c3c3c;
-    constexpr int kChunks = 8, kOfTile = Traits::kSumRows * kChunks;
+    constexpr int kChunks = Columns::kColumnChunks, kOfTile = Traits::kSumRows * kChunks;
     for (int i = static_cast<int>(threadIdx.x); i < Traits::kKvStages * kOfTile; i += Traits::kThreads) {
       const int row = i % kOfTile / kChunks;
       const uint32_t word = row % 2 == 0 ? kOnes : 0;
@@ -176,7 +184,10 @@ class Transposer {
   __device__ void transpose(SharedAddress from, SharedAddress to, Range keys) const {
 #pragma unroll 1
     for (int slice = first_slice_; slice < kSlices; slice += kBeside) {
-      const SharedAddress rows = (from + from_) ^ static_cast<SharedAddress>(slice * kDimsAtOnce);
+      constexpr int kOfColumn = Rows::kColumns == 1 ? kSlices : Rows::kColumnSteps;
+      const int column = Rows::kColumns == 1 ? 0 : slice / kOfColumn;
+      const SharedAddress rows = (from + from_ + static_cast<SharedAddress>(column * Rows::kColumnBytes)) ^
+                                 static_cast<SharedAddress>((slice - column * kOfColumn) * kDimsAtOnce);
       const SharedAddress columns =
           to + to_ + static_cast<SharedAddress>(slice * (kDimsAtOnce / 8) * Columns::kEightRows);
 #pragma unroll 1

@@ -26,6 +26,7 @@ class Float8Rows : public WarpgroupRows<Traits> {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kTokens = Traits::kTokens;
   static constexpr int kSteps = kTokens / 32;
+  static constexpr int kProducts = Traits::kProducts, kPartColumns = kHeadDim / kProducts;
   // Log 2 of the weight that the score m gets, and of what a weight may be before m is raised.  A float8 holds up to
   // 2^8.8, but has few small weights, which matter too if there are many.
   static constexpr float kWeightOfM = 5.0f, kMostWeight = 7.9f;
@@ -91,29 +92,16 @@ class Float8Rows : public WarpgroupRows<Traits> {
     }
   }
 
-  // Starts the tile's P V.
-  __device__ void multiply_p_v(const char *v_tile, bool) {
-    const Operand v = operand<V>(shared_address(v_tile));
-    fence_products();
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      Products<typename Traits::Math, kHeadDim + Traits::kSumRows>::p_v(product_, p_[step],
-                                                                        further(v, V::step_offset(step)), step > 0);
-    }
-    commit_products();
+  // Starts the tile's P V: of the last columns and the sums.
+  __device__ void multiply_p_v(const char *v_tile, bool) { start<kProducts - 1>(v_tile); }
+  // The other columns, each of which waits for those behind it to be added.
+  __device__ void multiply_other_columns(const char *v_tile) {
+    if constexpr (kProducts > 1) add_and_start<kProducts - 2>(v_tile);
   }
-  // Behind a wait for it: adds it to what was before.
-  __device__ void pin_output() {
-    pin(product_);
-    pin(p_);
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 8; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) this->o_[i][j] += product_[i][j];
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) this->l_[i] += product_[kHeadDim / 8][2 * i];
-  }
+  // In the registers of products with V, if these come first.
+  __device__ Scores &scores() { return reinterpret_cast<Scores &>(product_); }
+  // Behind a wait for the last of them: adds it to what was before.
+  __device__ void pin_output() { add<0>(); }
 
   __device__ void rescale() {
     if (!this->rescales_) return;
@@ -148,6 +136,45 @@ class Float8Rows : public WarpgroupRows<Traits> {
   }
 
  private:
+  template <int kPart>
+  static constexpr int kColumnsOf = kPartColumns + (kPart + 1 == kProducts ? Traits::kSumRows : 0);
+
+  template <int kPart>
+  __device__ void start(const char *v_tile) {
+    constexpr int kColumns = kColumnsOf<kPart>;
+    const Operand v = operand<V>(shared_address(v_tile + kPart * kPartColumns / 8 * V::kEightRows));
+    fence_products();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      Products<typename Traits::Math, kColumns>::p_v(reinterpret_cast<float (&)[kColumns / 8][4]>(product_), p_[step],
+                                                     further(v, V::step_offset(step)), step > 0);
+    }
+    commit_products();
+  }
+  template <int kPart>
+  __device__ void add() {
+    pin(reinterpret_cast<float (&)[kColumnsOf<kPart> / 8][4]>(product_));
+    if constexpr (kPart == 0) pin(p_);
+#pragma unroll
+    for (int i = 0; i < kPartColumns / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) this->o_[kPart * kPartColumns / 8 + i][j] += product_[i][j];
+    }
+    if constexpr (kPart + 1 == kProducts) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) this->l_[i] += product_[kPartColumns / 8][2 * i];
+    }
+    if constexpr (kProducts > 1)
+      pin(reinterpret_cast<float (&)[kPartColumns / 8][4]>(this->o_[kPart * kPartColumns / 8]));
+  }
+  template <int kPart>
+  __device__ void add_and_start(const char *v_tile) {
+    wait_products<0>();
+    add<kPart + 1>();
+    start<kPart>(v_tile);
+    if constexpr (kPart > 0) add_and_start<kPart - 1>(v_tile);
+  }
+
   __device__ void scale_output(const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
@@ -203,8 +230,8 @@ class Float8Rows : public WarpgroupRows<Traits> {
   }
 
   uint32_t p_[kSteps][4];
-  uint32_t large_[2];                                    // of the weights of a row, as a mask
-  float product_[(kHeadDim + Traits::kSumRows) / 8][4];  // the latest
+  uint32_t large_[2];                                                             // of the weights of a row, as a mask
+  float product_[larger((kPartColumns + Traits::kSumRows) / 8, kTokens / 8)][4];  // the latest
 };
 
 }  // namespace pagedattn::cuda

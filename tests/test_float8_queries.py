@@ -31,7 +31,7 @@ def mixed_batch(rng: np.random.Generator, dtype: str, head_dim: int = 128, **opt
 
 @pytest.mark.parametrize("dtype", FLOAT8)
 @pytest.mark.parametrize("out_dtype", [np.float16, BFLOAT16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("head_dim", [56, 64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [56, 64, 96, 128, 192, 256])
 def test_results_are_of_the_type_of_out(
     backend: NumpyBackend, rng: np.random.Generator, dtype: str, out_dtype: Any, head_dim: int
 ) -> None:
@@ -130,7 +130,15 @@ def test_scores_may_be_products_times_a_negative_number(backend: NumpyBackend, r
 @pytest.mark.parametrize("dtype", FLOAT8)
 @pytest.mark.parametrize(
     ("head_dim", "kernel"),
-    [(64, "products_{}_d64"), (80, "products_{}_d96"), (128, "products_{}_d128"), (192, "{}_d192")],
+    [
+        (64, "products_{}_d64"),
+        (80, "products_{}_d96"),
+        (128, "products_{}_d128"),
+        (160, "{}_d192"),
+        (192, "products_{}_d192"),
+        (240, "{}_d256"),
+        (256, "products_{}_d256"),
+    ],
 )
 def test_on_hopper_prompts_are_multiplied_in_float8(
     cuda: CupyBackend, rng: np.random.Generator, head_dim: int, kernel: str, dtype: str
@@ -141,9 +149,10 @@ def test_on_hopper_prompts_are_multiplied_in_float8(
 
 
 @pytest.mark.gpu
-def test_sums_over_many_keys_lose_none(cuda: CupyBackend, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
+def test_sums_over_many_keys_lose_none(cuda: CupyBackend, rng: np.random.Generator, head_dim: int) -> None:
     # The tensor cores drop what is 2^13 below a sum, which all weights are, together, far above.
-    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, **types(rng, ("float8_e4m3", "float8_e4m3"), 2)}
+    shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": head_dim, **types(rng, ("float8_e4m3", "float8_e4m3"), 2)}
     batch = make_batch(rng, [20000], [100], scale=0.001, **shape)
     batch.v_cache[...] = (batch.v_cache.astype(np.float32) * 0.25 + 1).astype(batch.v_cache.dtype)
     args, options = batch.on(cuda)
@@ -153,15 +162,16 @@ def test_sums_over_many_keys_lose_none(cuda: CupyBackend, rng: np.random.Generat
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
 @pytest.mark.parametrize("factor", [0.3, 0.6, 2.0])
 def test_scores_of_float8_may_rise_towards_the_first_keys(
-    cuda: CupyBackend, rng: np.random.Generator, factor: float
+    cuda: CupyBackend, rng: np.random.Generator, factor: float, head_dim: int
 ) -> None:
     # Tiles come from the last to the first, and weights that outgrow a float8 are computed anew.  Groups of five leave
     # rows of a tile without a token.
-    shape = {"num_q_heads": 10, "num_kv_heads": 2, "head_dim": 128}
+    shape = {"num_q_heads": 10, "num_kv_heads": 2, "head_dim": head_dim}
     batch = make_batch(rng, [2000, 900], [100, 300], **shape, **types(rng, ("float8_e4m3", "float8_e4m3"), 2))
-    common = rng.standard_normal(128)
+    common = rng.standard_normal(head_dim)
     batch.q = (batch.q.astype(np.float32) * 0.25 + common).astype(batch.q.dtype)
     for sequence, end in ((0, 1100), (1, 333)):
         tokens = np.arange(end)
@@ -172,14 +182,15 @@ def test_scores_of_float8_may_rise_towards_the_first_keys(
 
 
 @pytest.mark.gpu
-def test_the_same_float8_queries_give_the_same_bits(cuda: CupyBackend, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
+def test_the_same_float8_queries_give_the_same_bits(cuda: CupyBackend, rng: np.random.Generator, head_dim: int) -> None:
     args, options = make_batch(
         rng,
         [3000, 700, 900, 9000],
         [500, 700, 1, 80],
         num_q_heads=32,
         num_kv_heads=8,
-        head_dim=128,
+        head_dim=head_dim,
         **types(rng, ("float8_e4m3", "float8_e4m3"), 8),
     ).on(cuda)
     runs = [cuda.host(pagedattn.paged_attention(*args, **options)) for _ in range(10)]
