@@ -138,7 +138,7 @@ class PrefillGroup {
     if (!first_segment.valid) return;
     // All groups take the same steps, so that waits and arrivals at a turn's barrier alternate; the very last arrival
     // is for nobody.
-    if (!Traits::kScoresLast && next_turn_ == kFirstTurn) named_barrier_arrive<256>(kFirstTurn);
+    if (next_turn_ == kFirstTurn) named_barrier_arrive<256>(kFirstTurn);
     bool plain = false;
     if constexpr (Rows::kPlainScores) {
       if (params_.plain_scale > 0.0f) plain = compute_first();
@@ -175,7 +175,7 @@ class PrefillGroup {
         rows_.rescale();
       }
       plain = next_is_plain();
-      if constexpr (!Traits::kScoresLast) rows_.template pack_weights<0, Rows::kEights>(scores());
+      rows_.template pack_weights<0, Rows::kEights>(s_);
     }
     rows_.template join<true>(segment(number_));
   }
@@ -183,14 +183,6 @@ class PrefillGroup {
  private:
   __device__ const PrefillSegment &segment(uint32_t number) const {
     return shared_.segments[number % Traits::kSegments];
-  }
-  // Of the tile that was multiplied last.
-  __device__ typename Rows::Scores &scores() {
-    if constexpr (Traits::kScoresLast) {
-      return rows_.scores();
-    } else {
-      return own_;
-    }
   }
   __device__ void enter(uint32_t number) {
     left_ = segment(number).tiles.end - segment(number).tiles.begin - 1;
@@ -203,15 +195,15 @@ class PrefillGroup {
     enter(0);
     begin(0);
     wait_k(0);
-    rows_.multiply_q_k(scores(), shared_.k[0]);
+    rows_.multiply_q_k(s_, shared_.k[0]);
     wait_products<0>();
-    pin(scores());
+    pin(s_);
     release(shared_.k_empty[0]);
     const bool plain = next_is_plain();
-    rows_.template softmax<true>(scores(), token_);
+    rows_.template softmax<true>(s_, token_);
     end_softmax(0);
     wait_v();
-    rows_.template pack_weights<0, Rows::kEights>(scores());
+    rows_.template pack_weights<0, Rows::kEights>(s_);
     return plain;
   }
   __device__ void begin(uint32_t number) {
@@ -245,7 +237,7 @@ class PrefillGroup {
   // Lets the queries go behind the segment's last scores, or waits for the next keys: here, where its loop keeps the
   // compiler from waiting for P V before softmax.
   __device__ void end_softmax(uint32_t number) {
-    pin(scores());
+    pin(s_);
     if (!__any_sync(kFullWarp, left_ > 0)) {
       release(shared_.q_empty[number % kQStages]);
     } else {
@@ -254,10 +246,6 @@ class PrefillGroup {
   }
   __device__ void wait_v() { wait(&shared_.v_full[tile_ % kStages], tile_ / kStages & 1); }
   __device__ void end_p_v(bool has_begun = true) {
-    if constexpr (Traits::kScoresLast) {
-      wait_v();
-      return;
-    }
     if constexpr (Traits::kFloat8Products) rows_.multiply_other_columns(shared_.v[(tile_ - 1) % kStages]);
     wait_products<0>();
     rows_.pin_output();
@@ -270,19 +258,19 @@ class PrefillGroup {
   __device__ void guess_softmax() {
     constexpr int kHalf = Rows::kEights / 4 * 2;
     float sums[2][2] = {};
-    rows_.template guess_weights<0, kHalf>(scores(), sums);
-    pin(scores());
+    rows_.template guess_weights<0, kHalf>(s_, sums);
+    pin(s_);
     const bool last = !__any_sync(kFullWarp, left_ > 0);
     if (!last) wait_k(tile_ + 1, rows_.zero_behind(sums));
     end_p_v();
-    rows_.template guess_weights<kHalf, Rows::kEights>(scores(), sums);
-    rows_.template pack_weights<0, kHalf>(scores());
+    rows_.template guess_weights<kHalf, Rows::kEights>(s_, sums);
+    rows_.template pack_weights<0, kHalf>(s_);
     if (rows_.is_wrong(sums)) [[unlikely]] {
-      rows_.correct_guess(scores(), sums, token_);
+      rows_.correct_guess(s_, sums, token_);
       rows_.rescale();
-      rows_.template pack_weights<0, kHalf>(scores());
+      rows_.template pack_weights<0, kHalf>(s_);
     }
-    rows_.template pack_weights<kHalf, Rows::kEights>(scores());
+    rows_.template pack_weights<kHalf, Rows::kEights>(s_);
     if (last) release(shared_.q_empty[number_ % kQStages]);
   }
 
@@ -297,23 +285,10 @@ class PrefillGroup {
       begin(number_ + 1);
       wait_k(tile_ + 1);
     }
-    if constexpr (Traits::kScoresLast) {
-      // No turns: between many short products groups find their own.  Without the barrier, or the wait for keys between
-      // output and scores, the compiler serialises all products.
-      named_barrier<128>(kFirstOwn + turn_ - kFirstTurn);
-      multiply_p_v();
-      rows_.multiply_other_columns(shared_.v[tile_ % kStages]);
-      wait_products<0>();
-      rows_.pin_output();
-      wait_k(tile_ + 1);
-      rows_.multiply_q_k(scores(), shared_.k[(tile_ + 1) % kStages]);
-      if (kPlain || has_begun()) release(shared_.v_empty[tile_ % kStages]);
-    } else {
-      named_barrier<256>(turn_);
-      rows_.multiply_q_k(scores(), shared_.k[(tile_ + 1) % kStages]);
-      multiply_p_v(kPlain || has_begun());
-      named_barrier_arrive<256>(next_turn_);
-    }
+    named_barrier<256>(turn_);
+    rows_.multiply_q_k(s_, shared_.k[(tile_ + 1) % kStages]);
+    multiply_p_v(kPlain || has_begun());
+    named_barrier_arrive<256>(next_turn_);
     ++tile_;
     first_ = ends;
     if (ends) {
@@ -322,21 +297,20 @@ class PrefillGroup {
       --left_;
       token_ -= kTokens;
     }
-    wait_products<Traits::kScoresLast ? 0 : 1>();
-    pin(scores());
+    wait_products<1>();
+    pin(s_);
     release(shared_.k_empty[tile_ % kStages]);
     const bool plain = kPlain && next_is_plain();
     if constexpr (kPlain && Traits::kFloat8Products) {
       end_softmax(number_);
       end_p_v();
-      rows_.guess_weights(scores());
+      rows_.guess_weights(s_);
     } else if constexpr (kPlain) {
       guess_softmax();
     } else {
-      rows_.softmax(scores(), token_);
+      rows_.softmax(s_, token_);
       end_softmax(ends ? number_ + 1 : number_);
       end_p_v(has_begun());
-      if constexpr (Traits::kScoresLast) rows_.template pack_weights<0, Rows::kEights>(scores());
     }
     return plain;
   }
@@ -352,8 +326,7 @@ class PrefillGroup {
   int token_;              // that tile's first
   int left_ = 0;           // tiles that the segment has behind it
   bool first_ = true;      // in its segment
-  struct None {};
-  std::conditional_t<Traits::kScoresLast, None, typename Rows::Scores> own_;
+  typename Rows::Scores s_;
 };
 
 // ---- the kernel --------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ HopperKernels hopper_prefill_products_float8_e4m3() {
       hopper_prefill_products<Float8E4M3, 96>("hopper_prefill_products_float8_e4m3_d96"),
       hopper_prefill_products<Float8E4M3, 128>("hopper_prefill_products_float8_e4m3_d128"),
       hopper_prefill_products<Float8E4M3, 192>("hopper_prefill_products_float8_e4m3_d192"),
-      hopper_prefill_products<Float8E4M3, 256>("hopper_prefill_products_float8_e4m3_d256"),
   };
   return kKernels;
 }
@@ -22,7 +21,6 @@ HopperKernels hopper_prefill_products_float8_e5m2() {
       hopper_prefill_products<Float8E5M2, 96>("hopper_prefill_products_float8_e5m2_d96"),
       hopper_prefill_products<Float8E5M2, 128>("hopper_prefill_products_float8_e5m2_d128"),
       hopper_prefill_products<Float8E5M2, 192>("hopper_prefill_products_float8_e5m2_d192"),
-      hopper_prefill_products<Float8E5M2, 256>("hopper_prefill_products_float8_e5m2_d256"),
   };
   return kKernels;
 }

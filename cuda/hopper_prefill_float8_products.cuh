@@ -34,11 +34,10 @@ struct HopperPrefillFloat8Traits {
   static constexpr bool kSavesRegisters = false;
   static constexpr int kStepDims = 32;        // that a product sums over
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
-  static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256);
+  static_assert(kHeadDim % 32 == 0 && kHeadDim <= 192);
   // Above 128 dimensions registers have no room for output, a product of as many columns, and scores, so P V comes in
-  // products of some columns, one after the other.  Above 192 scores take their registers, behind the last.
-  static constexpr bool kScoresLast = kHeadDim > 192;
-  static constexpr int kProducts = kHeadDim <= 128 ? 1 : kHeadDim <= 192 ? 2 : 4;
+  // products of some columns, one after the other.
+  static constexpr int kProducts = kHeadDim <= 128 ? 1 : 2;
 
   static constexpr int kGroups = 2;
   static constexpr int kRows = 64 * kGroups;
@@ -69,9 +68,8 @@ struct HopperPrefillFloat8Traits {
   static constexpr int kRawBytes = KvTile::kBytes;
   static constexpr int kRawQueryPlace = 0;
   static constexpr int kBoxColumns = KvTile::kColumns;
-  static constexpr int kQStages = kHeadDim <= 192 ? 2 : 1;
-  static constexpr int kKvStages =
-      kHeadDim <= 192 && kTokens <= 96 ? 4 : 3;  // of K, of V as it comes, and of V transposed
+  static constexpr int kQStages = 2;
+  static constexpr int kKvStages = kTokens <= 96 ? 4 : 3;  // of K, of V as it comes, and of V transposed
 
   using Schedule = PrefillSchedule<Shape, kThreads, 2 * kHeadDim>;
   using Source = PrefillSource<Shape, Schedule>;

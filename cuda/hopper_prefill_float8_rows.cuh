@@ -98,8 +98,6 @@ class Float8Rows : public WarpgroupRows<Traits> {
   __device__ void multiply_other_columns(const char *v_tile) {
     if constexpr (kProducts > 1) add_and_start<kProducts - 2>(v_tile);
   }
-  // In the registers of products with V, if these come first.
-  __device__ Scores &scores() { return reinterpret_cast<Scores &>(product_); }
   // Behind a wait for the last of them: adds it to what was before.
   __device__ void pin_output() { add<0>(); }
 
@@ -230,8 +228,8 @@ class Float8Rows : public WarpgroupRows<Traits> {
   }
 
   uint32_t p_[kSteps][4];
-  uint32_t large_[2];                                                             // of the weights of a row, as a mask
-  float product_[larger((kPartColumns + Traits::kSumRows) / 8, kTokens / 8)][4];  // the latest
+  uint32_t large_[2];                                        // of the weights of a row, as a mask
+  float product_[(kPartColumns + Traits::kSumRows) / 8][4];  // the latest
 };
 
 }  // namespace pagedattn::cuda

@@ -56,7 +56,6 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   using CacheElement = CacheElement_;
   using Types = MmaTypes<CacheElement>;
   static constexpr bool kFloat8Products = false;
-  static constexpr bool kScoresLast = false;  // behind P V, rather than beside it
   static constexpr int kStepDims = 16;        // that a product sums over
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
 

@@ -136,8 +136,7 @@ def test_scores_may_be_products_times_a_negative_number(backend: NumpyBackend, r
         (128, "products_{}_d128"),
         (160, "{}_d192"),
         (192, "products_{}_d192"),
-        (240, "{}_d256"),
-        (256, "products_{}_d256"),
+        (256, "{}_d256"),
     ],
 )
 def test_on_hopper_prompts_are_multiplied_in_float8(
@@ -149,7 +148,7 @@ def test_on_hopper_prompts_are_multiplied_in_float8(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [128, 192, 256])
+@pytest.mark.parametrize("head_dim", [128, 192])
 def test_sums_over_many_keys_lose_none(cuda: CupyBackend, rng: np.random.Generator, head_dim: int) -> None:
     # The tensor cores drop what is 2^13 below a sum, which all weights are, together, far above.
     shape = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": head_dim, **types(rng, ("float8_e4m3", "float8_e4m3"), 2)}
@@ -162,7 +161,7 @@ def test_sums_over_many_keys_lose_none(cuda: CupyBackend, rng: np.random.Generat
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [128, 192, 256])
+@pytest.mark.parametrize("head_dim", [128, 192])
 @pytest.mark.parametrize("factor", [0.3, 0.6, 2.0])
 def test_scores_of_float8_may_rise_towards_the_first_keys(
     cuda: CupyBackend, rng: np.random.Generator, factor: float, head_dim: int
@@ -182,7 +181,7 @@ def test_scores_of_float8_may_rise_towards_the_first_keys(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [128, 192, 256])
+@pytest.mark.parametrize("head_dim", [128, 192])
 def test_the_same_float8_queries_give_the_same_bits(cuda: CupyBackend, rng: np.random.Generator, head_dim: int) -> None:
     args, options = make_batch(
         rng,

@@ -51,8 +51,8 @@ def paged_attention(
     ----------
     q : array [T, Hq, D]
         Queries, float32, float16, bfloat16 or float8 (e4m3, e5m2).  D is a multiple of 8, at most 256.  Hopper GPUs
-        multiply prompts of float8 queries with D up to 128, 192 and 256 in float8, which is faster, and weights rounded
-        to it make results 2 to 3 % wrong.
+        multiply prompts of float8 queries with D up to 128 or of 192 in float8, which is faster, and weights rounded to
+        it make results 2 to 3 % wrong.
     k_cache, v_cache : array [N, S, Hkv, D]
         The paged cache, of q's type, or float8 with a 16-bit q.  Any strides with a contiguous last dimension; Hq is a
         multiple of Hkv.
