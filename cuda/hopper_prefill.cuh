@@ -52,7 +52,9 @@ __device__ void ask_for_queries(const HopperParams &params, typename Traits::Sha
   using Tile = typename Traits::QTile;
   const WorkItem &item = shared.segments[number % Traits::kSegments].item;
   const uint32_t stage = number % Traits::kQStages;
-  wait(&shared.q_empty[stage], (number / Traits::kQStages & 1) ^ 1);
+  uint32_t phase = number / Traits::kQStages;
+  if constexpr (Traits::kSavesRegisters) phase = found_here(phase);
+  wait(&shared.q_empty[stage], (phase & 1) ^ 1);
   __syncwarp();
   if (threadIdx.x != 0) return;
   int rows = params.batch.tile_queries;
