@@ -12,7 +12,7 @@
 // products; and all this runs on across the ends of items, since an item's first scores are computed beside the last
 // product of the item before, whose results are written while other warpgroups multiply.
 //
-// Bound: the tensor cores.  One prompt of 8192 tokens, 32 heads of 128 over 8: 738 us on an H100, 745 TFLOP/s, where a
+// Bound: the tensor cores.  One prompt of 8192 tokens, 32 heads of 128 over 8: 734 us on an H100, 749 TFLOP/s, where a
 // large matrix product makes 767.  docs/performance/prefill.md tells where the rest goes and what was tried.
 #pragma once
 
