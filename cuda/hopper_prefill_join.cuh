@@ -97,6 +97,8 @@ class PartialRows {
       meet();
       if (thread_ == 0) left = leave();
     }
+    // Parts of an item that is all this block's may be overwritten by the block's next such item: between this read and
+    // that item's last store lies at least one step, whose turn all warps of the group wait for.
     write<kPartsAtOnce>(share);
     // The last to leave makes the counter ready for the next launch.
     if (thread_ == 0 && left != 0 && JoinCount{left}.left() == share.of) *counter() = 0;
