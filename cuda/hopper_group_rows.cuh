@@ -123,14 +123,7 @@ class GroupRows : public WarpRows<Traits> {
 
   // Starts S = Q K^T.
   __device__ void multiply_q_k(const char *k_tile) {
-    const Operand k = operand<Kv>(shared_address(k_tile));
-    fence_products();
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      Products<Math, kTokens>::q_k(s_[0], further(q_, Traits::QTile::step_offset(step)),
-                                   further(k, Kv::step_offset(step)), step > 0);
-    }
-    commit_products();
+    start_q_k<Math, typename Traits::QTile, Kv, kHeadDim / 16>(s_[0], q_, operand<Kv>(shared_address(k_tile)));
   }
 
   // Starts O += P V.
@@ -157,12 +150,7 @@ class GroupRows : public WarpRows<Traits> {
   // P, of S that holds weights.
   __device__ void pack_weights() {
 #pragma unroll
-    for (int t = 0; t < kTokens / 16; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        p_[t][i] = pack<Math>(s_[0][2 * t + i / 2][i % 2 * 2], s_[0][2 * t + i / 2][i % 2 * 2 + 1]);
-      }
-    }
+    for (int t = 0; t < kTokens / 16; ++t) pack_keys<Math>(p_[t], s_[0], t);
   }
 
   Operand q_;

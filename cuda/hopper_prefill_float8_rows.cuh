@@ -94,9 +94,14 @@ class Float8Rows : public WarpgroupRows<Traits> {
 
   // Starts the tile's P V: of the last columns and the sums.
   __device__ void multiply_p_v(const char *v_tile, bool) { start<kProducts - 1>(v_tile); }
-  // The other columns, each of which waits for those behind it to be added.
+  // The other columns, which wait for these to be added.
   __device__ void multiply_other_columns(const char *v_tile) {
-    if constexpr (kProducts > 1) add_and_start<kProducts - 2>(v_tile);
+    static_assert(kProducts <= 2);
+    if constexpr (kProducts == 2) {
+      wait_products<0>();
+      add<1>();
+      start<0>(v_tile);
+    }
   }
   // Behind a wait for the last of them: adds it to what was before.
   __device__ void pin_output() { add<0>(); }
@@ -164,13 +169,6 @@ class Float8Rows : public WarpgroupRows<Traits> {
     }
     if constexpr (kProducts > 1)
       pin(reinterpret_cast<float (&)[kPartColumns / 8][4]>(this->o_[kPart * kPartColumns / 8]));
-  }
-  template <int kPart>
-  __device__ void add_and_start(const char *v_tile) {
-    wait_products<0>();
-    add<kPart + 1>();
-    start<kPart>(v_tile);
-    if constexpr (kPart > 0) add_and_start<kPart - 1>(v_tile);
   }
 
   __device__ void scale_output(const float (&factor)[2]) {

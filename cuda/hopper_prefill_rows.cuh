@@ -65,13 +65,7 @@ class WarpgroupRows {
 
   // Starts s = Q K^T.
   __device__ void multiply_q_k(Scores &s, const char *k_tile) const {
-    const Operand k = operand<Kv>(shared_address(k_tile));
-    fence_products();
-#pragma unroll
-    for (int step = 0; step < kHeadDim / Traits::kStepDims; ++step) {
-      Products<Math, kTokens>::q_k(s, further(q_, Q::step_offset(step)), further(k, Kv::step_offset(step)), step > 0);
-    }
-    commit_products();
+    start_q_k<Math, Q, Kv, kHeadDim / Traits::kStepDims>(s, q_, operand<Kv>(shared_address(k_tile)));
   }
 
   // Do all rows see all keys of the tile from `token` on, and are scores just products times a positive number?
@@ -182,12 +176,7 @@ class WarpgroupRows {
   template <int kFirst, int kEnd>
   __device__ void pack_weights(const Scores &s) {
 #pragma unroll
-    for (int t = kFirst / 2; t < kEnd / 2; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        p_[t][i] = pack<Math>(s[2 * t + i / 2][i % 2 * 2], s[2 * t + i / 2][i % 2 * 2 + 1]);
-      }
-    }
+    for (int t = kFirst / 2; t < kEnd / 2; ++t) pack_keys<Math>(p_[t], s, t);
   }
 
   // Starts O += P V, or O = P V of an item's first keys.

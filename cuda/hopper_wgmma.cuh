@@ -175,4 +175,16 @@ PA_ALL_TYPES(256, 128, 129, 130, 131, 132, 133, 134)
 #undef PA_PRODUCTS
 #undef PA_ALL_TYPES
 
+// Starts S = Q K^T, of rows and keys as they lie in tiles.
+template <class T, class QTile, class KTile, int kSteps, int kEights>
+__device__ inline void start_q_k(float (&s)[kEights][4], Operand q, Operand k) {
+  fence_products();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    Products<T, 8 * kEights>::q_k(s, further(q, QTile::step_offset(step)), further(k, KTile::step_offset(step)),
+                                  step > 0);
+  }
+  commit_products();
+}
+
 }  // namespace pagedattn::cuda

@@ -11,7 +11,7 @@
 namespace pagedattn::cuda {
 
 // Whether a kernel's blocks may start while the kernels before it end.  It then waits by itself before it touches
-// memory (overlap.cuh, wait_for_previous_kernels).
+// memory (overlap.cuh, wait_for_kernels_before).
 enum class EarlyStart {
   kNever,
   // It costs the host less.  A graph's host has no such cost, and there the kernel ends 0.1 to 0.2 us later behind one

@@ -161,12 +161,7 @@ class WarpRows {
       if (!whole) find_seen(seen, token + 16 * t);
       uint32_t a[kActive][4];
 #pragma unroll
-      for (int band = 0; band < kActive; ++band) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          a[band][i] = pack<Math>(p[band][2 * t + i / 2][i % 2 * 2], p[band][2 * t + i / 2][i % 2 * 2 + 1]);
-        }
-      }
+      for (int band = 0; band < kActive; ++band) pack_keys<Math>(a[band], p[band], t);
       if constexpr (Traits::kFloat8) {
         // Matrices: 8 tokens x 16 dimensions; two groups of tokens, two of dimensions.
 #pragma unroll

@@ -109,6 +109,13 @@ __device__ inline uint32_t pack<__nv_bfloat16>(float first, float second) {
   return packed;
 }
 
+// Of scores or weights, held as tiles of 8 keys, the t-th 16 keys as a left operand.
+template <class T, int kTiles>
+__device__ inline void pack_keys(uint32_t (&a)[4], const float (&s)[kTiles][4], int t) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = pack<T>(s[2 * t + i / 2][i % 2 * 2], s[2 * t + i / 2][i % 2 * 2 + 1]);
+}
+
 __device__ inline float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
