@@ -99,6 +99,11 @@ def test_an_unknown_instruction_set_is_refused_with_the_known_ones() -> None:
     assert "generic" in result.stderr
 
 
-def test_without_a_wish_the_widest_usable_instruction_set_is_chosen() -> None:
+def pays(isa: str) -> bool:
+    """Whether the instruction set is fast here: products of bfloat16 in vectors are slow on Intel's processors."""
+    return isa != "avx512_bf16" or "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+
+
+def test_without_a_wish_the_widest_usable_instruction_set_that_pays_is_chosen() -> None:
     script = "import pagedattn; print(pagedattn.config()['cpu']['isa'])"
-    assert run(script, "").stdout.strip() == [isa for isa in ISAS if usable(isa)][-1]
+    assert run(script, "").stdout.strip() == [isa for isa in ISAS if usable(isa) and pays(isa)][-1]

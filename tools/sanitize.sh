@@ -7,7 +7,7 @@
 #
 # manager  the block manager's C++ and Cython under AddressSanitizer and UndefinedBehaviorSanitizer, by its tests
 # cpu      the library with the CPU backend under the same, by the tests of its operations; instruction sets that this
-#          processor lacks are emulated, and attention is tested on the widest of them too
+#          processor lacks are emulated, and attention is tested on the wider two of them too
 # threads  the library under ThreadSanitizer, by a program whose threads call it at once (tests/concurrent_calls.cpp)
 #
 # Without an argument all three. PYTHON has this checkout installed, Cython, CMake, Ninja and what the tests need; g++
@@ -34,7 +34,11 @@ build_library() {
   local flags="-O1 -g -fno-omit-frame-pointer -fsanitize=$1 -fno-sanitize-recover=all" isas=()
   if [[ $emulated == ON ]]; then
     isas=(-DPAGEDATTN_COMPILER_HAS_avx512=OFF)
-    if [[ $part == cpu ]]; then isas+=(-DPAGEDATTN_EMULATE_ISAS=ON); else isas+=(-DPAGEDATTN_COMPILER_HAS_amx=OFF); fi
+    if [[ $part == cpu ]]; then
+      isas+=(-DPAGEDATTN_EMULATE_ISAS=ON)
+    else
+      isas+=(-DPAGEDATTN_COMPILER_HAS_avx512_bf16=OFF -DPAGEDATTN_COMPILER_HAS_amx=OFF)
+    fi
   fi
   PATH=$(dirname "$(command -v "$python")"):$PATH
   cmake -S . -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DPAGEDATTN_CUDA=OFF "-DCMAKE_CXX_FLAGS=$flags" \
@@ -103,6 +107,7 @@ run_tests() { "$python" -m pytest -q --capture=sys -p no:cacheprovider -m "not g
 if [[ $part == cpu && $emulated == ON ]]; then
   PAGEDATTN_CPU_ISA=avx2 run_tests "${@:-${tests[@]}}"
   [[ $# -gt 0 ]] || tests=(tests/test_{paged_attention,determinism,gather_kv,merge_states,reshape_and_cache}.py)
+  PAGEDATTN_CPU_ISA=avx512_bf16 run_tests "${@:-${tests[@]}}"
   PAGEDATTN_CPU_ISA=amx run_tests "${@:-${tests[@]}}"
 else
   run_tests "${@:-${tests[@]}}"

@@ -7,8 +7,8 @@
 
 namespace pagedattn::cpu {
 
-// The kernels of the widest instruction set that is compiled in and that this processor has, or of the one that
-// PAGEDATTN_CPU_ISA names.  Throws if that name is unknown or cannot run here.
+// The kernels of the widest instruction set that is compiled in and that this processor has and gains by, or of the one
+// that PAGEDATTN_CPU_ISA names.  Throws if that name is unknown or cannot run here.
 const Kernels &kernels();
 
 // Whether to copy with stream_run: where there is more than caches keep until somebody reads it, in runs long enough to

@@ -2,9 +2,9 @@
 //
 // SPDX-License-Identifier: Apache-2.0
 //
-// For tests alone.  With PAGEDATTN_EMULATE_ISAS the build includes this before the units `avx512` and `amx`, whose
-// sources are then compiled as they are: the compiler lowers their vectors of 64 bytes, and names of intrinsics lead
-// here.  What Intel's manual says of NaN and of exact zeros holds; how fast it is does not matter.
+// For tests alone.  With PAGEDATTN_EMULATE_ISAS the build includes this before the units `avx512`, `avx512_bf16` and
+// `amx`, whose sources are then compiled as they are: the compiler lowers their vectors of 64 bytes, and names of
+// intrinsics lead here.  What Intel's manual says of NaN and of exact zeros holds; how fast it is does not matter.
 #pragma once
 
 #include <immintrin.h>
@@ -132,6 +132,19 @@ PA_EMULATED __m512i look_up_bytes(__m512i a, __m512i from, __m512i b) {
   return bits<__m512i>(r);
 }
 
+// What is subnormal counts as zero.
+PA_EMULATED Floats flushed(Floats x) {
+  const Ints exponent = bits<Ints>(x) & 0x7f800000;
+  return exponent == 0 ? Floats{} : x;
+}
+// The products of pairs of bfloat16, odd elements first, added to `sum` by fused multiply-adds.
+PA_EMULATED __m512 add_products_of_pairs(__m512 sum, __m512i a, __m512i b) {
+  const auto odd = [](__m512i v) { return bits<__m512>(flushed(bits<Floats>(bits<Ints>(v) & ~0xffff))); };
+  const auto even = [](__m512i v) { return bits<__m512>(flushed(bits<Floats>(bits<Ints>(v) << 16))); };
+  const Floats with_odd = flushed(bits<Floats>(fmadd(odd(a), odd(b), bits<__m512>(flushed(bits<Floats>(sum))))));
+  return bits<__m512>(flushed(bits<Floats>(fmadd(even(a), even(b), bits<__m512>(with_odd)))));
+}
+
 }  // namespace emulation
 
 // Immediate operands that nobody has thought of do not compile.
@@ -159,6 +172,7 @@ PA_EMULATED __m512i look_up_bytes(__m512i a, __m512i from, __m512i b) {
 #define _mm512_scalef_ps emulation::scale_by_power
 #define _mm512_cmp_ps_mask(a, b, what) \
   (__extension__({ static_assert((what) == _CMP_NLT_UQ); }), emulation::not_less_mask(a, b))
+#define _mm512_dpbf16_ps(sum, a, b) emulation::add_products_of_pairs(sum, (__m512i)(a), (__m512i)(b))
 #define _mm512_unpacklo_epi8 emulation::interleave_low_bytes
 #define _mm512_unpackhi_epi8 emulation::interleave_high_bytes
 #define _mm512_permutex2var_epi8 emulation::look_up_bytes

@@ -24,12 +24,21 @@ constexpr int64_t kMaxHeadRows = 2 * kMaxStateRows;
 constexpr int64_t kMaxTiledHeadRows = 2048;
 #else
 constexpr int kTileKeys = 64;
+#if defined(PAGEDATTN_BFLOAT16_PRODUCTS)
+constexpr int kMaxChunkKeys = 512;
+#else
 constexpr int kMaxChunkKeys = kTileKeys;
+#endif
 constexpr int kPackedVecs = 3;
 constexpr int64_t kMaxStateRows =
     144;  // queries and accumulators of 128 dimensions then take 144 KiB, a part of any L2
 constexpr int64_t kMaxHeadRows = kMaxStateRows;
+#if defined(PAGEDATTN_BFLOAT16_PRODUCTS)
+// Queries and accumulators of 128 dimensions then take 432 KiB, a chunk of keys and values 256, of an L2 of 1 MiB.
+constexpr int64_t kMaxTiledHeadRows = 4 * kMaxStateRows;
+#else
 constexpr int64_t kMaxTiledHeadRows = kMaxStateRows;
+#endif
 #endif
 // Rows of a panel that reads the cache directly: the sums of two keys with them fill 16 registers.
 constexpr int kDirectRows = kWidth == 8 ? 6 : 4;
@@ -40,13 +49,15 @@ constexpr int64_t max_direct_rows(DType kv_dtype) {
   return kv_dtype == DType::kFloat8E4M3 ? 12 : 16;
 }
 // How the rows of an item go: straight from the cache with vectors (attention_direct.h) or with tile registers
-// (attention_tile_rows.h), or over copies of keys and values, with vectors (attention_packed.h) or tile registers
-// (attention_tiles.h).
+// (attention_tile_rows.h), or over copies of keys and values, with vectors (attention_packed.h) or with products of
+// bfloat16 (attention_tiles.h).
 enum class Way { kDirect, kTileRows, kPacked, kTiles };
 
 // Rows that fit into one tile register, and the shortest sequence for which tiles are faster for up to 4 rows.
 constexpr int kMaxTileRows = 16;
 constexpr int64_t min_tile_keys(DType kv_dtype) { return kv_dtype == DType::kBFloat16 ? 32 : 24; }
+// The fewest rows for which vectors of pairs are faster: their panels have all lanes, of which half would be idle.
+[[maybe_unused]] constexpr int64_t kMinPairRows = 17;
 // The fewest rows for which tiles are faster where keys and values are to be converted first.
 constexpr int64_t min_converted_rows(DType kv_dtype) { return kv_dtype == DType::kFloat32 ? 64 : 24; }
 
@@ -62,7 +73,7 @@ static float query_factor(const AttentionParams &params, int64_t kv_head) {
   return params.softcap > 0.0f ? factor / params.softcap : factor * kLog2e;
 }
 
-#if defined(PAGEDATTN_TILES)
+#if defined(PAGEDATTN_BFLOAT16_PRODUCTS)
 static bool factors_are_positive(const AttentionParams &params) {
   for (int64_t head = 0; head < params.num_kv_heads; ++head) {
     if (!(query_factor(params, head) > 0.0f)) return false;
@@ -78,6 +89,8 @@ static bool tiles_serve([[maybe_unused]] const AttentionParams &params) {
   if (params.kv_dtype == DType::kFloat32) return true;
   if (params.q_dtype != DType::kFloat16 && params.q_dtype != DType::kBFloat16) return false;
   return factors_are_positive(params);
+#elif defined(PAGEDATTN_BFLOAT16_PRODUCTS)
+  return params.kv_dtype == DType::kBFloat16 && params.q_dtype == DType::kBFloat16 && factors_are_positive(params);
 #else
   return false;
 #endif
@@ -86,6 +99,9 @@ static bool tiles_serve([[maybe_unused]] const AttentionParams &params) {
 // Whether so many rows do.
 static bool tiles_pay(const AttentionParams &params, int64_t rows) {
   if (!tiles_serve(params)) return false;
+#if !defined(PAGEDATTN_TILES)
+  if (rows < kMinPairRows) return false;
+#endif
   if (params.kv_dtype == DType::kBFloat16) return true;
   // What tiles cannot compute makes a whole item fall back.  Of how many heads it is may follow the number of threads,
   // which bits must not.
@@ -174,7 +190,8 @@ struct State {
   float *scores;         // direct: [num_heads][panel][kTileKeys][lanes]; packed: one head's
   float *key_rows;       // packed: [kTileKeys, row_stride], keys in fp32
   float *value_columns;  // packed: [head_dim / kMicro][kTileKeys][kMicro], padded, values in fp32
-  char *key_tiles;       // tile registers' operands, as attention_tiles.h lays them out; tile rows: copies
+  char *key_tiles;       // operands of products of bfloat16, as tile_pack.h or pair_products.h lays them out;
+                         // tile rows: copies
   char *value_tiles;
   uint32_t *weights;       // tile rows: [num_heads][2 * lanes * kTileKeys], operands of products with values
   int64_t *visible_begin;  // [rows] keys that a row sees

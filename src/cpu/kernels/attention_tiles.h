@@ -1,4 +1,4 @@
-// Many query rows (prefill, large groups), on AMX's tile registers.
+// Many query rows (prefill, large groups), by products of bfloat16: on AMX's tile registers, or in vectors of pairs.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
@@ -15,9 +15,13 @@
 // Of the time at 8192 keys of bfloat16 on an Emerald Rapids core about half are the products, with their tiles' loads,
 // and a quarter the softmax.  Instructions of the two in turns gain nothing there: a product keeps one of the two ports
 // for vectors.  The products of parts are many enough to hide the softmax.
+//
+// Without tile registers (avx512_bf16) panels are 48 rows, the products those of pair_products.h, and of bfloat16
+// alone.
 #pragma once
 
 #include "kernels/attention_packed.h"
+#include "kernels/pair_products.h"
 #include "kernels/tile_pack.h"
 #include "kernels/tile_products.h"
 #include "kernels/tile_weights.h"
@@ -29,11 +33,21 @@ template <class T>
 constexpr bool kAsTheyLie = false;
 template <>
 constexpr bool kAsTheyLie<BFloat16> = true;
+// Whether there are products of those alone.
+#if defined(PAGEDATTN_BFLOAT16_PRODUCTS) && !defined(PAGEDATTN_TILES)
+constexpr bool kOnlyAsTheyLie = true;
+#else
+constexpr bool kOnlyAsTheyLie = false;
+#endif
 
-#if defined(PAGEDATTN_TILES)
+#if defined(PAGEDATTN_BFLOAT16_PRODUCTS)
 
 // Heads of few rows are padded to panels, the more of them the fewer rows they have.
+#if defined(PAGEDATTN_TILES)
 static_assert(kMaxStateRows / 9 * kMaxLanes <= kMaxTiledHeadRows && max_direct_rows(DType::kBFloat16) == 8);
+#else
+static_assert(kMaxStateRows / kMinPairRows * kMaxLanes <= kMaxTiledHeadRows);
+#endif
 
 // Keys that are packed at once.  Those of several heads are read together, so fewer stay in L2.
 template <int kParts>
@@ -58,8 +72,10 @@ static bool start_tiles(const AttentionParams &params, const AttentionWork &work
       state.online[head * state.num_panels + p].started = false;
     }
   }
+#if defined(PAGEDATTN_TILES)
   constexpr TileShape kFull{16, 64};
   configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
+#endif
   return range.holds();
 }
 
@@ -74,12 +90,16 @@ static void clear_sums_of_no_key(const State &state) {
   }
 }
 
-static void finish_tiles() { release_tiles(); }
+static void finish_tiles() {
+#if defined(PAGEDATTN_TILES)
+  release_tiles();
+#endif
+}
 
 // A panel and up to kStepKeys keys of a chunk.
 struct Unit {
   int panel;
-  int from, to;  // multiples of 32
+  int from, to;  // multiples of kUnitKeys
   int number = 0;
   bool multiplied = false;  // scores by their factor
 };
@@ -97,7 +117,7 @@ static bool next_unit(const State &state, Unit &unit) {
     const int first = panel.any_begin / kStepKeys * kStepKeys;
     if (from < first) from = first;
     if (from < panel.any_end) {
-      const int end = static_cast<int>(round_up(panel.any_end, kTileDepth));
+      const int end = static_cast<int>(round_up(panel.any_end, kUnitKeys));
       ++unit.number;
       unit.multiplied = false;
       unit.from = from;
@@ -115,7 +135,7 @@ class ChunkOfHead {
   // Whether weights are computed beside the next scores: those of one part have too few products to hide them.
   static constexpr bool kBeside = kParts > 1;
   // Keys whose weights are multiplied with values at once: L1 holds them beside a panel's sums.
-  static constexpr int kBatchKeys = kParts == 1 ? 256 : 128;
+  static constexpr int kBatchKeys = kParts == 1 && kMaxLanes == 32 ? 256 : 128;
 
  public:
   ChunkOfHead(const AttentionParams &params, const AttentionWork &work, State &state, const TileKeys &chunk,
@@ -244,8 +264,8 @@ class ChunkOfHead {
     if (batch.from == batch.to) return;
     Online &online = online_of(batch.panel);
     multiply_values<kParts>(reinterpret_cast<char *>(acc_of(batch.panel)), !online.started, pairs_,
-                            state_.value_tiles + batch.from / kTileDepth * kParts * kLeftBytes, kValueStride<kParts>,
-                            dims_, batch.to - batch.from);
+                            values_from<kParts>(state_.value_tiles, batch.from), kValueStride<kParts>, dims_,
+                            batch.to - batch.from);
     online.started = true;
     batch.from = batch.to;
   }

@@ -7,7 +7,8 @@
 // what was accumulated under an older maximum is rescaled.  Few rows go the direct way (attention_direct.h), many the
 // packed way (attention_packed.h), all in fp32.  With tile registers few rows over bfloat16 go the way of
 // attention_tile_rows.h and over float8 that of attention_float8_rows.h, many that of attention_tiles.h; what tiles
-// cannot compute goes the way it would go without them.
+// cannot compute goes the way it would go without them.  With vectors of pairs of bfloat16 only many rows over bfloat16
+// go the way of attention_tiles.h.
 #include "kernels/attention_direct.h"
 #include "kernels/attention_finish.h"
 #include "kernels/attention_float8_rows.h"
@@ -49,6 +50,8 @@ PA_INLINE void with_parts(const AttentionParams &params, F f) {
     using T = decltype(tag);
     if constexpr (kAsTheyLie<T>) {
       f(tag, Count<1>{});
+    } else if constexpr (kOnlyAsTheyLie) {
+      return;
     } else if constexpr (sizeof(typename T::Storage) == 4) {
       f(tag, Count<3>{});
     } else if (params.q_dtype == DType::kBFloat16) {

@@ -86,6 +86,9 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
 namespace amx {
 extern const Kernels kKernels;
 }

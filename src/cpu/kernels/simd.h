@@ -19,7 +19,7 @@
 #endif
 
 #ifndef PAGEDATTN_ISA
-#error "kernel units are compiled with -DPAGEDATTN_ISA=<generic|avx2|avx512>"
+#error "kernel units are compiled with -DPAGEDATTN_ISA=<generic|avx2|avx512|avx512_bf16|amx>"
 #endif
 
 #define PA_INLINE static inline __attribute__((always_inline, unused))

@@ -11,7 +11,7 @@
 #include "kernels/tile_parts.h"
 #include "kernels/tile_products.h"
 
-#if defined(PAGEDATTN_TILES)
+#if defined(PAGEDATTN_BFLOAT16_PRODUCTS)
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
@@ -90,6 +90,8 @@ static void pack_queries(const AttentionParams &params, const AttentionWork &wor
   }
 }
 
+#if defined(PAGEDATTN_TILES)
+
 // Keys as tiles [32 keys][32 dimensions][part][2] of 16 keys.
 template <class T, int kParts, bool kAsTheyLie>
 static void pack_keys(const typename T::Storage *k, const TileKeys &chunk, int head_dim, char *tiles, Range &range) {
@@ -138,6 +140,14 @@ static void pack_values(const typename T::Storage *v, const TileKeys &chunk, int
     }
   }
 }
+
+// Where the values of a multiple of 32 keys lie.
+template <int kParts>
+PA_INLINE const char *values_from(const char *tiles, int key) {
+  return tiles + key / kTileDepth * kParts * kLeftBytes;
+}
+
+#endif
 
 }  // namespace pagedattn::cpu::PAGEDATTN_ISA
 

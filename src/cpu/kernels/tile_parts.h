@@ -8,11 +8,17 @@
 // to vectors of float32.
 #pragma once
 
-#include "kernels/convert.h"
+#include "kernels/attention_state.h"
 
-#if defined(PAGEDATTN_TILES)
+#if defined(PAGEDATTN_BFLOAT16_PRODUCTS)
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
+
+constexpr int kTileRows = 16;
+constexpr int kTileDepth = 32;                         // bfloat16 in a row of a tile
+constexpr int kStepKeys = 64;                          // keys whose scores are in flight
+constexpr int kPanelStride = 4 * kMaxLanes;            // bytes from one key, dimension or pair to the next
+constexpr int kRightBytes = kTileRows * kPanelStride;  // of a part, 16 pairs
 
 // 2 * kWidth bfloat16 of each part.
 template <int kParts>

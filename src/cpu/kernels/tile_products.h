@@ -12,22 +12,18 @@
 // four count for scores, which are exact then and whose errors would grow with them, and three for results.
 #pragma once
 
-#include "kernels/attention_state.h"
+#include "kernels/tile_parts.h"
 #include "kernels/tile_registers.h"
 
 #if defined(PAGEDATTN_TILES)
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
-constexpr int kTileRows = 16;
-constexpr int kTileDepth = 32;  // bfloat16 in a row of a tile
 constexpr int kTileBytes = 1024;
-constexpr int kStepKeys = 64;                // keys whose scores are in flight
-constexpr int kPanelStride = 4 * kMaxLanes;  // bytes from one key, dimension or pair to the next, for all lanes
 static_assert(kMaxLanes == 2 * kTileRows && kWidth == kTileRows);
 
-constexpr int kLeftBytes = 2 * kTileBytes;             // of a part, 32 rows
-constexpr int kRightBytes = kTileRows * kPanelStride;  // of a part, 16 pairs
+constexpr int kLeftBytes = 2 * kTileBytes;  // of a part, 32 rows
+constexpr int kUnitKeys = kTileDepth;       // keys are taken in multiples of so many
 
 PA_INLINE void load_left(const char *left) {
   tile_load<4>(left, 64);

@@ -1,4 +1,4 @@
-// Softmax for tile registers: from scores [key][lane] to weights in pairs of keys, in parts of bfloat16.
+// Softmax for products of bfloat16: from scores [key][lane] to weights in pairs of keys, in parts of bfloat16.
 //
 // SPDX-License-Identifier: Apache-2.0
 //
@@ -13,7 +13,7 @@
 #include "kernels/softmax.h"
 #include "kernels/tile_parts.h"
 
-#if defined(PAGEDATTN_TILES)
+#if defined(PAGEDATTN_BFLOAT16_PRODUCTS)
 
 namespace pagedattn::cpu::PAGEDATTN_ISA {
 
@@ -61,7 +61,7 @@ PA_KERNEL Scores largest_scores(const float *scores, int keys) {
   Scores largest;
   for (Vec &v : largest.lanes) v = broadcast(-kInfinity);
   for (int j = 0; j < keys; ++j) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < kVecsOfPanel; ++v) {
       largest.lanes[v] = max(largest.lanes[v], load(scores + j * kMaxLanes + v * kWidth));
     }
@@ -103,7 +103,7 @@ class Weighing {
   __attribute__((always_inline)) Weighing(const float *scores, int keys, float factor, const Online &online,
                                           char *pairs)
       : scores_(scores), pairs_(pairs), pairs_left_(keys / 2), factors_(broadcast(factor)) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < kVecsOfPanel; ++v) {
       // While every score is -inf the weights are to be 0, not NaN.
       const Vec origin = load(online.max + v * kWidth);
@@ -115,7 +115,7 @@ class Weighing {
   // The next two keys, if any are left.
   __attribute__((always_inline)) void next_pair() {
     if (pairs_left_ == 0) return;
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < kVecsOfPanel; ++v) {
       const Vec even = exp2_for_parts<kParts>(fma(load(scores_ + v * kWidth), factors_, minus_origin_[v]));
       const Vec odd = exp2_for_parts<kParts>(fma(load(scores_ + kMaxLanes + v * kWidth), factors_, minus_origin_[v]));
@@ -135,7 +135,7 @@ class Weighing {
   // All that are left.
   __attribute__((always_inline)) void finish(Online &online) {
     while (pairs_left_ > 0) next_pair();
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < kVecsOfPanel; ++v) store(online.sum + v * kWidth, load(online.sum + v * kWidth) + sum_[v]);
   }
 
