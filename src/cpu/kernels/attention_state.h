@@ -181,7 +181,7 @@ struct State {
   int64_t lanes;  // of all panels
   Way way;
   bool holds = true;     // whether the way could be gone to its end
-  bool near = false;     // tile rows: whether what is read lies in L2
+  bool near = false;     // few rows: whether what is read comes fast by itself
   bool pair_order;       // whether rows of q and acc are in the cache type's pair order
   float *q;              // direct: [num_heads * rows, row_stride]; packed: [num_heads][panel][head_dim][lanes]
   float *acc;            // likewise; tile rows: as direct
