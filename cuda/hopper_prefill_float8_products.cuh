@@ -32,6 +32,7 @@ struct HopperPrefillFloat8Traits {
   static constexpr bool kFloat8Products = true;
   static constexpr bool kKeepsLeader = false;
   static constexpr bool kSavesRegisters = false;
+  static constexpr bool kClearsJoined = false;
   static constexpr int kStepDims = 32;        // that a product sums over
   static constexpr int kHeadDim = kHeadDim_;  // D is at most this; dimensions past D are zeros
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 192);

@@ -253,7 +253,7 @@ class WarpgroupRows {
     if (segment.plan.num_segments <= 1) return;
     parts_of(segment).template join<kLast>();
     // The next product does not read the output, but the compiler would keep it for that while parts are joined.
-    if constexpr (Traits::kSavesRegisters && !kLast) clear_output();
+    if constexpr (Traits::kClearsJoined && !kLast) clear_output();
   }
 
  protected:
@@ -390,6 +390,7 @@ class WarpgroupRows {
       load_matrices(q, shared_address(q_tile_ + Q::offset(first_row + lane % 16, 2 * step + lane / 16)));
 #pragma unroll
       for (int tile = 0; tile < kTokens / 8; ++tile) {
+        if constexpr (Traits::kFindsKeysInTurn) token = found_here(token);
         const char *const k = key(token + tile * 8 + lane / 4);
         const int first = step * 16 + lane % 4 * 2, second = first + 8;
         multiply_add<Math>(s[tile], q, first < params_.head_dim ? load_pair(k, first) : 0,
