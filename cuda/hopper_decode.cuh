@@ -153,6 +153,13 @@ __device__ void produce(const HopperParams &params, typename Traits::Shared &sha
 
 // ---- the warps that compute --------------------------------------------------------------------------------------
 
+// The group that has the next segment, behind that of this group and number.
+template <class Traits>
+__device__ int next_group(int group, uint32_t number) {
+  if constexpr (Traits::kSavesRegisters) return static_cast<int>((found_here(number) + 1) % Traits::kGroups);
+  return (group + 1) % Traits::kGroups;
+}
+
 template <class Traits>
 __device__ void compute(const HopperParams &params, typename Traits::Shared &shared) {
   const int index = static_cast<int>(threadIdx.x) - 32 * Traits::kProducers;
@@ -217,7 +224,7 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
       }
     }
     __syncwarp();
-    if (lane == 0) arrive(&shared.turn[(group_index + 1) % Traits::kGroups]);
+    if (lane == 0) arrive(&shared.turn[next_group<Traits>(group_index, number)]);
     const bool alone = Traits::kWritesFromRegisters && parties == 1;
     if (alone && thread == 0) {
       const SegmentPlan &plan = group.plan;
@@ -237,14 +244,14 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
       epilogue.finish(item, group.plan, parties, 16 * row_tiles,
                       [&](int column) { rows.store_state(epilogue, (party * row_tiles + row_tile) * 16, column); });
     }
-    if (params.batch.deterministic && thread == 0) arrive(&shared.finished[(group_index + 1) % Traits::kGroups]);
+    if (params.batch.deterministic && thread == 0) arrive(&shared.finished[next_group<Traits>(group_index, number)]);
   };
   for (auto number = static_cast<uint32_t>(group_index);; number += Traits::kGroups) {
     const uint32_t place = number % Traits::kSegments;
     wait(&shared.segment_full[place], number / Traits::kSegments & 1);
     if (!shared.segments[place].valid) return;
     attend(shared.segments[place], number);
-    arrive(&shared.segment_empty[place]);
+    arrive(&shared.segment_empty[Traits::kSavesRegisters ? found_here(number) % Traits::kSegments : place]);
   }
 }
 

@@ -96,6 +96,8 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   static constexpr int kRegisters = kLeavesRoom ? 160 : 168;
   static constexpr int kProducerRegisters = kLeavesRoom ? 64 : 72;
   static constexpr int kMathRegisters = kLeavesRoom ? 208 : 216;
+  // Groups have so few beside 256 columns of output that what comes of a segment's number is found again.
+  static constexpr bool kSavesRegisters = kTall && kHeadDim > 128;
   static_assert(32 * kProducers * kProducerRegisters + kGroups * kGroupThreads * kMathRegisters <=
                 kThreads * kRegisters);
 
@@ -104,8 +106,8 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   static_assert(kTileHeads == 1 || KvTile::kCut);
   static_assert(!kTall || (KvTile::kCut && kTileHeads == 1 && !Types::kFloat8), "what wgmma takes as it lies");
   static constexpr bool kQInRegisters = kHeadDim <= 128 && !kTall;
-  // Results of rows that no two warps share, rather than through shared memory; 256 columns would spill,
-  // and do so a little where there is no other way.
+  // Results of rows that no two warps share, rather than through shared memory; 256 columns would spill, unless there
+  // is no other way.
   static constexpr bool kWritesFromRegisters = kHeadDim < 256 || kTall;
   // Of the ring, a multiple of the producers, so that a slot is always filled by the same; the rest of shared memory
   // keeps queries and states.

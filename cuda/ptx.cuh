@@ -130,7 +130,9 @@ __device__ inline int thread_index() {
 }
 
 // The same number, of which the compiler does not know: what comes of it is computed here, rather than kept.
-__device__ inline int found_here(int x) {
+template <class T>
+__device__ inline T found_here(T x) {
+  static_assert(sizeof(x) == 4);
   asm volatile("" : "+r"(x));
   return x;
 }
