@@ -85,8 +85,8 @@ struct HopperPrefillTraits : MmaTypes<CacheElement_> {
   static constexpr bool kKeepsLeader = Types::kFloat8 && kHeadDim >= 96;
   // All warps are short of registers, and keep nothing that they can find again.
   static constexpr bool kSavesRegisters = kHeadDim > 192 && Types::kFloat8;
-  // Where the compiler would spill otherwise: output is cleared behind a join, and keys of scores that are computed anew
-  // are found one after the other.
+  // Where the compiler would spill otherwise: output is cleared behind a join, and of scores that are computed anew a
+  // lane finds one key after the other.
   static constexpr bool kClearsJoined = kHeadDim > 192, kFindsKeysInTurn = Types::kFloat8 && kHeadDim == 128;
 
   // Of 80 and 96 columns narrow ones, which rows of K and V fill, so that the copy engine brings them side by side.
