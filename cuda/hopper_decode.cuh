@@ -5,9 +5,9 @@
 //
 // One persistent block a multiprocessor takes an equal share of all (sequence, KV head, KV tile) work, or of that of a
 // KV head or two (work_schedule.cuh, head_lines.cuh).  Four producer warps do nothing but find that work and ask the
-// copy engine (TMA) for its tiles, into a ring of 64 to 160 KB that runs on across the ends of segments, so that memory
-// is never idle while results are written.  Several KV heads may be one item, whose tiles follow each other in the
-// ring, or lie side by side.
+// copy engine (TMA) for its tiles, into a ring of 104 to 160 KB that runs on across the ends of segments, so that
+// memory is never idle while results are written.  Several KV heads may be one item, whose tiles follow each other in
+// the ring, or lie side by side.
 //
 // Two groups of four warps compute, a segment each in turn: one writes results and fetches queries while the other
 // multiplies, by mma.sync.  Within a group, warps that share query rows take the tiles in turn, each with a state (m,
@@ -178,15 +178,15 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
     const int row_tile = warp & (row_tiles - 1), party = warp >> shift, head = row_tile >> head_shift;
 
     if (row_tiles > 1) {  // all that are on their way come together
-      load_queries<Traits, 8>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
+      load_queries<Traits, 8>(params, item, 16 * row_tiles, group.queries, group.rows, thread);
     } else {
-      load_queries<Traits, 2>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
+      load_queries<Traits, 2>(params, item, 16 * row_tiles, group.queries, group.rows, thread);
     }
     fill_row_table<typename Traits::Shape, Traits::kGroupThreads>(params, item, group.rows, thread);
     if constexpr (Traits::kTall) publish_shared_writes();
     meet();
     std::conditional_t<Traits::kTall, GroupRows<Traits>, WarpRows<Traits>> rows(params);
-    rows.begin(item, 16 * row_tile, group.rows, group.queries());
+    rows.begin(item, 16 * row_tile, group.rows, group.queries);
     if (thread == 0) group.plan = plan_of(item, shared.cursor.cut, shared.cursor.range, segment.granule);
 
     // The ring's barriers know a tile only from the one before it in the same slot: none may be waited for before those

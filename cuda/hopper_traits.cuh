@@ -110,12 +110,11 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   // is no other way.
   static constexpr bool kWritesFromRegisters = kHeadDim < 256 || kTall;
   // Of the ring, a multiple of the producers, so that a slot is always filled by the same; the rest of shared memory
-  // keeps queries and states.
+  // keeps queries or states.
   static constexpr int kSlots = (kHeadDim <= 80    ? 160
                                  : kHeadDim <= 128 ? 132
-                                 : kTall           ? 128
                                  : kHeadDim <= 192 ? 104
-                                                   : 64) *
+                                                   : 132) *
                                 1024 / (2 * KvTile::kBytes) / kProducers * kProducers;
   static_assert(kSlots >= kProducers && kSlots % kGroupWarps == 0,
                 "a warp that waits for a slot took the tile before from it");
@@ -133,19 +132,15 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
   };
   static constexpr int kSegments = 2 * kGroups;  // those in work and the next
 
-  static constexpr bool kQStays = !kQInRegisters && !kTall;  // beside the states, which tall kernels do not have
   struct alignas(1024) Group {
-    union {  // queries that are kept in registers leave their place to the states
-      char q[QTile::kBytes];
+    union {  // queries leave their place to the states, once the segment's last tile has been multiplied
+      char queries[QTile::kBytes];
       float states[kTall ? 1 : BlockEpilogue::kStateFloats];
     };
-    char q_to_stay[kQStays ? QTile::kBytes : 16];
     RowTable<kRows> rows;
     SegmentPlan plan;
     bool other_came;  // of two segments, see WarpRows::finish
     typename BlockEpilogue::Shared epilogue;
-
-    __device__ char *queries() { return kQStays ? q_to_stay : q; }
   };
 
   struct Shared {
