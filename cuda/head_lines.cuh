@@ -6,8 +6,8 @@
 // sequences, and a token's keys of one head are a small piece of memory.  If each head has a line of its own, cut like
 // all others, blocks next to each other read the same tokens of neighbouring heads, for a while at the same time: in
 // step.  Over long sequences they lose each other, later where a head has 9 to 32 rows; there two heads an item, on a
-// line for each such pair, are better, if there are sequences enough that few are cut.  Short ones want more heads an
-// item (TileShape::kMaxHeadShift).
+// line for each such pair, are better, if there are sequences enough that few are cut: the sooner the more bytes a
+// token's keys have.  Short ones want more heads an item (TileShape::kMaxHeadShift).
 //
 // All blocks decide alike, from the lengths.
 #pragma once
@@ -48,8 +48,12 @@ __host__ __device__ int heads_of_line(const Batch &batch, const HeadCost &cost, 
       return all % heads == 0 && columns_of(heads) * (all / heads) >= num_blocks - num_blocks / 8;
     };
     if (all < kFewestHeads || cost.clipped << batch.unit_shift < Shape::kLeastTilesInStep * seqs) return all;
-    if (cost.all << batch.unit_shift <= most * seqs) return fit(1) && seqs >= columns_of(1) ? 1 : all;
-    return Shape::kPairsInStep && few_rows && fit(2) && 2 * seqs >= 3 * columns_of(2) ? 2 : all;
+    const int64_t tiles = cost.all << batch.unit_shift;
+    if (Shape::kPairsInStep && few_rows && tiles > Shape::kMostTilesBeforePairs * seqs && fit(2) &&
+        2 * seqs >= 3 * columns_of(2)) {
+      return 2;
+    }
+    return tiles <= most * seqs && fit(1) && seqs >= columns_of(1) ? 1 : all;
   }
 }
 

@@ -75,12 +75,15 @@ struct HopperDecodeTraits : MmaTypes<CacheElement_> {
     static constexpr int kMaxHeadShift = kTall ? 0 : 2;
     static constexpr int kLeastHeadShift = kTileHeads > 1 ? kMaxHeadShift : 0;
     static constexpr int kMaxTilesOfMany = kHeadBytes < 256 ? kMaxUnits : 256 / kTokens;
-    // Other head dimensions have not been measured; shorter items cost more than they gain.
-    static constexpr bool kHeadsInStep = kHeadDim == 128 && kTileHeads == 1;
-    static constexpr int kLeastTilesInStep = 256 * 1024 / (2 * kHeadBytes * kTokens);
-    static constexpr int kMostTilesInStep = 3072 / kTokens;
+    // Of 64 columns, and of 192 over float8, lines have not been measured.  Shorter items cost more than they gain, but
+    // tall kernels' items have one head on any line.
+    static constexpr bool kHeadsInStep =
+        kTileHeads == 1 && (kHeadDim == 128 || (kHeadDim == 192 && kElementBytes == 2) || kHeadDim == 256);
+    static constexpr int kLeastTilesInStep = (kTall && kHeadDim == 256 ? 64 : 128 * 1024 / kHeadBytes) / kTokens;
+    static constexpr int kMostTilesInStep = (kHeadDim == 256 && kElementBytes == 1 ? 6144 : 3072) / kTokens;
     static constexpr bool kManyRowsInStep = kTall;
-    static constexpr bool kPairsInStep = kHeadBytes >= 256 && !kTall;
+    static constexpr bool kPairsInStep = kElementBytes == 2 && !kTall;
+    static constexpr int kMostTilesBeforePairs = (kHeadDim <= 128 ? 3072 : kHeadDim <= 192 ? 1536 : 768) / kTokens;
   };
   static_assert(kTileHeads == 1 << Shape::kLeastHeadShift);
 

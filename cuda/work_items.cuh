@@ -34,12 +34,14 @@ struct TileShape {
   static constexpr int kLeastHeadShift = 0;
   static constexpr int kMaxTilesOfMany = 0;
   // Whether a KV head may have a line of its own: if sequences have from least to most tiles in the mean, or twice that
-  // where a head has 9 to 32 rows, or more if that is said.  And whether two may have one, if sequences are longer.
+  // where a head has 9 to 32 rows, or more if that is said.  And whether two may have one, of at most 8 rows each, from
+  // how many tiles on.
   static constexpr bool kHeadsInStep = false;
   static constexpr int kLeastTilesInStep = 0;
   static constexpr int kMostTilesInStep = 0;
   static constexpr bool kManyRowsInStep = false;
   static constexpr bool kPairsInStep = false;
+  static constexpr int kMostTilesBeforePairs = 0;
 };
 
 // Blocks that an item of several KV heads may be shared by, about.

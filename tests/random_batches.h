@@ -88,6 +88,7 @@ struct InStepShape : HopperShape<32, 2, 8> {
   static constexpr int kLeastTilesInStep = 1;
   static constexpr int kMostTilesInStep = 6;
   static constexpr bool kPairsInStep = true;
+  static constexpr int kMostTilesBeforePairs = 5;
 };
 
 struct TallShape : TileShape<128, 64, false> {

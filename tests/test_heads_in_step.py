@@ -45,20 +45,60 @@ def middle(rng: np.random.Generator, count: int = 40) -> list[int]:
     return [*(int(n) for n in rng.integers(300, 1400, count - 2)), 0, 9000]
 
 
+# From more tokens in the mean than this, a pair has a line.
+LONG = {128: 3072, 192: 1536, 256: 768}
+
+
 def long_batch(rng: np.random.Generator, count: int = 60, **more: Any) -> Batch:
     """Return a batch for which each pair of KV heads has a line; most blocks are the same for all sequences."""
-    seq_lens = [int(n) for n in rng.integers(3150, 3300, count - 3)]
-    return make_batch(rng, [*seq_lens, 3200, 3200, 7000], shared_prefix=190, **{**HEADS, "num_kv_heads": 8, **more})
+    shape = {**HEADS, "num_kv_heads": 8, **more}
+    least = LONG[shape["head_dim"]]
+    seq_lens = [int(n) for n in rng.integers(least + 80, least + 230, count - 3)]
+    return make_batch(rng, [*seq_lens, least + 130, least + 130, 7000], shared_prefix=least // 16 - 2, **shape)
 
 
-@pytest.mark.parametrize("kind", [("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3")])
+@pytest.mark.parametrize(
+    ("kind", "head_dim"),
+    [
+        (("float16", "float16"), 128),
+        (("bfloat16", "bfloat16"), 128),
+        (("bfloat16", "float8_e4m3"), 128),
+        (("bfloat16", "bfloat16"), 192),
+        (("float16", "float16"), 256),
+        (("bfloat16", "float8_e4m3"), 256),
+        (("float16", "float8_e5m2"), 256),
+    ],
+)
 def test_sequences_of_middle_length_match_the_reference(
-    cuda: CupyBackend, rng: np.random.Generator, kind: tuple[str, str]
+    cuda: CupyBackend, rng: np.random.Generator, kind: tuple[str, str], head_dim: int
 ) -> None:
     dtype, kv_dtype = (DTYPES[name] for name in kind)
     scales: dict[str, Any] = scale_for(kv_dtype, rng, HEADS["num_kv_heads"], dtype)
     seq_lens = [n + 500 for n in middle(rng)]
-    check_batch(cuda, make_batch(rng, seq_lens, dtype=dtype, kv_dtype=kv_dtype, **HEADS, **scales))
+    shape: dict[str, Any] = {**HEADS, "head_dim": head_dim}
+    check_batch(cuda, make_batch(rng, seq_lens, dtype=dtype, kv_dtype=kv_dtype, **shape, **scales))
+
+
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
+@pytest.mark.parametrize("group", [2, 8])  # 10 and 40 rows at most
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_several_query_tokens_match_the_reference(
+    cuda: CupyBackend, rng: np.random.Generator, head_dim: int, group: int, deterministic: bool
+) -> None:
+    seq_lens = middle(rng)
+    query_lens = [min(n, (2, 0, 5, 1)[i % 4]) for i, n in enumerate(seq_lens)]
+    shape: dict[str, Any] = {"num_q_heads": 4 * group, "num_kv_heads": 4, "head_dim": head_dim}
+    batch = make_batch(rng, seq_lens, query_lens, dtype=DTYPES["bfloat16"], **shape)
+    check_batch(cuda, batch, max_query_len=5, deterministic=deterministic)
+
+
+def test_short_sequences_of_many_rows_of_256_columns_match_the_reference(
+    cuda: CupyBackend, rng: np.random.Generator
+) -> None:
+    seq_lens = [*(int(n) for n in rng.integers(40, 200, 60)), 0, 3, 5000]
+    query_lens = [min(n, 5) for n in seq_lens]
+    shape: dict[str, Any] = {"num_q_heads": 64, "num_kv_heads": 8, "head_dim": 256}
+    check_batch(cuda, make_batch(rng, seq_lens, query_lens, dtype=np.float16, **shape), max_query_len=5)
 
 
 @pytest.mark.parametrize("case", OPTIONS, ids=case_id)
@@ -74,18 +114,22 @@ def test_every_option_holds_for_heads_in_step(
     check_batch(cuda, make_batch(rng, seq_lens, lens, dtype=np.float16, **case), max_query_len=5)
 
 
+@pytest.mark.parametrize("head_dim", LONG)
 @pytest.mark.parametrize(("group", "deterministic"), [(1, False), (4, True), (9, False)])
 def test_long_sequences_match_the_reference(
-    cuda: CupyBackend, rng: np.random.Generator, group: int, deterministic: bool
+    cuda: CupyBackend, rng: np.random.Generator, head_dim: int, group: int, deterministic: bool
 ) -> None:
-    batch = long_batch(rng, dtype=np.float16, num_q_heads=8 * group)
+    batch = long_batch(rng, dtype=np.float16, num_q_heads=8 * group, head_dim=head_dim)
     check_batch(cuda, batch, deterministic=deterministic)
 
 
-def test_a_graph_is_replayed_with_lengths_that_change_the_lines(cuda: CupyBackend, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_a_graph_is_replayed_with_lengths_that_change_the_lines(
+    cuda: CupyBackend, rng: np.random.Generator, head_dim: int
+) -> None:
     def batch(mean: int) -> Batch:
         seq_lens = [int(n) for n in rng.integers(mean // 2, 3 * mean // 2, 60)]
-        return make_batch(rng, seq_lens, dtype=np.float16, block_size=128, **HEADS)
+        return make_batch(rng, seq_lens, dtype=np.float16, block_size=128, **{**HEADS, "head_dim": head_dim})
 
     captured = CapturedAttention(cuda, batch(1000))
     for mean in (100, 600, 2, 900, 380, 1000):
