@@ -32,14 +32,24 @@ __host__ __device__ int clip_cost(const Batch &batch, int cost) {
   return cost < most ? cost : most;
 }
 
-// How many KV heads a line has in a grid of so many blocks.
+// Whether all KV heads have one line in a grid of so many blocks, whatever the lengths are: if heads are few, or
+// sequences fewer than the blocks of a line a head.
 template <class Shape>
-__host__ __device__ int heads_of_line(const Batch &batch, const HeadCost &cost, int num_blocks) {
+__host__ __device__ bool is_one_line(const Batch &batch, int num_blocks) {
+  constexpr int kFewestHeads = 4;
+  const int all = batch.num_kv_heads;
+  const bool few_sequences = num_blocks >= (int64_t{batch.num_seqs} + 1) * all;
+  return !Shape::kHeadsInStep || all < kFewestHeads || few_sequences;
+}
+
+// Else how many KV heads a line has.
+template <class Shape>
+__host__ __device__ int heads_by_lengths(const Batch &batch, const HeadCost &cost, int num_blocks) {
   const int all = batch.num_kv_heads;
   if constexpr (!Shape::kHeadsInStep) {
     return all;
   } else {
-    constexpr int kFewestHeads = 4, kFewRows = 8, kManyRows = 32;
+    constexpr int kFewRows = 8, kManyRows = 32;
     const bool few_rows = batch.max_rows <= kFewRows, many_rows = batch.max_rows > kManyRows && !Shape::kManyRowsInStep;
     const int64_t seqs = batch.num_seqs, most = int64_t{Shape::kMostTilesInStep} << (few_rows || many_rows ? 0 : 1);
     // Some blocks may have nothing to do: fewer than all read memory as fast.
@@ -47,14 +57,20 @@ __host__ __device__ int heads_of_line(const Batch &batch, const HeadCost &cost, 
     const auto fit = [&](int heads) {
       return all % heads == 0 && columns_of(heads) * (all / heads) >= num_blocks - num_blocks / 8;
     };
-    if (all < kFewestHeads || cost.clipped << batch.unit_shift < Shape::kLeastTilesInStep * seqs) return all;
+    if (cost.clipped << batch.unit_shift < Shape::kLeastTilesInStep * seqs) return all;
     const int64_t tiles = cost.all << batch.unit_shift;
     if (Shape::kPairsInStep && few_rows && tiles > Shape::kMostTilesBeforePairs * seqs && fit(2) &&
         2 * seqs >= 3 * columns_of(2)) {
       return 2;
     }
-    return tiles <= most * seqs && fit(1) && seqs >= columns_of(1) ? 1 : all;
+    return tiles <= most * seqs && fit(1) ? 1 : all;
   }
+}
+
+template <class Shape>
+__host__ __device__ int heads_of_line(const Batch &batch, const HeadCost &cost, int num_blocks) {
+  if (is_one_line<Shape>(batch, num_blocks)) return batch.num_kv_heads;
+  return heads_by_lengths<Shape>(batch, cost, num_blocks);
 }
 
 // A line, and which of its blocks one is.
@@ -65,9 +81,13 @@ struct HeadLine {
   int num_columns;  // and how many these are; blocks beyond have nothing to do
   int first_block;  // of all lines' blocks, one line's after the other's, this one's first
 
+  __host__ __device__ static HeadLine of_all(const Batch &batch, int block, int num_blocks) {
+    return {0, batch.num_kv_heads, block, num_blocks, 0};
+  }
+
   // Blocks that follow each other have the same column of all lines.
   __host__ __device__ static HeadLine of(const Batch &batch, int heads, int block, int num_blocks) {
-    if (heads == batch.num_kv_heads) return {0, heads, block, num_blocks, 0};
+    if (heads == batch.num_kv_heads) return of_all(batch, block, num_blocks);
     const int lines = batch.num_kv_heads / heads, columns = num_blocks / lines, line = block % lines;
     return {line * heads, heads, block / lines, columns, line * columns};
   }

@@ -241,8 +241,12 @@ class WorkCursor {
         if constexpr (Shape::kHeadsInStep) clipped += shared_.warp_clipped[w];
       }
     }
-    const int blocks = static_cast<int>(gridDim.x), heads = heads_of_line<Shape>(batch_, {length, clipped}, blocks);
-    const auto line = HeadLine::of(batch_, heads, static_cast<int>(blockIdx.x), blocks);
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    auto line = HeadLine::of_all(batch_, block, blocks);
+    if (!is_one_line<Shape>(batch_, blocks)) {  // few sequences go past it in one jump
+      line = HeadLine::of(batch_, heads_by_lengths<Shape>(batch_, {length, clipped}, blocks), block, blocks);
+    }
+    const int heads = line.heads;
     length *= heads;
     before *= heads;
     const int total = length < kMaxUnits ? static_cast<int>(length) : 0;  // nothing, rather than anything
