@@ -178,15 +178,15 @@ __device__ void compute(const HopperParams &params, typename Traits::Shared &sha
     const int row_tile = warp & (row_tiles - 1), party = warp >> shift, head = row_tile >> head_shift;
 
     if (row_tiles > 1) {  // all that are on their way come together
-      load_queries<Traits, 8>(params, item, 16 * row_tiles, group.queries, group.rows, thread);
+      load_queries<Traits, 8>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
     } else {
-      load_queries<Traits, 2>(params, item, 16 * row_tiles, group.queries, group.rows, thread);
+      load_queries<Traits, 2>(params, item, 16 * row_tiles, group.queries(), group.rows, thread);
     }
     fill_row_table<typename Traits::Shape, Traits::kGroupThreads>(params, item, group.rows, thread);
     if constexpr (Traits::kTall) publish_shared_writes();
     meet();
     std::conditional_t<Traits::kTall, GroupRows<Traits>, WarpRows<Traits>> rows(params);
-    rows.begin(item, 16 * row_tile, group.rows, group.queries);
+    rows.begin(item, 16 * row_tile, group.rows, group.queries());
     if (thread == 0) group.plan = plan_of(item, shared.cursor.cut, shared.cursor.range, segment.granule);
 
     // The ring's barriers know a tile only from the one before it in the same slot: none may be waited for before those
