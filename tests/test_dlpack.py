@@ -176,7 +176,7 @@ def test_producers_are_told_the_stream_that_is_given(stream: Any, handle: int) -
     assert [array.streams for array in arrays] == [[handle]] * len(arrays)
 
 
-@pytest.mark.parametrize("stream", ["main", 1.5, 2**64, object(), SimpleNamespace(ptr="5")], ids=repr)
+@pytest.mark.parametrize("stream", ["main", 1.5, 2**64, object, SimpleNamespace(ptr="5")], ids=repr)
 def test_what_is_no_stream_is_refused(stream: Any) -> None:
     expected = "paged_attention: `stream` must be a CuPy or torch stream or a cudaStream_t as int; got "
     with pytest.raises(pagedattn.InvalidArgumentError, match=re.escape(expected + repr(stream))):
