@@ -67,12 +67,6 @@ __host__ __device__ int heads_by_lengths(const Batch &batch, const HeadCost &cos
   }
 }
 
-template <class Shape>
-__host__ __device__ int heads_of_line(const Batch &batch, const HeadCost &cost, int num_blocks) {
-  if (is_one_line<Shape>(batch, num_blocks)) return batch.num_kv_heads;
-  return heads_by_lengths<Shape>(batch, cost, num_blocks);
-}
-
 // A line, and which of its blocks one is.
 struct HeadLine {
   int first_head;

@@ -135,4 +135,10 @@ std::vector<WorkItem> items_of(const Batch &batch, const WorkCut<Shape> &cut, co
   return items;
 }
 
+// How many KV heads a line has, as a block's cursor finds it.
+template <class Shape>
+int heads_of_line(const Batch &batch, const HeadCost &cost, int num_blocks) {
+  return is_one_line<Shape>(batch, num_blocks) ? batch.num_kv_heads : heads_by_lengths<Shape>(batch, cost, num_blocks);
+}
+
 }  // namespace
